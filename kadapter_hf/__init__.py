@@ -1,0 +1,63 @@
+"""K-Adapter for the Hugging Face ecosystem: knowledge adapters beside a frozen encoder, by name."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .modeling.configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig
+from .modeling.heads_kadapter import (
+    KAdapterForEntityTyping,
+    KAdapterForMaskedLM,
+    KAdapterForMultipleChoice,
+    KAdapterForQuestionAnswering,
+    KAdapterForRelationClassification,
+    KAdapterForSequenceClassification,
+    KAdapterForTokenClassification,
+    KAdapterModel,
+    KAdapterModelOutput,
+)
+from .modeling.storage_kadapter import BackboneMismatchError, KAdapterLoadError
+
+
+try:
+    __version__ = version("kadapter-hf")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+AutoConfig.register("kadapter", KAdapterConfig, exist_ok=True)
+AutoModel.register(KAdapterConfig, KAdapterModel, exist_ok=True)
+AutoModelForMaskedLM.register(KAdapterConfig, KAdapterForMaskedLM, exist_ok=True)
+AutoModelForTokenClassification.register(KAdapterConfig, KAdapterForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(KAdapterConfig, KAdapterForQuestionAnswering, exist_ok=True)
+AutoModelForMultipleChoice.register(KAdapterConfig, KAdapterForMultipleChoice, exist_ok=True)
+# Of several classes the Auto class takes the one that config.json's `architectures` names.
+AutoModelForSequenceClassification.register(
+    KAdapterConfig,
+    (KAdapterForSequenceClassification, KAdapterForEntityTyping, KAdapterForRelationClassification),
+    exist_ok=True,
+)
+
+__all__ = [
+    "BackboneMismatchError",
+    "KAdapterConfig",
+    "KAdapterConfigError",
+    "KAdapterForEntityTyping",
+    "KAdapterForMaskedLM",
+    "KAdapterForMultipleChoice",
+    "KAdapterForQuestionAnswering",
+    "KAdapterForRelationClassification",
+    "KAdapterForSequenceClassification",
+    "KAdapterForTokenClassification",
+    "KAdapterLoadError",
+    "KAdapterModel",
+    "KAdapterModelOutput",
+    "KnowledgeAdapterConfig",
+]

@@ -1,0 +1,1 @@
+"""The model: what travels with every K-Adapter repository."""

@@ -1,0 +1,237 @@
+"""Finding, loading and checking the backbone that a K-Adapter stands on."""
+
+import contextlib
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import CONFIG_NAME, cached_file, logging
+
+from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
+from .storage_kadapter import HUB_ARGUMENTS, BackboneMismatchError, KAdapterLoadError, equal_bits, fingerprint
+
+
+logger = logging.get_logger(__name__)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' progress bars and load reports, for loads that the user did not ask for."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """
+    Silences transformers' table of unexpected and missing keys; what matters in it is checked here, with an error.
+
+    Most encoders' repositories hold a pooler or a language-model head that a K-Adapter has no use for.
+    """
+    log = logging.get_logger("transformers.modeling_utils")
+
+    def keep(record):
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
+
+
+def check_is_encoder(config: PreTrainedConfig, model_class: type | None = None) -> None:
+    """
+    Refuses what can't be a backbone yet.
+
+    Raises:
+        KAdapterConfigError: a decoder, an encoder-decoder, or a model that takes no token ids or returns no hidden
+            states.
+    """
+    name = f"a '{config.model_type}' model"
+    if config.is_encoder_decoder:
+        raise KAdapterConfigError(f"{name} is an encoder-decoder; a K-Adapter's backbone must be an encoder.")
+    causal_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    if causal_only or getattr(config, "is_decoder", False):
+        raise KAdapterConfigError(f"{name} is a decoder; a K-Adapter's backbone must be an encoder.")
+    if model_class is None and type(config) in MODEL_MAPPING:
+        model_class = MODEL_MAPPING[type(config)]
+    if model_class is None:
+        return
+    if getattr(model_class, "main_input_name", "input_ids") != "input_ids":
+        raise KAdapterConfigError(f"{name} reads '{model_class.main_input_name}', not the token ids of a text encoder.")
+    recorded = "hidden_states" in (getattr(model_class, "_can_record_outputs", None) or {})
+    if not recorded and "output_hidden_states" not in inspect.signature(model_class.forward).parameters:
+        raise KAdapterConfigError(f"{name} returns no hidden states, which knowledge adapters read.")
+    if not isinstance(getattr(config, "num_hidden_layers", None), int) or not hasattr(config, "hidden_size"):
+        raise KAdapterConfigError(f"{name} does not say its hidden_size and num_hidden_layers.")
+
+
+def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
+    """Nothing here reads the pooler, and where a checkpoint lacks one it would be random."""
+    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        return {"add_pooling_layer": False}
+    return {}
+
+
+def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone with random weights, as `AutoModel.from_config` makes it, but without a pooler."""
+    check_is_encoder(config)
+    # AutoModel.from_config would not pass the argument on, so the class that it would choose is called itself.
+    return MODEL_MAPPING[type(config)]._from_config(config, **_without_pooler(config))
+
+
+def load_backbone(
+    name: str | os.PathLike, *, expected: PreTrainedConfig | None = None, with_lm_head: bool = False, **kwargs
+) -> PreTrainedModel:
+    """
+    Loads a backbone through its own `from_pretrained`.
+
+    Args:
+        name: repository or folder.
+        expected: the configuration that it must agree with in type, sizes and vocabulary.
+        with_lm_head: load it inside its `AutoModelForMaskedLM` class and return that.
+        kwargs: arguments of `from_pretrained`.
+
+    Raises:
+        KAdapterLoadError: it can't be found or reached, or its checkpoint lacks some of its weights.
+        BackboneMismatchError: it is of another type, size or vocabulary than `expected`.
+        KAdapterConfigError: it can't be a backbone.
+    """
+    hub_kwargs = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "subfolder", "trust_remote_code") if key in kwargs}
+    try:
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **hub_kwargs)
+        check_is_encoder(config)
+        if expected is not None:
+            check_same_kind(config, expected, name)
+        auto_class = AutoModelForMaskedLM if with_lm_head else AutoModel
+        extra = {} if with_lm_head else _without_pooler(config)
+        with _without_load_report():
+            loaded, info = auto_class.from_pretrained(
+                name, config=config, output_loading_info=True, **extra, **kwargs
+            )
+    except (KAdapterLoadError, KAdapterConfigError):
+        raise
+    except (OSError, ValueError) as error:
+        raise KAdapterLoadError(
+            f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. Check the name and the "
+            f"network, or give its place with backbone=<folder or model>. The reason: {error}"
+        ) from error
+    prefix = f"{loaded.base_model_prefix}." if with_lm_head else ""
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
+    if missing:
+        raise KAdapterLoadError(
+            f"the backbone '{name}' has no weights for '{missing[0]}' (and {len(missing) - 1} more): they would be "
+            "random. Is it the repository of this model?"
+        )
+    new = sorted(set(info["missing_keys"]) - set(missing))
+    if new:
+        logger.warning(f"'{name}' has no weights for its language-model head; these are new and untrained: {new}")
+    return loaded
+
+
+def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: Any) -> None:
+    """Raises `BackboneMismatchError` if two backbones differ in type, size or vocabulary."""
+    for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        found, wanted = getattr(config, field, None), getattr(expected, field, None)
+        if found != wanted:
+            raise BackboneMismatchError(
+                f"the backbone '{name}' has {field} {found!r}, and this K-Adapter was made for {wanted!r}. Give the "
+                "backbone that it was made for with backbone=<repository, folder or model>."
+            )
+
+
+def is_opaque(backbone: PreTrainedModel) -> bool:
+    """Whether the weights are quantised or offloaded, and so not those that are stored."""
+    quantised = getattr(backbone, "hf_quantizer", None) is not None
+    return quantised or any(tensor.is_meta for tensor in backbone.state_dict().values())
+
+
+def fingerprint_if_as_named(
+    backbone: PreTrainedModel, state: dict[str, torch.Tensor], config: KAdapterConfig, **kwargs
+) -> str | None:
+    """
+    The fingerprint of the backbone that `config` names, if `state` is that backbone, bit for bit, cast to its dtype.
+
+    None if it differs, or if the named one is not at hand to compare. Quantised and offloaded weights can't be compared,
+    nor trained: they count as unchanged.
+    """
+    opaque = is_opaque(backbone)
+    try:
+        if config.backbone_name_or_path is None:
+            raise KAdapterLoadError("no backbone is named")
+        with quiet():
+            reference = load_backbone(
+                config.backbone_name_or_path,
+                expected=config.backbone_config,
+                revision=config.backbone_revision,
+                **kwargs,
+            ).state_dict()
+    except (KAdapterLoadError, KAdapterConfigError):
+        return config.backbone_fingerprint if opaque else None
+    if not opaque and not equal_bits(state, {f"backbone.{name}": tensor for name, tensor in reference.items()}):
+        return None
+    return fingerprint(reference.values())
+
+
+def stored_backbone(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any, **kwargs) -> PreTrainedModel:
+    """
+    A backbone from the tensors that a K-Adapter repository holds itself.
+
+    Raises:
+        KAdapterLoadError: the tensors are not those of the backbone that `config` describes.
+    """
+    check_is_encoder(config)
+    try:
+        with _without_load_report():
+            backbone, info = MODEL_MAPPING[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict={name.removeprefix("backbone."): tensor for name, tensor in tensors.items()},
+                output_loading_info=True,
+                **_without_pooler(config),
+                **kwargs,
+            )
+    except (ValueError, RuntimeError) as error:
+        raise KAdapterLoadError(f"'{place}' does not fit the backbone that config.json describes: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys"):
+        if info[problem]:
+            raise KAdapterLoadError(
+                f"'{place}': tensor '{min(info[problem])}' is {'missing' if problem == 'missing_keys' else 'not expected'}"
+                " in the backbone that config.json describes. Download or save the model again."
+            )
+    return backbone
+
+
+def commit_of(name: str | os.PathLike, **kwargs) -> str | None:
+    """The commit of the Hub repository that a just-loaded backbone came from; None for a folder."""
+    if os.path.isdir(name):
+        return None
+    hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key) is not None}
+    try:
+        path = cached_file(name, CONFIG_NAME, local_files_only=True, **hub_kwargs)
+    except OSError:
+        return None
+    match = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]", str(path))
+    return match.group(1) if match else None

@@ -1,0 +1,548 @@
+"""Saving and loading whole K-Adapters: `from_backbone`, `from_pretrained`, `save_pretrained`."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file, is_peft_available, logging
+
+from .backbone_kadapter import (
+    check_is_encoder,
+    check_same_kind,
+    commit_of,
+    fingerprint_if_as_named,
+    is_opaque,
+    load_backbone,
+    stored_backbone,
+)
+from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
+from .storage_kadapter import (
+    BACKBONE_FILE,
+    HEAD_FILE,
+    HUB_ARGUMENTS,
+    BackboneMismatchError,
+    KAdapterLoadError,
+    adapter_metadata,
+    check_tensors,
+    code_files,
+    file_of,
+    fingerprint,
+    locate,
+    part_of,
+    read_adapter,
+    read_config_dict,
+    read_file,
+    read_index,
+    replace_files,
+    repository_folder,
+    write_json,
+    write_tensors,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# The classes that a repository can be loaded as, and the Auto class of each that has one to itself.
+AUTO_CLASSES = {
+    "AutoConfig": "KAdapterConfig",
+    "AutoModel": "KAdapterModel",
+    "AutoModelForMaskedLM": "KAdapterForMaskedLM",
+    "AutoModelForSequenceClassification": "KAdapterForSequenceClassification",
+    "AutoModelForTokenClassification": "KAdapterForTokenClassification",
+    "AutoModelForQuestionAnswering": "KAdapterForQuestionAnswering",
+    "AutoModelForMultipleChoice": "KAdapterForMultipleChoice",
+}
+# These classify too: AutoModelForSequenceClassification gives the one that was saved.
+CLASSIFIERS = ("KAdapterForSequenceClassification", "KAdapterForEntityTyping", "KAdapterForRelationClassification")
+# The module that imports all the others, so that they travel together.
+ENTRY_MODULE = "heads_kadapter"
+
+
+class RepositoryMixin:
+    """The part of `KAdapterPreTrainedModel` that has to do with files."""
+
+    _needs_lm_head = False
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | os.PathLike | PreTrainedModel,
+        adapters: str | os.PathLike | list | dict[str, Any] | None = None,
+        fusion: str = "concat",
+        **kwargs,
+    ):
+        """
+        Builds a K-Adapter on a trained backbone.
+
+        Args:
+            backbone: a repository id, a folder, or a loaded model.
+            adapters: trained ones to load (a repository, folder or file, or a list of them), or a dict from names to
+                such sources or to `KnowledgeAdapterConfig`s of new ones. Loaded adapters are frozen, new ones train.
+            fusion: `"concat"` or `"add"`.
+            kwargs: fields of `KAdapterConfig` (and `num_labels`), the rest to the backbone's own `from_pretrained`
+                (`dtype`, `device_map`, `quantization_config`, `revision`, `token`, `attn_implementation`, …).
+
+        Raises:
+            KAdapterLoadError: the backbone or an adapter can't be found or loaded.
+            KAdapterConfigError: the backbone can't be one, or a field is impossible.
+            BackboneMismatchError: an adapter was trained on another backbone.
+        """
+        fields = {*KAdapterConfig.__dataclass_fields__, "num_labels"} - {"dtype"}
+        config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
+        hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if isinstance(backbone, PreTrainedModel):
+            if kwargs:
+                raise KAdapterConfigError(f"{sorted(kwargs)} can't be used with a backbone that is already loaded.")
+            check_is_encoder(backbone.config, type(backbone.base_model))
+            name, revision, as_stored = backbone.config.name_or_path or None, None, False
+            loaded = cls._with_lm_head(backbone, name) if cls._needs_lm_head else backbone
+        else:
+            name = os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone)
+            loaded = load_backbone(name, with_lm_head=cls._needs_lm_head, **kwargs)
+            revision = commit_of(name, **hub_kwargs)
+            as_stored = kwargs.get("dtype") in (None, "auto") and not kwargs.keys() & {"quantization_config", "device_map"}
+        config = cls.config_class(
+            backbone_name_or_path=name,
+            backbone_revision=revision,
+            backbone_config=copy.deepcopy(loaded.base_model.config),  # its attention would be reset with ours
+            fusion=fusion,
+            attn_implementation=kwargs.get("attn_implementation"),
+            **config_kwargs,
+        )
+        model = cls(config, loaded)
+        model._finish(name or "a loaded model", hub_kwargs, kwargs.get("dtype"))
+        state = part_of(plain_state_dict(model), "backbone")
+        named = None if as_stored else model._fingerprint_if_as_named(state)
+        model.config.backbone_fingerprint = named or fingerprint(state.values())
+        hub_kwargs.pop("revision", None)
+        for adapter_name, source in _named_sources(adapters):
+            if source is None or type(source).__name__ == "KnowledgeAdapterConfig":
+                model.add_knowledge_adapter(adapter_name, source)
+            else:
+                model.load_knowledge_adapter(source, adapter_name, **hub_kwargs)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        backbone: str | os.PathLike | PreTrainedModel | None = None,
+        ignore_backbone_mismatch: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """
+        Loads a K-Adapter: its adapters, fusion and head from its repository or folder, its backbone from where
+        config.json says, unless the repository holds one of its own.
+
+        A head that the repository lacks, or holds for another class, is new and announced. Anything else that does not
+        come from a file is an error.
+
+        Args:
+            backbone: where the backbone is, if not where config.json says, or a loaded one.
+            ignore_backbone_mismatch: go on although the backbone's weights are not those that config.json names.
+            ignore_mismatched_sizes: make those parts of the head new whose shapes differ (another number of labels).
+            kwargs: as in `PreTrainedModel.from_pretrained`: where to find the repository (`revision`, `token`, …),
+                fields of the configuration (`num_labels`, `freeze_backbone`, …), and what goes on to the backbone
+                (`dtype`, `device_map`, `quantization_config`, …).
+
+        Raises:
+            KAdapterLoadError: something is missing or damaged; the message names it.
+            BackboneMismatchError: the backbone is not the one that this K-Adapter was trained on.
+            KAdapterConfigError: config.json is impossible.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(
+                None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
+            )
+        hub_kwargs = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "subfolder") if key in kwargs}
+        source, peft_source = _without_peft(pretrained_model_name_or_path, kwargs, hub_kwargs)
+        for unused in ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_name", "code_revision", "use_safetensors"):
+            kwargs.pop(unused, None)
+        dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
+        kwargs.pop("dtype", None)
+        folder = repository_folder(source, **hub_kwargs)
+        config, saved_class, kwargs = cls._read_config(folder, config, kwargs)
+        config.name_or_path = os.fspath(source)
+        files, fingerprints = read_index(folder)
+        has_lm_head = saved_class == cls.__name__ and any(n.startswith("lm_head.") for n in files.get(HEAD_FILE, ()))
+        hub_kwargs = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
+        loaded = cls._load_its_backbone(
+            config,
+            backbone,
+            read_file(folder, BACKBONE_FILE, files[BACKBONE_FILE], fingerprints.get(BACKBONE_FILE))
+            if BACKBONE_FILE in files
+            else None,
+            with_lm_head=cls._needs_lm_head and not has_lm_head,
+            ignore_backbone_mismatch=ignore_backbone_mismatch,
+            dtype=dtype,
+            hub_kwargs=hub_kwargs,
+            **kwargs,
+        )
+        with torch.device("meta"):  # nothing is built with random weights that files then replace
+            model = cls(config, loaded, *model_args)
+        info = model._load_own_parts(folder, files, fingerprints, saved_class, ignore_mismatched_sizes)
+        model._finish(os.fspath(source), hub_kwargs, dtype)
+        model.eval()
+        if peft_source is not None:
+            model.load_adapter(peft_source)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _read_config(
+        cls, folder: Path, config: Any, kwargs: dict[str, Any]
+    ) -> tuple[KAdapterConfig, str | None, dict[str, Any]]:
+        """The configuration, the class that was saved, and the arguments that are not the configuration's."""
+        saved = read_config_dict(folder)
+        model_type = saved.get("model_type")
+        if model_type != cls.config_class.model_type:
+            raise KAdapterLoadError(
+                f"'{folder}' holds a {model_type!r} model, not a K-Adapter. To put knowledge adapters on it, use "
+                f"{cls.__name__}.from_backbone."
+            )
+        architectures = saved.get("architectures")
+        saved_class = architectures[0] if isinstance(architectures, list) and architectures else None
+        if isinstance(config, cls.config_class):
+            config = copy.deepcopy(config)
+        elif isinstance(config, PreTrainedConfig):  # the same class, from code that travelled with a repository
+            config = cls.config_class.from_dict(config.to_dict())
+        elif config is not None:
+            config = cls.config_class.from_pretrained(config)
+        else:
+            config, kwargs = cls.config_class.from_dict(saved, return_unused_kwargs=True, **kwargs)
+        return config, saved_class, kwargs
+
+    @classmethod
+    def _load_its_backbone(
+        cls,
+        config: KAdapterConfig,
+        given: Any,
+        stored: dict[str, torch.Tensor] | None,
+        *,
+        with_lm_head: bool,
+        ignore_backbone_mismatch: bool,
+        dtype: Any,
+        hub_kwargs: dict[str, Any],
+        **kwargs,
+    ) -> PreTrainedModel:
+        """The backbone of a repository, after checking that it is the right one; see `from_pretrained`."""
+        attn_implementation = kwargs.pop("attn_implementation", None) or config._attn_implementation
+        if attn_implementation is not None:
+            kwargs["attn_implementation"] = attn_implementation
+        kwargs["dtype"] = dtype if dtype not in (None, "auto") else config.backbone_config.dtype or "auto"
+        name, expected = config.backbone_name_or_path, config.backbone_fingerprint
+        if isinstance(given, PreTrainedModel):
+            check_same_kind(given.config, config.backbone_config, given.config.name_or_path)
+            loaded, found = given, fingerprint(given.base_model.state_dict().values())
+        elif given is None and stored is not None:
+            found = fingerprint(stored.values())
+            kwargs.pop("trust_remote_code", None)
+            loaded = stored_backbone(config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **kwargs)
+        elif given is None and name is None:
+            raise KAdapterLoadError(
+                f"'{config.name_or_path}' names no backbone and holds none. Give it with backbone=<folder or model>."
+            )
+        else:
+            if given is not None:
+                name = os.path.abspath(given) if os.path.isdir(given) else os.fspath(given)
+                config.backbone_name_or_path, config.backbone_revision = name, None
+            loaded = load_backbone(
+                name,
+                expected=config.backbone_config,
+                with_lm_head=with_lm_head,
+                revision=config.backbone_revision,
+                **hub_kwargs,
+                **kwargs,
+            )
+            found = fingerprint(loaded.base_model.state_dict().values()) if not is_opaque(loaded.base_model) else None
+        if expected is not None and found != expected:
+            state = {f"backbone.{key}": tensor for key, tensor in loaded.base_model.state_dict().items()}
+            found = fingerprint_if_as_named(loaded.base_model, state, config, **hub_kwargs) or found
+        if expected is not None and found != expected:
+            message = (
+                f"'{config.name_or_path}' was trained on the backbone '{name}' with fingerprint {expected[:12]}…; the "
+                f"one found has {(found or 'none')[:12]}…: the same kind of model, but other weights"
+            )
+            if not ignore_backbone_mismatch:
+                raise BackboneMismatchError(
+                    f"{message}. Give the right one with backbone=<folder or model>, or go on nevertheless with "
+                    "ignore_backbone_mismatch=True."
+                )
+            logger.warning(f"{message}; it is used nevertheless.")
+        config.backbone_fingerprint = found
+        return cls._with_lm_head(loaded, name, **hub_kwargs) if with_lm_head else loaded
+
+    @staticmethod
+    def _with_lm_head(backbone: PreTrainedModel, name: str | None, **hub_kwargs) -> PreTrainedModel:
+        """The backbone inside its masked-language-model class, whose head comes from the named repository."""
+        if backbone.base_model is not backbone:
+            return backbone
+        if name is None:
+            raise KAdapterLoadError("the backbone is not from a repository that its language-model head could come from.")
+        with_head = load_backbone(name, with_lm_head=True, **hub_kwargs)
+        setattr(with_head, with_head.base_model_prefix, backbone)
+        return with_head
+
+    def _load_own_parts(
+        self,
+        folder: Path,
+        files: dict[str, list[str]],
+        fingerprints: dict[str, str],
+        saved_class: str | None,
+        ignore_mismatched_sizes: bool,
+    ) -> dict[str, Any]:
+        """Fills what is still on the meta device, which is all but the backbone, from a repository's files."""
+        wanted = {
+            name: tensor.shape
+            for name, tensor in self.state_dict().items()
+            if tensor.is_meta and name not in self.all_tied_weights_keys
+        }
+        tensors: dict[str, torch.Tensor] = {}
+        dropped: list[str] = []
+        for file in {HEAD_FILE: None, **{file_of(name): None for name in wanted}, **files}:
+            if file == BACKBONE_FILE:
+                continue
+            path = locate(folder, file)
+            expected = {name: shape for name, shape in wanted.items() if file_of(name) == file}
+            found = read_file(folder, file, files[file], fingerprints.get(file)) if file in files else {}
+            if file != HEAD_FILE:
+                self._check_adapter_metadata(path)
+            elif saved_class != type(self).__name__:
+                dropped = [name for name in found if not name.startswith("fusion.")]
+                found = {name: tensor for name, tensor in found.items() if name.startswith("fusion.")}
+            is_new = {name for name in expected if file == HEAD_FILE and not name.startswith("fusion.")}
+            if not is_new & found.keys():
+                expected = {name: shape for name, shape in expected.items() if name not in is_new}
+            if ignore_mismatched_sizes:
+                for name in is_new & found.keys():
+                    if name in expected and found[name].shape != expected[name]:
+                        del expected[name], found[name]
+            check_tensors(expected, found, path)
+            tensors |= found
+        self.load_state_dict(tensors, strict=False, assign=True)
+        self.tie_weights()
+        new = sorted(wanted.keys() - tensors.keys())
+        for child in self._head_parts():
+            if any(parameter.is_meta for parameter in child.parameters()):
+                child.to_empty(device=self._own_device())
+                child.apply(self._init_weights)
+        if new:
+            logger.warning(
+                f"{type(self).__name__}: '{folder}' has no weights for {new}: they are new and untrained. Train them "
+                "on a downstream task before you predict with them."
+            )
+        return {"missing_keys": set(new), "unexpected_keys": set(dropped), "mismatched_keys": set(), "error_msgs": []}
+
+    def _check_adapter_metadata(self, path: Path) -> None:
+        name, config, _ = read_adapter(path)
+        here = self.config.knowledge_adapters.get(name)
+        if name != path.stem or here is None or here.to_portable_dict() != config.to_portable_dict():
+            raise KAdapterLoadError(
+                f"'{path}' and config.json don't agree about the adapter '{path.stem}': they are not of one save. Load "
+                "the file with load_knowledge_adapter, or save the model again."
+            )
+
+    def _finish(self, source: str, hub_kwargs: dict[str, Any], dtype: Any) -> None:
+        """What remains to do once all weights are there: devices, dtype, and notes for saving."""
+        # Where the named backbone is found again, to see at each save whether it was changed.
+        self._backbone_kwargs = {key: hub_kwargs[key] for key in ("cache_dir", "token") if key in hub_kwargs}
+        own_parts = (self.adapters, self.fusion, *self._head_parts())
+        for part in own_parts:
+            part.to(self._own_device())
+            if dtype not in (None, "auto"):
+                part.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        self.tie_weights()
+        places = getattr(self.backbone, "hf_device_map", {})
+        if len(set(places.values())) > 1:  # tells Trainer that the model is spread over devices
+            self.hf_device_map = {f"backbone.{name}".rstrip("."): place for name, place in places.items()}
+        self._sources = {part: source for part in ("backbone", "head", *self.adapters)}
+        if self.config.backbone_name_or_path is not None:
+            self._sources["backbone"] = self.config.backbone_name_or_path
+        self._update_trainable()
+        self._note_weights("backbone", *(f"adapters.{name}" for name in self.adapters))
+
+    def _own_device(self) -> torch.device:
+        """Where the adapters, the fusion and the head are: beside the backbone's last weights."""
+        devices = [parameter.device for parameter in self.backbone.parameters() if not parameter.is_meta]
+        return devices[-1] if devices else torch.device("cpu")
+
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """
+        Saves the adapters, the fusion, the head and the configuration; the backbone only if it is not, bit for bit, the
+        one that the configuration names.
+
+        A save that is killed or finds the disk full leaves what was in the folder loadable; see `replace_files` in
+        `storage_kadapter.py`.
+
+        Args:
+            save_directory: a folder; made if needed. What an earlier save left in it is replaced.
+            is_main_process: others than the main process do nothing.
+            state_dict: what to save instead of the model's own, as sharded training gathers it.
+            push_to_hub: also upload the folder, to `repo_id` (by default the folder's name); `commit_message`,
+                `private`, `token`, `revision` and `create_pr` as in `PreTrainedModel.save_pretrained`.
+            kwargs: those of the Hub; `max_shard_size`, `variant` and the like don't apply.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise KAdapterLoadError(f"'{folder}' is a file; save_pretrained needs a folder.")
+        state = plain_state_dict(self, state_dict)
+        tied = set(self.all_tied_weights_keys)
+        backbone = part_of(state, "backbone")
+        named = self._fingerprint_if_as_named(backbone)
+        own = {name: tensor for name, tensor in state.items() if name not in backbone and name not in tied}
+        saved = own if named is not None else own | {name: backbone[name] for name in backbone if name not in tied}
+        self._update_fingerprints(state)
+        self.config.backbone_fingerprint = named if named is not None else fingerprint(
+            tensor for name, tensor in saved.items() if name in backbone
+        )
+        self.config.architectures = [type(self).__name__.removeprefix("FSDP")]
+        self.config.dtype = next((str(tensor.dtype) for tensor in own.values()), str(self.dtype)).removeprefix("torch.")
+        with replace_files(folder) as staging:
+            self._write_files(staging, saved)
+        self._note_weights("backbone", *(f"adapters.{name}" for name in self.adapters))
+        if getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(folder, state_dict=state_dict)
+        if push_to_hub:
+            self._push_folder(folder, **kwargs)
+
+    def _write_files(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        files: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in state.items():
+            files.setdefault(file_of(name), {})[name] = tensor
+        for file, tensors in files.items():
+            name = Path(file).stem
+            if file in (HEAD_FILE, BACKBONE_FILE):
+                metadata = {"format": "pt"}
+            else:
+                metadata = adapter_metadata(name, self.config.knowledge_adapters[name], tensors)
+            write_tensors(folder / file, tensors, metadata)
+        for path in code_files():
+            shutil.copyfile(path, folder / path.name)
+        index = {
+            "metadata": {
+                "total_parameters": sum(tensor.numel() for tensor in state.values()),
+                "total_size": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+                "fingerprints": {file: fingerprint(tensors.values()) for file, tensors in files.items()},
+            },
+            "weight_map": {name: file for file, tensors in files.items() for name in tensors},
+        }
+        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+        config = copy.deepcopy(self.config)
+        config.auto_map = self._auto_map()
+        config.backbone_config.dtype = self.backbone.dtype if self.backbone.dtype.is_floating_point else None
+        config.backbone_config.__dict__.pop("quantization_config", None)
+        write_json(folder / CONFIG_NAME, json.loads(config.to_json_string()))
+
+    def _auto_map(self) -> dict[str, str]:
+        saved = type(self).__name__
+        classes = dict(AUTO_CLASSES)
+        if saved in CLASSIFIERS:
+            classes["AutoModelForSequenceClassification"] = saved
+        classes |= {name: name for name in CLASSIFIERS[1:]}
+        return {auto: f"{ENTRY_MODULE}.{name}" for auto, name in classes.items()}
+
+    def _push_folder(self, folder: Path, repo_id: str | None = None, private: bool | None = None, **kwargs) -> None:
+        token = kwargs.get("token")
+        repo_id = HfApi(token=token).create_repo(repo_id or folder.name, private=private, exist_ok=True).repo_id
+        arguments = {key: kwargs[key] for key in ("commit_message", "revision", "create_pr") if key in kwargs}
+        HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder, **arguments)
+
+    def _fingerprint_if_as_named(self, state: dict[str, torch.Tensor]) -> str | None:
+        kwargs = getattr(self, "_backbone_kwargs", {})
+        return fingerprint_if_as_named(self.backbone, state, self.config, local_files_only=True, **kwargs)
+
+
+# ---- What PEFT puts into a model ----------------------------------------------------------------------------------------
+
+
+def _peft_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """PEFT's wrappers in a model by name, each with the name under which it keeps what it wraps."""
+    layers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
+            layers[name] = (module, "base_layer")
+        elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+            layers[name] = (module, "original_module")
+    return layers
+
+
+def peft_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that PEFT added to a model."""
+    return {
+        parameter
+        for module, kept in _peft_layers(model).values()
+        for name, parameter in module.named_parameters()
+        if not name.startswith(f"{kept}.")
+    }
+
+
+def plain_state_dict(
+    model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """A model's state dict, or the one given, as if PEFT had not been there."""
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    layers = _peft_layers(model)
+    if not layers:
+        return dict(state_dict)
+    plain = {}
+    for name, tensor in state_dict.items():
+        parts = name.split(".")
+        wrapper = next((w for end in range(1, len(parts)) if (w := ".".join(parts[:end])) in layers), None)
+        if wrapper is None:
+            plain[name] = tensor
+        elif name.startswith(f"{wrapper}.{layers[wrapper][1]}."):
+            plain[name.replace(f".{layers[wrapper][1]}.", ".", 1)] = tensor
+    return plain
+
+
+def _without_peft(
+    source: str | os.PathLike, kwargs: dict[str, Any], hub_kwargs: dict[str, Any]
+) -> tuple[str | os.PathLike, str | os.PathLike | None]:
+    """The K-Adapter to load and, if `source` holds a PEFT adapter for it, where that is."""
+    adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
+    if "_adapter_model_path" in adapter_kwargs:  # AutoModel has looked already
+        return source, adapter_kwargs["_adapter_model_path"]
+    if not is_peft_available():
+        return source, None
+    names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+    found = find_adapter_config_file(source, **{key: hub_kwargs[key] for key in names if key in hub_kwargs})
+    if found is None:
+        return source, None
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, CONFIG_NAME)):
+        base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return base or source, source
+    return source, source
+
+
+def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
+    if adapters is None:
+        return []
+    if isinstance(adapters, dict):
+        return list(adapters.items())
+    if isinstance(adapters, (str, os.PathLike)):
+        return [(None, adapters)]
+    return [(None, source) for source in adapters]
