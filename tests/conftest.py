@@ -1,0 +1,150 @@
+"""Tiny models that the tests share. Built once per session, with random weights, in a temporary folder."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    XLMRobertaConfig,
+    set_seed,
+)
+
+from kadapter_hf import KAdapterModel, KnowledgeAdapterConfig
+
+
+WORDS = (
+    "the a of in is was by and to who what where rome paris vienna berlin italy france austria germany capital city "
+    "river country wrote composed born founded marie curie mozart dante physics music book opera danube seine tiber "
+    "@ # ? . , he she it big old new red cat dog sat ran on mat"
+).split()
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+VOCAB_SIZE = 100
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4}
+POSITIONS = {"max_position_embeddings": 66, "pad_token_id": 1}
+TINY = {
+    "roberta": RobertaConfig(**SIZES, **POSITIONS, intermediate_size=48, type_vocab_size=1),
+    "bert": BertConfig(**SIZES, **POSITIONS, intermediate_size=48),
+    "xlm-roberta": XLMRobertaConfig(**SIZES, **POSITIONS, intermediate_size=48, type_vocab_size=1),
+    "electra": ElectraConfig(**SIZES, **POSITIONS, intermediate_size=48, embedding_size=16),
+    "deberta-v2": DebertaV2Config(
+        **SIZES,
+        **POSITIONS,
+        intermediate_size=48,
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        conv_kernel_size=3,
+        conv_act="gelu",
+    ),
+    "distilbert": DistilBertConfig(
+        vocab_size=VOCAB_SIZE, dim=32, n_heads=2, n_layers=4, hidden_dim=48, max_position_embeddings=66, pad_token_id=1
+    ),
+    "modernbert": ModernBertConfig(
+        **SIZES,
+        **POSITIONS,
+        intermediate_size=48,
+        bos_token_id=0,
+        cls_token_id=0,
+        eos_token_id=2,
+        sep_token_id=2,
+        local_attention=8,
+    ),
+}
+SMALL_ADAPTER = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
+
+
+def small_adapter(**kwargs) -> KnowledgeAdapterConfig:
+    """A knowledge adapter's configuration that is quick to run."""
+    return KnowledgeAdapterConfig(**(SMALL_ADAPTER | kwargs))
+
+
+def disturb(model: torch.nn.Module, seed: int = 0) -> None:
+    """Gives every tensor of a module random values, so that no result rests on an initial zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def batch(rows: int = 3, length: int = 10, seed: int = 0, padding: int = 0) -> dict[str, torch.Tensor]:
+    """Random token ids; the last row ends in `padding` padded positions."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(len(SPECIAL), VOCAB_SIZE, (rows, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    if padding:
+        input_ids[-1, -padding:] = 1
+        attention_mask[-1, -padding:] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words of a small vocabulary, RoBERTa's special tokens."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        cls_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory, tokenizer) -> dict[str, str]:
+    """A folder for each tested model type: a tiny encoder with a language-model head, and a tokenizer."""
+    folders = {}
+    for seed, (model_type, config) in enumerate(TINY.items()):
+        set_seed(seed)
+        model = AutoModelForMaskedLM.from_config(config)
+        disturb(model, seed)
+        folder = tmp_path_factory.mktemp("backbones") / model_type
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders[model_type] = str(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def backbone(backbones) -> str:
+    """The folder of a tiny RoBERTa."""
+    return backbones["roberta"]
+
+
+@pytest.fixture
+def build(backbone):
+    """`build(KAdapterFor…, adapters=…)`: a model on the tiny RoBERTa, all of whose own weights are random."""
+
+    def build(model_class=KAdapterModel, adapters=("factual", "linguistic"), backbone=backbone, seed=0, **kwargs):
+        set_seed(seed)
+        model = model_class.from_backbone(backbone, adapters={name: small_adapter() for name in adapters}, **kwargs)
+        for part in (model.adapters, model.fusion, *model._head_parts()):
+            if not hasattr(part, "base_model"):  # the language-model head is the backbone's
+                disturb(part, seed)
+        return model
+
+    return build
