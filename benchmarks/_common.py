@@ -1,0 +1,41 @@
+"""What the benchmarks share: fresh processes, the machine's description, a Markdown table."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import torch
+import transformers
+
+
+def in_fresh_process(script: str, *arguments: str) -> dict:
+    """Runs `script` (Python source that prints one JSON object last) in a new interpreter and returns the object."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once, so that peaks compare
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    return (
+        f"{os.cpu_count()} cores ({name}), Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(f"\nMeasured on: {machine()}.")

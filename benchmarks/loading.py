@@ -1,0 +1,83 @@
+"""
+How long, and with how much memory, a K-Adapter of roberta-large's size with two default adapters loads.
+
+Compared with what can't be avoided: loading its backbone with `AutoModel` and reading the adapter files with
+safetensors. Each measurement is a process of its own, the two kinds alternate, and the ratio is taken pair by pair.
+
+    python benchmarks/loading.py [--runs 7]
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from _common import in_fresh_process, print_table
+
+
+PREPARE = """
+import json, sys
+from transformers import RobertaConfig, RobertaModel
+from kadapter_hf import KAdapterConfig, KAdapterModel, KnowledgeAdapterConfig
+folder = sys.argv[1]
+RobertaModel(KAdapterConfig().backbone_config, add_pooling_layer=False).save_pretrained(folder + "/backbone")
+adapters = {"factual": KnowledgeAdapterConfig(), "linguistic": KnowledgeAdapterConfig()}
+KAdapterModel.from_backbone(folder + "/backbone", adapters=adapters).save_pretrained(folder + "/kadapter")
+print(json.dumps({}))
+"""
+
+MEASURE = """
+import json, sys, time, resource
+import torch, transformers
+from transformers import AutoModel
+from safetensors.torch import load_file
+import transformers.models.roberta.modeling_roberta
+import kadapter_hf
+folder, kind = sys.argv[1:]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+if kind == "floor":
+    model = AutoModel.from_pretrained(folder + "/backbone", add_pooling_layer=False)
+    adapters = [load_file(f"{folder}/kadapter/adapters/{name}.safetensors") for name in ("factual", "linguistic")]
+    loaded = list(model.state_dict().values()) + [t for file in adapters for t in file.values()]
+else:
+    model = kadapter_hf.KAdapterModel.from_pretrained(folder + "/kadapter")
+    loaded = list(model.state_dict().values())
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+size = sum(t.numel() * t.element_size() for t in loaded)
+if kind == "touched":
+    sum(float(t.sum()) for t in loaded)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(json.dumps({"seconds": seconds, "peak": peak * 1024, "size": size}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=7, help="pairs of measurements (after one that warms up)")
+    runs = parser.parse_args().runs
+    with tempfile.TemporaryDirectory() as folder:
+        in_fresh_process(PREPARE, folder)
+        pairs = [[in_fresh_process(MEASURE, folder, kind) for kind in ("floor", "kadapter")] for _ in range(runs + 1)]
+        touched = in_fresh_process(MEASURE, folder, "touched")
+        stored = sum(path.stat().st_size for path in Path(folder, "kadapter").rglob("*.safetensors"))
+    pairs = pairs[1:]
+    floor, ours = ([pair[kind]["seconds"] for pair in pairs] for kind in (0, 1))
+    ratios = [b / a for a, b in zip(floor, ours, strict=True)]
+    peak = max(touched["peak"], *(pair[1]["peak"] for pair in pairs)) / touched["size"]
+    print_table(
+        ["loading, roberta-large size, two default adapters", "median", "range"],
+        [
+            ["AutoModel + safetensors, s", f"{statistics.median(floor):.3f}", f"{min(floor):.3f}–{max(floor):.3f}"],
+            ["KAdapterModel.from_pretrained, s", f"{statistics.median(ours):.3f}", f"{min(ours):.3f}–{max(ours):.3f}"],
+            ["ratio", f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}–{max(ratios):.2f}"],
+            ["peak memory / bytes of the weights, all weights read", f"{peak:.2f}", ""],
+            ["weights loaded, MB", f"{touched['size'] / 1e6:.0f}", ""],
+            ["of these stored in the K-Adapter's folder, MB", f"{stored / 1e6:.0f}", ""],
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
