@@ -17,27 +17,21 @@ class KnowledgeAdapterLayer(nn.Module):
     tensor names it keeps (`down_project`, `encoder.layer.N…`, `up_project`).
     """
 
-    def __init__(self, config: KnowledgeAdapterConfig, backbone_width: int, attn_implementation: str | None):
+    def __init__(self, encoder_config: BertConfig, backbone_width: int, initializer_range: float):
         super().__init__()
-        encoder_config = BertConfig(
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            hidden_act=config.hidden_act,
-            hidden_dropout_prob=config.hidden_dropout_prob,
-            attention_probs_dropout_prob=config.attention_probs_dropout_prob,
-            layer_norm_eps=config.layer_norm_eps,
-            attn_implementation=attn_implementation,
-        )
-        self.initializer_range = config.initializer_range
-        self.down_project = nn.Linear(backbone_width, config.hidden_size)
+        self.initializer_range = initializer_range
+        self.down_project = nn.Linear(backbone_width, encoder_config.hidden_size)
         self.encoder = BertEncoder(encoder_config)
-        self.up_project = nn.Linear(config.hidden_size, backbone_width)
+        self.up_project = nn.Linear(encoder_config.hidden_size, backbone_width)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """`hidden_states` and the result: (batch, length, backbone width); `attention_mask`: (batch, length) or None."""
         projected = self.down_project(hidden_states)
+        checkpointing = self.training and any(layer.gradient_checkpointing for layer in self.encoder.layer)
+        if checkpointing and torch.is_grad_enabled() and not projected.requires_grad:
+            # PEFT may train what comes next and not the projection. A layer that is checkpointed with
+            # use_reentrant=True gives no gradients to its weights if nothing that goes into it requires any.
+            projected.requires_grad_()
         mask = create_bidirectional_mask(self.encoder.config, projected, attention_mask)
         encoded = self.encoder(projected, attention_mask=mask)[0]
         return hidden_states + self.up_project(encoded)
@@ -53,8 +47,20 @@ class KnowledgeAdapter(nn.Module):
     def __init__(self, config: KnowledgeAdapterConfig, backbone_width: int, attn_implementation: str | None = None):
         super().__init__()
         self.config = config
+        encoder_config = BertConfig(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            hidden_act=config.hidden_act,
+            hidden_dropout_prob=config.hidden_dropout_prob,
+            attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+            layer_norm_eps=config.layer_norm_eps,
+            attn_implementation=attn_implementation,
+        )
         self.layers = nn.ModuleList(
-            KnowledgeAdapterLayer(config, backbone_width, attn_implementation) for _ in config.backbone_layers or ()
+            KnowledgeAdapterLayer(encoder_config, backbone_width, config.initializer_range)
+            for _ in config.backbone_layers
         )
 
     def forward(

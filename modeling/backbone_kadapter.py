@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -69,6 +70,11 @@ def check_is_encoder(config: PreTrainedConfig, model_class: type | None = None) 
             states.
     """
     name = f"a '{config.model_type}' model"
+    if config.model_type == KAdapterConfig.model_type:
+        raise KAdapterConfigError(
+            "a K-Adapter can't be the backbone of another: load it with from_pretrained, and its adapters into another "
+            "model with load_knowledge_adapter."
+        )
     if config.is_encoder_decoder:
         raise KAdapterConfigError(f"{name} is an encoder-decoder; a K-Adapter's backbone must be an encoder.")
     causal_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
@@ -93,6 +99,13 @@ def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         return {"add_pooling_layer": False}
     return {}
+
+
+def drop_pooler(backbone: PreTrainedModel) -> None:
+    """Takes the pooler out of a model that someone else loaded, as `load_backbone` would not have loaded it."""
+    encoder = backbone.base_model
+    if _without_pooler(encoder.config) and getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
 
 
 def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -120,35 +133,44 @@ def load_backbone(
         KAdapterConfigError: it can't be a backbone.
     """
     hub_kwargs = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "subfolder", "trust_remote_code") if key in kwargs}
+    config = kwargs.pop("config", None)
+    if config is None:
+        try:
+            config = AutoConfig.from_pretrained(name, **hub_kwargs)
+        except Exception as error:  # whatever a foreign configuration class refuses with
+            raise _not_loaded(name, error) from error
+    check_is_encoder(config)
+    if expected is not None:
+        check_same_kind(config, expected, name)
     try:
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **hub_kwargs)
-        check_is_encoder(config)
-        if expected is not None:
-            check_same_kind(config, expected, name)
         auto_class = AutoModelForMaskedLM if with_lm_head else AutoModel
         extra = {} if with_lm_head else _without_pooler(config)
         with _without_load_report():
             loaded, info = auto_class.from_pretrained(
                 name, config=config, output_loading_info=True, **extra, **kwargs
             )
-    except (KAdapterLoadError, KAdapterConfigError):
+    except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError) as error:
-        raise KAdapterLoadError(
-            f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. Check the name and the "
-            f"network, or give its place with backbone=<folder or model>. The reason: {error}"
-        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _not_loaded(name, error) from error
     prefix = f"{loaded.base_model_prefix}." if with_lm_head else ""
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
     if missing:
         raise KAdapterLoadError(
             f"the backbone '{name}' has no weights for '{missing[0]}' (and {len(missing) - 1} more): they would be "
-            "random. Is it the repository of this model?"
+            "random. Is it the repository of this model? If not, give its place with backbone=<folder or model>."
         )
     new = sorted(set(info["missing_keys"]) - set(missing))
     if new:
         logger.warning(f"'{name}' has no weights for its language-model head; these are new and untrained: {new}")
     return loaded
+
+
+def _not_loaded(name: Any, error: Exception) -> KAdapterLoadError:
+    return KAdapterLoadError(
+        f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. Check the name and the "
+        f"network, or give its place with backbone=<folder or model>. The reason: {error}"
+    )
 
 
 def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: Any) -> None:
@@ -165,7 +187,7 @@ def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: 
 def is_opaque(backbone: PreTrainedModel) -> bool:
     """Whether the weights are quantised or offloaded, and so not those that are stored."""
     quantised = getattr(backbone, "hf_quantizer", None) is not None
-    return quantised or any(tensor.is_meta for tensor in backbone.state_dict().values())
+    return quantised or any(parameter.is_meta for parameter in backbone.parameters())
 
 
 def fingerprint_if_as_named(
@@ -188,7 +210,7 @@ def fingerprint_if_as_named(
                 revision=config.backbone_revision,
                 **kwargs,
             ).state_dict()
-    except (KAdapterLoadError, KAdapterConfigError):
+    except Exception:  # whatever it is, the weights that are here must not be lost for it
         return config.backbone_fingerprint if opaque else None
     if not opaque and not equal_bits(state, {f"backbone.{name}": tensor for name, tensor in reference.items()}):
         return None
@@ -210,16 +232,21 @@ def stored_backbone(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], 
                 config=config,
                 state_dict={name.removeprefix("backbone."): tensor for name, tensor in tensors.items()},
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # or the error would not name the tensor
                 **_without_pooler(config),
                 **kwargs,
             )
-    except (ValueError, RuntimeError) as error:
-        raise KAdapterLoadError(f"'{place}' does not fit the backbone that config.json describes: {error}") from error
-    for problem in ("missing_keys", "unexpected_keys"):
-        if info[problem]:
+    except Exception as error:  # whatever the model's own class refuses with
+        raise KAdapterLoadError(
+            f"'{place}' does not fit the backbone that config.json describes ({error}). Download or save the model again."
+        ) from error
+    problems = {"missing_keys": "missing", "unexpected_keys": "not expected", "mismatched_keys": "of another shape"}
+    for key, problem in problems.items():
+        if info[key]:
+            odd = min(str(name[0] if isinstance(name, tuple) else name) for name in info[key])
             raise KAdapterLoadError(
-                f"'{place}': tensor '{min(info[problem])}' is {'missing' if problem == 'missing_keys' else 'not expected'}"
-                " in the backbone that config.json describes. Download or save the model again."
+                f"'{place}': tensor '{odd}' is {problem} in the backbone that config.json describes. Download or save "
+                "the model again."
             )
     return backbone
 

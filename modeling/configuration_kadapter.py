@@ -15,7 +15,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 DEFAULT_BACKBONE = "FacebookAI/roberta-large"
-FUSIONS = ("concat", "add")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # One path-safe segment: it names a file in the repository and is one part of a tensor's dotted name.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -129,8 +129,8 @@ class KnowledgeAdapterConfig(PreTrainedConfig):
     def validate_sizes(self):
         """Called by `@strict` after construction."""
         for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
-            if getattr(self, field) < 1:
-                raise KAdapterConfigError(f"{field} must be at least 1, not {getattr(self, field)}.")
+            if isinstance(getattr(self, field), bool) or getattr(self, field) < 1:
+                raise KAdapterConfigError(f"{field} must be an int of at least 1, not {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
             raise KAdapterConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size ({self.hidden_size})."
@@ -172,8 +172,12 @@ class KnowledgeAdapterConfig(PreTrainedConfig):
 
     def to_portable_dict(self) -> dict[str, Any]:
         """The fields that describe the adapter: what config.json and the adapter file's metadata hold."""
-        known = set(PreTrainedConfig().to_dict()) | {"model_type", "transformers_version", "architectures"}
-        return {key: value for key, value in sorted(self.to_dict().items()) if key not in known}
+        return {key: value for key, value in sorted(self.to_dict().items()) if key not in _fields_of_every_config()}
+
+
+@functools.cache
+def _fields_of_every_config() -> frozenset[str]:
+    return frozenset(PreTrainedConfig().to_dict()) | {"model_type", "transformers_version", "architectures"}
 
 
 def _roberta_large() -> RobertaConfig:
@@ -272,7 +276,10 @@ class KAdapterConfig(PreTrainedConfig):
     def _build_adapter_config(self, name: Any, config: Any) -> KnowledgeAdapterConfig:
         check_adapter_name(name)
         if isinstance(config, dict):
-            config = KnowledgeAdapterConfig(**config)
+            try:
+                config = KnowledgeAdapterConfig(**config)
+            except KAdapterConfigError as error:
+                raise KAdapterConfigError(f"knowledge_adapters['{name}']: {error}") from error
         if config is None:
             config = KnowledgeAdapterConfig()
         # By name: code that travelled with a repository defines a class of its own.
@@ -296,6 +303,8 @@ class KAdapterConfig(PreTrainedConfig):
                 f"knowledge_adapters {list(self.knowledge_adapters)}: two names differ only in case, which some file "
                 "systems can't tell apart."
             )
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise KAdapterConfigError(f"problem_type must be one of {PROBLEM_TYPES}, not {self.problem_type!r}.")
         if not 0 <= self.classifier_dropout < 1:
             raise KAdapterConfigError(f"classifier_dropout must be in [0, 1), not {self.classifier_dropout}.")
 

@@ -37,13 +37,12 @@ __all__ = [
 def _reduce(total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
     """
     The mean of `count` losses, or this micro-batch's share of it: Trainer, when it accumulates gradients, gives the
-    number of labels in all the micro-batches of a step, and adds up what it gets.
+    number of labels in all the micro-batches of a step, and adds up what it gets. Without any label it is 0.
     """
-    if num_items_in_batch is None:
-        return total / count
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    count = count if num_items_in_batch is None else num_items_in_batch
+    if torch.is_tensor(count):
+        count = count.to(total.device).clamp(min=1)
+    return total / count
 
 
 def _cross_entropy(
@@ -113,11 +112,15 @@ class _HeadModel(KAdapterPreTrainedModel):
     def _add_head(self, config: KAdapterConfig, width: int) -> None:
         setattr(self, self._classifier_name, nn.Linear(width, config.num_labels))
 
+    def _fused(self, state: torch.Tensor, knowledge: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The fused states in the head's dtype: without an active adapter they are the backbone's, in its own."""
+        return self.fusion(state, knowledge).to(self._own_dtype())
+
     def _fused_at(
         self, state: torch.Tensor, knowledge: dict[str, torch.Tensor], positions: torch.Tensor
     ) -> torch.Tensor:
         """The fused states at one position of each row, `(batch, width)`; the others are not fused at all."""
-        return self.fusion(_at(state, positions), {name: _at(other, positions) for name, other in knowledge.items()})
+        return self._fused(_at(state, positions), {name: _at(other, positions) for name, other in knowledge.items()})
 
     def _first_position(self, state: torch.Tensor) -> torch.Tensor:
         return torch.zeros(state.shape[0], dtype=torch.long, device=state.device)
@@ -183,7 +186,7 @@ class KAdapterForTokenClassification(_HeadModel):
         state, knowledge, output = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
-        logits = self.classifier(self.dropout(self.fusion(state, knowledge)))
+        logits = self.classifier(self.dropout(self._fused(state, knowledge)))
         loss = None if labels is None else _cross_entropy(logits, labels, num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
@@ -212,7 +215,8 @@ class KAdapterForQuestionAnswering(_HeadModel):
     ) -> QuestionAnsweringModelOutput:
         """
         Args:
-            start_positions, end_positions: `(batch,)`; positions outside the text don't count.
+            start_positions, end_positions: `(batch,)`; a position outside the text adds nothing to the loss, which is
+                the mean over all rows, so that accumulating gradients over micro-batches does not change it.
 
         Returns:
             `start_logits` and `end_logits` of shape `(batch, length)`.
@@ -220,7 +224,7 @@ class KAdapterForQuestionAnswering(_HeadModel):
         state, knowledge, output = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
-        logits = self.qa_outputs(self.dropout(self.fusion(state, knowledge)))
+        logits = self.qa_outputs(self.dropout(self._fused(state, knowledge)))
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -229,7 +233,7 @@ class KAdapterForQuestionAnswering(_HeadModel):
             for scores, positions in ((start_logits, start_positions), (end_logits, end_positions)):
                 positions = positions.reshape(-1).to(scores.device)
                 positions = positions.masked_fill((positions < 0) | (positions >= length), -100)
-                losses.append(_cross_entropy(scores, positions, None))
+                losses.append(_cross_entropy(scores, positions, positions.numel()))
             loss = sum(losses) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -437,6 +441,8 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         else:
             with_head = backbone
         super().__init__(config, with_head)
+        if backbone is None:
+            self._sources.clear()
         self._take_head(with_head)
         self.post_init()
 
@@ -480,7 +486,8 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         state, knowledge, output = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
-        logits = self.lm_head(inputs_embeds=self.fusion(state, knowledge), return_dict=True).logits
+        fused = self.fusion(state, knowledge).to(self.lm_head.dtype)
+        logits = self.lm_head(inputs_embeds=fused, return_dict=True).logits
         loss = None if labels is None else _cross_entropy(logits, labels, num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")

@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer, KnowledgeFusion
-from .backbone_kadapter import new_backbone
+from .backbone_kadapter import drop_pooler, new_backbone
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig, check_adapter_name
 from .repository_kadapter import RepositoryMixin, peft_parameters, plain_state_dict
 from .storage_kadapter import (
@@ -71,9 +71,13 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
                 every transformers class does. Use `from_backbone` or `from_pretrained` for trained ones.
         """
         super().__init__(config)
+        # Where each part's weights came from, for `knowledge_summary`; "new" if it isn't here.
+        self._sources: dict[str, str] = {} if backbone is None else {"backbone": "a loaded model"}
         if backbone is None:
             backbone = new_backbone(config.backbone_config)
-        self._sources: dict[str, str] = {}
+        self._noted: dict[str, str] = {}
+        # Whether the backbone was set to train, and whether the last save or load had it in the repository itself.
+        self._backbone_trained = self._backbone_stored = False
         self._set_backbone(backbone)
         width = config.backbone_config.hidden_size
         self.adapters = nn.ModuleDict(
@@ -85,22 +89,27 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
         self.fusion = KnowledgeFusion(config.fusion, list(config.knowledge_adapters), width)
 
     def _set_backbone(self, backbone: PreTrainedModel) -> None:
+        drop_pooler(backbone)
         for module in backbone.modules():  # or post_init would initialise it again
             module._is_hf_initialized = True
-        for tensor in (*backbone.parameters(), *backbone.buffers()):
-            tensor._is_hf_initialized = True
         self.backbone = backbone.base_model
         self.config.backbone_config = self.backbone.config
-        self._sources.setdefault("backbone", "new")
 
     def post_init(self) -> None:
         super().post_init()
         self._update_trainable()
-        self._note_weights("backbone", *(f"adapters.{name}" for name in self.adapters))
-        # Trainer compares them with what a checkpoint lacks: a frozen backbone is not in there.
-        self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict()} | set(
-            self.all_tied_weights_keys
-        )
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """Trainer compares them with what a checkpoint lacks, and warns if it is something else."""
+        tied = set(getattr(self, "all_tied_weights_keys", ()))
+        if self._backbone_stored or any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            return tied
+        return tied | {f"backbone.{name}" for name in self.backbone.state_dict()}
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
+        """Ignored: transformers sets what it has gathered."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -168,7 +177,6 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
         config.backbone_fingerprint = self.backbone_fingerprint()
         self._insert_adapter(name, config)
         self.adapters[name].apply(self._init_weights)
-        self._sources[name] = "new"
         self._note_weights(f"adapters.{name}")
 
     def load_knowledge_adapter(
@@ -200,16 +208,17 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
             KAdapterConfigError: the name is taken.
         """
         path = adapter_file(source, name, **hub_kwargs)
-        saved_name, config, tensors = read_adapter(path)
-        name = saved_name if name is None else name
-        self._check_trained_on_this(config, path, ignore_backbone_mismatch)
-        config = config.for_backbone(self.backbone.config, check_adapter_name(name))
+        saved = read_adapter(path)
+        name = saved.name if name is None else name
+        self._check_trained_on_this(saved.config, path, ignore_backbone_mismatch)
+        config = saved.config.for_backbone(self.backbone.config, check_adapter_name(name))
         with torch.device("meta"):
             adapter = KnowledgeAdapter(config, self.backbone.config.hidden_size, self.config._attn_implementation)
+        tensors = {key.removeprefix(f"adapters.{saved.name}."): value for key, value in saved.tensors.items()}
         check_tensors({key: value.shape for key, value in adapter.state_dict().items()}, tensors, path)
         adapter.load_state_dict(tensors, assign=True)
         self._insert_adapter(name, config, adapter.to(self._own_device()))
-        self._sources[name] = os.fspath(source)
+        self._sources[f"adapters.{name}"] = os.fspath(source)
         self._note_weights(f"adapters.{name}")
         self.config.frozen_knowledge_adapters += [] if trainable else [name]
         self._update_trainable()
@@ -241,8 +250,46 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
         for names in (self.config.active_knowledge_adapters, self.config.frozen_knowledge_adapters):
             if name in names:
                 names.remove(name)
-        self._sources.pop(name, None)
+        self._sources.pop(f"adapters.{name}", None)
         self._update_trainable()
+
+    def knowledge_summary(self) -> str:
+        """
+        A table for people: the parameters of each part, how many of them train, their dtype and device, and where they
+        came from (a repository, a folder, a file, or `new`).
+        """
+        parts: dict[str, tuple[str, Iterable[nn.Module]]] = {"backbone": ("backbone", [self.backbone])}
+        for name, adapter in self.adapters.items():
+            state = "" if name in self.config.active_knowledge_adapters else " (inactive)"
+            parts[f"adapters.{name}"] = (f"adapter {name}{state}", [adapter])
+        parts["fusion"] = (f"fusion ({self.config.fusion})", [self.fusion])
+        parts["head"] = ("head", self._head_parts())
+        rows = [("part", "parameters", "trainable", "dtype", "device", "source")]
+        seen: set[nn.Parameter] = set()  # tied weights count once, as the backbone's
+        total = trainable = 0
+        for part, (label, modules) in parts.items():
+            own = {parameter for module in modules for parameter in module.parameters()} - seen
+            if not own:
+                continue
+            seen |= own
+            count = sum(parameter.numel() for parameter in own)
+            training = sum(parameter.numel() for parameter in own if parameter.requires_grad)
+            dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in own})
+            devices = sorted({str(parameter.device) for parameter in own})
+            source = self._sources.get(part, "new")
+            rows.append((label, f"{count:,}", f"{training:,}", ", ".join(dtypes), ", ".join(devices), source))
+            total, trainable = total + count, trainable + training
+        rows.append(("total", f"{total:,}", f"{trainable:,}", "", "", ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        lines = []
+        for row in rows:
+            cells = [
+                cell.rjust(width) if column in (1, 2) else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(lines)
 
     def _insert_adapter(
         self, name: str, config: KnowledgeAdapterConfig, adapter: KnowledgeAdapter | None = None
@@ -254,10 +301,11 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
             )
         if adapter is None:
             adapter = KnowledgeAdapter(config, self.backbone.config.hidden_size, self.config._attn_implementation)
-            adapter.to(self._own_device())
+            adapter.to(self._own_device(), self._own_dtype())
         self.adapters[name] = adapter.train(self.training)
+        dtype = self._own_dtype()
         self.fusion.add(name)
-        self.fusion.to(self._own_device())
+        self.fusion.to(self._own_device(), dtype)
         if self.config.fusion == "concat":
             self._init_fusion_block(self.fusion, name)
         self.config.knowledge_adapters[name] = config
@@ -283,19 +331,19 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
 
     # ---- Fingerprints -----------------------------------------------------------------------------------------------
 
-    def _note_weights(self, *parts: str) -> None:
+    def _note_weights(self, *parts: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Remembers what a part's weights are now (`"backbone"` or `"adapters.<name>"`), to see later if they changed."""
-        state = plain_state_dict(self)
-        noted = self.__dict__.setdefault("_noted", {})
+        state = plain_state_dict(self) if state_dict is None else state_dict
         for part in parts:
             tensors = part_of(state, part).values()
-            noted[part] = None if any(tensor.is_meta for tensor in tensors) else fingerprint(tensors)
+            if not any(tensor.is_meta for tensor in tensors):
+                self._noted[part] = fingerprint(tensors)
 
     def backbone_fingerprint(self, state_dict: dict[str, torch.Tensor] | None = None) -> str:
         """What identifies the backbone's weights, as they are stored: see `fingerprint` in `storage_kadapter.py`."""
         tensors = part_of(plain_state_dict(self, state_dict), "backbone").values()
         now = None if any(tensor.is_meta for tensor in tensors) else fingerprint(tensors)
-        if self.config.backbone_fingerprint is None or now not in (None, self._noted["backbone"]):
+        if self.config.backbone_fingerprint is None or now not in (None, self._noted.get("backbone")):
             return now or ""
         return self.config.backbone_fingerprint
 
@@ -303,7 +351,7 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
         """An adapter whose weights have changed was trained on the backbone as it is now."""
         for name, adapter in self.config.knowledge_adapters.items():
             part = f"adapters.{name}"
-            changed = fingerprint(part_of(state_dict, part).values()) != self._noted[part]
+            changed = fingerprint(part_of(state_dict, part).values()) != self._noted.get(part)
             if changed or adapter.backbone_fingerprint is None:
                 adapter.backbone_fingerprint = self.backbone_fingerprint(state_dict)
                 adapter.backbone_name_or_path = self.config.backbone_name_or_path
@@ -364,22 +412,27 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
 
     def _update_trainable(self) -> None:
         """Sets `requires_grad` from the configuration; what a forward pass doesn't use doesn't train (DDP insists)."""
-        config = self.config
-        active = config.active_knowledge_adapters
-        _set_requires_grad(self.backbone, not config.freeze_backbone)
+        config, active = self.config, self.config.active_knowledge_adapters
+        peft = peft_parameters(self) if getattr(self, "_hf_peft_config_loaded", False) else set()  # PEFT decides
+
+        def set_trainable(module: nn.Module, trainable: bool) -> None:
+            for parameter in module.parameters():
+                if parameter.is_floating_point() and parameter not in peft:
+                    parameter.requires_grad_(trainable)
+
+        head = not config.freeze_head
+        for part in self._head_parts():
+            set_trainable(part, head)
+        # After the head: a language-model head shares its output weights with the backbone's embeddings.
+        set_trainable(self.backbone, not config.freeze_backbone)
         for name, adapter in self.adapters.items():
-            _set_requires_grad(adapter, name in active and name not in config.frozen_knowledge_adapters)
-        for child in self._head_parts():
-            _set_requires_grad(child, not config.freeze_head)
+            set_trainable(adapter, name in active and name not in config.frozen_knowledge_adapters)
         if config.fusion == "concat":
-            for name in self.fusion.states:
-                used = name in active and not config.freeze_head
-                _set_requires_grad(self.fusion.states[name], used)
-                _set_requires_grad(self.fusion.mix[name], used and len(active) > 1)
-            self.fusion.bias.requires_grad_(len(active) > 1 and not config.freeze_head)
-        # The language-model head shares its output weights with the backbone's embeddings.
-        _set_requires_grad(self.get_input_embeddings(), not config.freeze_backbone)
-        self.train(self.training)
+            for name in self.adapters:
+                set_trainable(self.fusion.states[name], head and name in active)
+                set_trainable(self.fusion.mix[name], head and name in active and len(active) > 1)
+            self.fusion.bias.requires_grad_(head and len(active) > 1)
+        self._settle_modes()
 
     def _head_parts(self) -> Iterator[nn.Module]:
         return (child for name, child in self.named_children() if name not in ("backbone", "adapters", "fusion"))
@@ -387,9 +440,18 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
     def train(self, mode: bool = True) -> "KAdapterPreTrainedModel":
         """As `nn.Module.train`, but what is frozen stays in evaluation mode: no dropout in it."""
         super().train(mode)
-        for part in (self.backbone, *self.adapters.values()):
-            part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
+        self._settle_modes()
+        if self.backbone.training and not self._backbone_trained:
+            own = set(self.backbone.parameters()) - peft_parameters(self)
+            self._backbone_trained = any(parameter.requires_grad for parameter in own)
         return self
+
+    def _settle_modes(self) -> None:
+        for parts in ([self.backbone], *([adapter] for adapter in self.adapters.values()), list(self._head_parts())):
+            trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+            for part in parts:
+                if part.training != (self.training and trains):
+                    part.train(self.training and trains)
 
     # ---- Forward ----------------------------------------------------------------------------------------------------
 
@@ -413,8 +475,14 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
         kwargs.pop("num_items_in_batch", None)
         wants_all = kwargs.pop("output_hidden_states", None)
         wants_all = self.config.output_hidden_states if wants_all is None else wants_all
-        # Newer versions of transformers keep only the states whose indices they are given, older ones keep all.
-        output = self.backbone(**inputs, **kwargs, output_hidden_states=True if wants_all else read, return_dict=True)
+        # Gradient checkpointing makes the embeddings' output require gradients, and so all that follows from it.
+        trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        trains = trains or not self.training or (inputs_embeds is not None and inputs_embeds.requires_grad)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            # Newer versions of transformers keep only the states whose indices they are given, older ones keep all.
+            output = self.backbone(
+                **inputs, **kwargs, output_hidden_states=True if wants_all else read, return_dict=True
+            )
         states = output.get("hidden_states")
         if read and (states is None or len(states) <= read[-1]):
             raise KAdapterConfigError(
@@ -470,10 +538,3 @@ class KAdapterModel(KAdapterPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.get("attentions"),
         )
-
-
-def _set_requires_grad(module: nn.Module, trainable: bool) -> None:
-    peft = peft_parameters(module)  # PEFT decides about its own
-    for parameter in module.parameters():
-        if parameter not in peft:
-            parameter.requires_grad_(trainable and parameter.is_floating_point())

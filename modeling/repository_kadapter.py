@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, initialization as init
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file, is_peft_available, logging
 
 from .backbone_kadapter import (
     check_is_encoder,
     check_same_kind,
     commit_of,
+    drop_pooler,
     fingerprint_if_as_named,
     is_opaque,
     load_backbone,
@@ -24,22 +25,27 @@ from .backbone_kadapter import (
 )
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
 from .storage_kadapter import (
+    ADAPTER_FOLDER,
     BACKBONE_FILE,
     HEAD_FILE,
     HUB_ARGUMENTS,
     BackboneMismatchError,
     KAdapterLoadError,
+    SavedAdapter,
     adapter_metadata,
+    check_names,
     check_tensors,
     code_files,
     file_of,
     fingerprint,
     locate,
     part_of,
+    portable,
     read_adapter,
     read_config_dict,
     read_file,
     read_index,
+    read_json,
     replace_files,
     repository_folder,
     write_json,
@@ -82,7 +88,8 @@ class RepositoryMixin:
         Builds a K-Adapter on a trained backbone.
 
         Args:
-            backbone: a repository id, a folder, or a loaded model.
+            backbone: a repository id, a folder, or a loaded model (which becomes part of the K-Adapter, but for its
+                pooler: nothing reads that).
             adapters: trained ones to load (a repository, folder or file, or a list of them), or a dict from names to
                 such sources or to `KnowledgeAdapterConfig`s of new ones. Loaded adapters are frozen, new ones train.
             fusion: `"concat"` or `"add"`.
@@ -101,6 +108,7 @@ class RepositoryMixin:
             if kwargs:
                 raise KAdapterConfigError(f"{sorted(kwargs)} can't be used with a backbone that is already loaded.")
             check_is_encoder(backbone.config, type(backbone.base_model))
+            drop_pooler(backbone)
             name, revision, as_stored = backbone.config.name_or_path or None, None, False
             loaded = cls._with_lm_head(backbone, name) if cls._needs_lm_head else backbone
         else:
@@ -117,7 +125,11 @@ class RepositoryMixin:
             **config_kwargs,
         )
         model = cls(config, loaded)
-        model._finish(name or "a loaded model", hub_kwargs, kwargs.get("dtype"))
+        model._sources["backbone"] = name or "a loaded model"
+        if cls._needs_lm_head:
+            model._sources["head"] = model._sources["backbone"]
+        model._finish(hub_kwargs, kwargs.get("dtype"))
+        model._note_weights("backbone")
         state = part_of(plain_state_dict(model), "backbone")
         named = None if as_stored else model._fingerprint_if_as_named(state)
         model.config.backbone_fingerprint = named or fingerprint(state.values())
@@ -127,6 +139,7 @@ class RepositoryMixin:
                 model.add_knowledge_adapter(adapter_name, source)
             else:
                 model.load_knowledge_adapter(source, adapter_name, **hub_kwargs)
+        model._cast_own_parts(kwargs.get("dtype"))
         return model.eval()
 
     @classmethod
@@ -175,24 +188,40 @@ class RepositoryMixin:
         config, saved_class, kwargs = cls._read_config(folder, config, kwargs)
         config.name_or_path = os.fspath(source)
         files, fingerprints = read_index(folder)
+        adapters = cls._read_own_adapters(folder, config, files, fingerprints)
         has_lm_head = saved_class == cls.__name__ and any(n.startswith("lm_head.") for n in files.get(HEAD_FILE, ()))
         hub_kwargs = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
-        loaded = cls._load_its_backbone(
+        stored = None
+        if BACKBONE_FILE in files:
+            stored = read_file(folder, BACKBONE_FILE, files[BACKBONE_FILE], fingerprints.get(BACKBONE_FILE))
+        loaded, live_fingerprint = cls._load_its_backbone(
             config,
             backbone,
-            read_file(folder, BACKBONE_FILE, files[BACKBONE_FILE], fingerprints.get(BACKBONE_FILE))
-            if BACKBONE_FILE in files
-            else None,
+            stored,
             with_lm_head=cls._needs_lm_head and not has_lm_head,
             ignore_backbone_mismatch=ignore_backbone_mismatch,
             dtype=dtype,
             hub_kwargs=hub_kwargs,
             **kwargs,
         )
-        with torch.device("meta"):  # nothing is built with random weights that files then replace
+        with init.no_init_weights():  # memory that is allocated but not touched, until the files take its place
             model = cls(config, loaded, *model_args)
-        info = model._load_own_parts(folder, files, fingerprints, saved_class, ignore_mismatched_sizes)
-        model._finish(os.fspath(source), hub_kwargs, dtype)
+        if live_fingerprint is not None:
+            model._noted["backbone"] = live_fingerprint
+        lm_head_is_there = cls._needs_lm_head and not has_lm_head
+        info = model._load_own_parts(
+            folder, files, fingerprints, adapters, saved_class, lm_head_is_there, ignore_mismatched_sizes
+        )
+        model._backbone_stored = stored is not None
+        in_repository = backbone is None and stored is not None
+        model._sources["backbone"] = os.fspath(source) if in_repository else config.backbone_name_or_path or "a loaded model"
+        model._sources |= {f"adapters.{name}": os.fspath(source) for name in model.adapters}
+        model._sources["fusion"] = model._sources["head"] = os.fspath(source)
+        if cls._needs_lm_head and not has_lm_head:
+            model._sources["head"] = model._sources["backbone"]
+        elif info["missing_keys"]:
+            model._sources["head"] = "new"
+        model._finish(hub_kwargs, dtype)
         model.eval()
         if peft_source is not None:
             model.load_adapter(peft_source)
@@ -219,7 +248,12 @@ class RepositoryMixin:
         elif config is not None:
             config = cls.config_class.from_pretrained(config)
         else:
-            config, kwargs = cls.config_class.from_dict(saved, return_unused_kwargs=True, **kwargs)
+            try:
+                config, kwargs = cls.config_class.from_dict(saved, return_unused_kwargs=True, **kwargs)
+            except KAdapterConfigError as error:
+                raise KAdapterConfigError(
+                    f"'{locate(folder, CONFIG_NAME)}': {error} Download or save the model again, or correct the field."
+                ) from error
         return config, saved_class, kwargs
 
     @classmethod
@@ -234,8 +268,8 @@ class RepositoryMixin:
         dtype: Any,
         hub_kwargs: dict[str, Any],
         **kwargs,
-    ) -> PreTrainedModel:
-        """The backbone of a repository, after checking that it is the right one; see `from_pretrained`."""
+    ) -> tuple[PreTrainedModel, str | None]:
+        """The backbone of a repository, after checking that it is the right one, and its fingerprint as loaded."""
         attn_implementation = kwargs.pop("attn_implementation", None) or config._attn_implementation
         if attn_implementation is not None:
             kwargs["attn_implementation"] = attn_implementation
@@ -243,9 +277,9 @@ class RepositoryMixin:
         name, expected = config.backbone_name_or_path, config.backbone_fingerprint
         if isinstance(given, PreTrainedModel):
             check_same_kind(given.config, config.backbone_config, given.config.name_or_path)
-            loaded, found = given, fingerprint(given.base_model.state_dict().values())
+            drop_pooler(given)
+            loaded = given
         elif given is None and stored is not None:
-            found = fingerprint(stored.values())
             kwargs.pop("trust_remote_code", None)
             loaded = stored_backbone(config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **kwargs)
         elif given is None and name is None:
@@ -264,7 +298,8 @@ class RepositoryMixin:
                 **hub_kwargs,
                 **kwargs,
             )
-            found = fingerprint(loaded.base_model.state_dict().values()) if not is_opaque(loaded.base_model) else None
+        live = None if is_opaque(loaded.base_model) else fingerprint(loaded.base_model.state_dict().values())
+        found = live if given is not None or stored is None else fingerprint(stored.values())
         if expected is not None and found != expected:
             state = {f"backbone.{key}": tensor for key, tensor in loaded.base_model.state_dict().items()}
             found = fingerprint_if_as_named(loaded.base_model, state, config, **hub_kwargs) or found
@@ -280,7 +315,9 @@ class RepositoryMixin:
                 )
             logger.warning(f"{message}; it is used nevertheless.")
         config.backbone_fingerprint = found
-        return cls._with_lm_head(loaded, name, **hub_kwargs) if with_lm_head else loaded
+        if with_lm_head:
+            loaded = cls._with_lm_head(loaded, name, revision=config.backbone_revision, **hub_kwargs)
+        return loaded, live
 
     @staticmethod
     def _with_lm_head(backbone: PreTrainedModel, name: str | None, **hub_kwargs) -> PreTrainedModel:
@@ -289,7 +326,7 @@ class RepositoryMixin:
             return backbone
         if name is None:
             raise KAdapterLoadError("the backbone is not from a repository that its language-model head could come from.")
-        with_head = load_backbone(name, with_lm_head=True, **hub_kwargs)
+        with_head = load_backbone(name, with_lm_head=True, dtype=backbone.dtype, **hub_kwargs)
         setattr(with_head, with_head.base_model_prefix, backbone)
         return with_head
 
@@ -298,14 +335,19 @@ class RepositoryMixin:
         folder: Path,
         files: dict[str, list[str]],
         fingerprints: dict[str, str],
+        adapters: dict[str, SavedAdapter],
         saved_class: str | None,
+        lm_head_is_there: bool,
         ignore_mismatched_sizes: bool,
     ) -> dict[str, Any]:
-        """Fills what is still on the meta device, which is all but the backbone, from a repository's files."""
+        """Fills all but the backbone (and the head that came with it) from a repository's files."""
+        there = ("backbone", "lm_head") if lm_head_is_there else ("backbone",)
+        parts = {name: part for name, part in self.named_children() if name not in there}
         wanted = {
             name: tensor.shape
-            for name, tensor in self.state_dict().items()
-            if tensor.is_meta and name not in self.all_tied_weights_keys
+            for part_name, part in parts.items()
+            for name, tensor in part.state_dict(prefix=f"{part_name}.").items()
+            if name not in self.all_tied_weights_keys
         }
         tensors: dict[str, torch.Tensor] = {}
         dropped: list[str] = []
@@ -314,10 +356,12 @@ class RepositoryMixin:
                 continue
             path = locate(folder, file)
             expected = {name: shape for name, shape in wanted.items() if file_of(name) == file}
-            found = read_file(folder, file, files[file], fingerprints.get(file)) if file in files else {}
             if file != HEAD_FILE:
-                self._check_adapter_metadata(path)
-            elif saved_class != type(self).__name__:
+                found = adapters[file].tensors
+                self._noted[f"adapters.{adapters[file].name}"] = adapters[file].fingerprint
+            else:
+                found = read_file(folder, file, files[file], fingerprints.get(file)) if file in files else {}
+            if file == HEAD_FILE and saved_class != type(self).__name__:
                 dropped = [name for name in found if not name.startswith("fusion.")]
                 found = {name: tensor for name, tensor in found.items() if name.startswith("fusion.")}
             is_new = {name for name in expected if file == HEAD_FILE and not name.startswith("fusion.")}
@@ -329,13 +373,13 @@ class RepositoryMixin:
                         del expected[name], found[name]
             check_tensors(expected, found, path)
             tensors |= found
-        self.load_state_dict(tensors, strict=False, assign=True)
+        for name, part in parts.items():
+            own = {key.removeprefix(f"{name}."): tensor for key, tensor in part_of(tensors, name).items()}
+            part.load_state_dict(own, strict=False, assign=True)
         self.tie_weights()
         new = sorted(wanted.keys() - tensors.keys())
-        for child in self._head_parts():
-            if any(parameter.is_meta for parameter in child.parameters()):
-                child.to_empty(device=self._own_device())
-                child.apply(self._init_weights)
+        for part in {name.partition(".")[0] for name in new}:
+            self.get_submodule(part).to(self._own_dtype()).apply(self._init_weights)
         if new:
             logger.warning(
                 f"{type(self).__name__}: '{folder}' has no weights for {new}: they are new and untrained. Train them "
@@ -343,33 +387,60 @@ class RepositoryMixin:
             )
         return {"missing_keys": set(new), "unexpected_keys": set(dropped), "mismatched_keys": set(), "error_msgs": []}
 
-    def _check_adapter_metadata(self, path: Path) -> None:
-        name, config, _ = read_adapter(path)
-        here = self.config.knowledge_adapters.get(name)
-        if name != path.stem or here is None or here.to_portable_dict() != config.to_portable_dict():
-            raise KAdapterLoadError(
-                f"'{path}' and config.json don't agree about the adapter '{path.stem}': they are not of one save. Load "
-                "the file with load_knowledge_adapter, or save the model again."
-            )
+    @staticmethod
+    def _read_own_adapters(
+        folder: Path, config: KAdapterConfig, files: dict[str, list[str]], fingerprints: dict[str, str]
+    ) -> dict[str, SavedAdapter]:
+        """
+        A repository's adapters by file, after checking that files, index and config.json agree.
 
-    def _finish(self, source: str, hub_kwargs: dict[str, Any], dtype: Any) -> None:
+        Before anything is built: what config.json says decides how much memory that takes.
+        """
+        adapters = {}
+        for file in {f"{ADAPTER_FOLDER}/{name}.safetensors": None for name in config.knowledge_adapters} | files:
+            if file in (HEAD_FILE, BACKBONE_FILE):
+                continue
+            path = locate(folder, file)
+            saved = read_adapter(path)
+            check_names(path, saved.tensors, files.get(file, []))
+            here = config.knowledge_adapters.get(saved.name)
+            same = here is not None and portable(here) == portable(saved.config)
+            if saved.name != path.stem or not same or fingerprints.get(file) not in (None, saved.fingerprint):
+                raise KAdapterLoadError(
+                    f"'{path}' and config.json don't agree about the adapter '{path.stem}': they are not of one save. "
+                    "Load the file with load_knowledge_adapter, or download or save the model again."
+                )
+            adapters[file] = saved
+        return adapters
+
+    def _finish(self, hub_kwargs: dict[str, Any], dtype: Any) -> None:
         """What remains to do once all weights are there: devices, dtype, and notes for saving."""
         # Where the named backbone is found again, to see at each save whether it was changed.
         self._backbone_kwargs = {key: hub_kwargs[key] for key in ("cache_dir", "token") if key in hub_kwargs}
-        own_parts = (self.adapters, self.fusion, *self._head_parts())
-        for part in own_parts:
-            part.to(self._own_device())
-            if dtype not in (None, "auto"):
-                part.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        self.tie_weights()
+        device = self._own_device()
+        for part in (self.adapters, self.fusion, *self._head_parts()):
+            if any(parameter.device != device for parameter in part.parameters()):
+                part.to(device)
+        self._cast_own_parts(dtype)
         places = getattr(self.backbone, "hf_device_map", {})
         if len(set(places.values())) > 1:  # tells Trainer that the model is spread over devices
             self.hf_device_map = {f"backbone.{name}".rstrip("."): place for name, place in places.items()}
-        self._sources = {part: source for part in ("backbone", "head", *self.adapters)}
-        if self.config.backbone_name_or_path is not None:
-            self._sources["backbone"] = self.config.backbone_name_or_path
-        self._update_trainable()
-        self._note_weights("backbone", *(f"adapters.{name}" for name in self.adapters))
+
+    def _cast_own_parts(self, dtype: Any) -> None:
+        """Casts all but the backbone to the dtype that `from_pretrained` or `from_backbone` was asked for, if any."""
+        if dtype in (None, "auto"):
+            return
+        for part in (self.adapters, self.fusion, *self._head_parts()):
+            part.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        self._note_weights(*(f"adapters.{name}" for name in self.adapters))
+
+    def _own_dtype(self) -> torch.dtype:
+        """What new parts beside the backbone are made in: the dtype of those that are there."""
+        for part in (self.fusion, self.adapters, *self._head_parts()):
+            for parameter in part.parameters():
+                if parameter.is_floating_point():
+                    return parameter.dtype
+        return torch.get_default_dtype()
 
     def _own_device(self) -> torch.device:
         """Where the adapters, the fusion and the head are: beside the backbone's last weights."""
@@ -412,7 +483,9 @@ class RepositoryMixin:
         state = plain_state_dict(self, state_dict)
         tied = set(self.all_tied_weights_keys)
         backbone = part_of(state, "backbone")
-        named = self._fingerprint_if_as_named(backbone)
+        # A checkpoint holds a backbone that trains even if no step has changed it yet, as with a learning rate that
+        # begins at 0: Trainer loads it into a model whose backbone has changed since.
+        named = None if self._backbone_trained else self._fingerprint_if_as_named(backbone)
         own = {name: tensor for name, tensor in state.items() if name not in backbone and name not in tied}
         saved = own if named is not None else own | {name: backbone[name] for name in backbone if name not in tied}
         self._update_fingerprints(state)
@@ -423,7 +496,8 @@ class RepositoryMixin:
         self.config.dtype = next((str(tensor.dtype) for tensor in own.values()), str(self.dtype)).removeprefix("torch.")
         with replace_files(folder) as staging:
             self._write_files(staging, saved)
-        self._note_weights("backbone", *(f"adapters.{name}" for name in self.adapters))
+        self._backbone_stored = named is None
+        self._note_weights("backbone", *(f"adapters.{name}" for name in self.adapters), state_dict=state)
         if getattr(self, "_hf_peft_config_loaded", False):
             super().save_pretrained(folder, state_dict=state_dict)
         if push_to_hub:
@@ -529,11 +603,15 @@ def _without_peft(
     if not is_peft_available():
         return source, None
     names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
-    found = find_adapter_config_file(source, **{key: hub_kwargs[key] for key in names if key in hub_kwargs})
+    try:
+        found = find_adapter_config_file(source, **{key: hub_kwargs[key] for key in names if key in hub_kwargs})
+    except (OSError, ValueError):  # no such repository: what is said about that is said of the K-Adapter itself
+        return source, None
     if found is None:
         return source, None
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, CONFIG_NAME)):
-        base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        content = read_json(Path(found))
+        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
         return base or source, source
     return source, source
 

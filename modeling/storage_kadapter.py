@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
-from .configuration_kadapter import KAdapterConfigError, KnowledgeAdapterConfig, check_adapter_name
+from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig, check_adapter_name
 
 
 logger = logging.get_logger(__name__)
@@ -39,11 +39,13 @@ ADAPTER_FOLDER = "adapters"
 METADATA_KEY = "kadapter"
 FORMAT_VERSION = 1
 STAGING = ".kadapter-saving"
+OBSOLETE = "obsolete.json"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
+_ADAPTER_FILE = re.compile(rf"{ADAPTER_FOLDER}/[A-Za-z0-9_-]+\.safetensors")
 _MAX_JSON_BYTES = 64 * 2**20
 # What a fingerprint looks at in each tensor: all of a small one, else this many blocks of this many elements.
-_BLOCKS, _BLOCK = 16, 512
+_BLOCKS, _BLOCK = 8, 256
 
 
 class KAdapterLoadError(OSError):
@@ -69,8 +71,8 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     """
     Identifies a set of weights: SHA-256 over each tensor's dtype, shape and a fixed sample of its values.
 
-    Of a tensor with up to 8,192 elements every value counts; of a larger one 16 evenly spaced blocks of 512, so that
-    it costs milliseconds even for weights that are only mapped into memory. Names don't count: transformers renames
+    Of a tensor with up to 2,048 elements every value counts; of a larger one 8 evenly spaced blocks of 256, so that it
+    costs milliseconds even for weights that are only mapped into memory. Names don't count: transformers renames
     parameters between versions. It tells apart weights that were trained differently; it is not a checksum.
     """
     digests = []
@@ -90,8 +92,9 @@ def equal_bits(tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torc
         other = reference[name]
         if tensor.shape != other.shape:
             return False
-        other = other.to(device=tensor.device, dtype=tensor.dtype).contiguous()
-        if not torch.equal(tensor.detach().contiguous().view(torch.uint8), other.view(torch.uint8)):
+        other = other.to(device=tensor.device, dtype=tensor.dtype)
+        # Bits, not values: NaN is not equal to itself, and 0.0 is to -0.0. Flat, as a scalar has no other view.
+        if not torch.equal(*(t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (tensor, other))):
             return False
     return True
 
@@ -131,50 +134,63 @@ def locate(folder: Path, name: str) -> Path:
     what is still there is newer than what is beside it.
     """
     staging = folder / STAGING
-    if staging.is_dir() and not (staging / CONFIG_NAME).exists() and (staging / name).exists():
-        return staging / name
-    return folder / name
+    return staging / name if _is_moving(staging) and (staging / name).exists() else folder / name
 
 
-def _read_json(path: Path) -> Any:
+def _is_moving(staging: Path) -> bool:
+    """Whether the move of a staging folder's files to where they belong has begun, and was interrupted."""
+    return staging.is_dir() and not (staging / CONFIG_NAME).exists()
+
+
+def _obsolete(staging: Path) -> list[str]:
+    """The files of the old model that the new one, in this staging folder, does not have."""
+    try:
+        names = json.loads((staging / OBSOLETE).read_text(encoding="utf-8"))
+        return [name for name in names if name == BACKBONE_FILE or name == HEAD_FILE or _ADAPTER_FILE.fullmatch(name)]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise KAdapterLoadError(f"'{path}' is larger than {_MAX_JSON_BYTES // 2**20} MB: not a file of a K-Adapter.")
         return json.loads(path.read_text(encoding="utf-8"))
+    except KAdapterLoadError:
+        raise
     except FileNotFoundError as error:
-        raise KAdapterLoadError(f"'{path}' is missing: '{path.parent}' is not a whole K-Adapter.") from error
+        raise KAdapterLoadError(
+            f"'{path}' is missing: '{path.parent}' is not a whole K-Adapter. Download or save the model again."
+        ) from error
+    except OSError as error:
+        raise KAdapterLoadError(f"'{path}' can't be read ({error}); download or save the model again.") from error
     except (ValueError, RecursionError) as error:
         raise KAdapterLoadError(f"'{path}' is not valid JSON ({error}); download or save the model again.") from error
 
 
-@contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """`safe_open` that names the file when it is missing, truncated or not safetensors."""
-    if not path.is_file():
-        raise KAdapterLoadError(f"'{path}' is missing; download or save the model again.")
-    try:
-        opened = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise KAdapterLoadError(
-            f"'{path}' is damaged, or not a safetensors file ({error}); download or save it again."
-        ) from error
-    with opened as file:
-        yield file
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
-    All tensors of a safetensors file, mapped into memory and not yet read.
+    All tensors of a safetensors file, mapped into memory and not yet read, and its metadata.
 
     Raises:
         KAdapterLoadError: the file is missing or damaged, or a tensor in it is not of a floating-point dtype.
     """
-    with open_tensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if not path.is_file():
+        raise KAdapterLoadError(f"'{path}' is missing; download or save the model again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = file.metadata() or {}
+    except Exception as error:  # safetensors raises this or that, such as for a dtype that torch has not
+        raise KAdapterLoadError(
+            f"'{path}' is damaged, or not a safetensors file ({error}); download or save it again."
+        ) from error
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and not name.startswith("backbone."):
-            raise KAdapterLoadError(f"'{path}': tensor '{name}' has dtype {tensor.dtype}, not a floating-point one.")
-    return tensors
+            raise KAdapterLoadError(
+                f"'{path}': tensor '{name}' has dtype {tensor.dtype}, not a floating-point one. Download or save it again."
+            )
+    return tensors, metadata
 
 
 def read_index(folder: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -185,16 +201,20 @@ def read_index(folder: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
         KAdapterLoadError: it is missing or damaged, or names a file that no K-Adapter repository has.
     """
     path = locate(folder, SAFE_WEIGHTS_INDEX_NAME)
-    index = _read_json(path)
+    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise KAdapterLoadError(f"'{path}' has no weight_map; download or save the model again.")
     files: dict[str, list[str]] = {}
     for tensor, file in weight_map.items():
-        if file_of(tensor) != file:
+        try:
+            right = file_of(tensor)
+        except KAdapterLoadError as error:
+            raise KAdapterLoadError(f"'{path}': {error} Download or save the model again.") from error
+        if file != right:
             raise KAdapterLoadError(
                 f"'{path}' says that tensor '{tensor[:100]}' is in {str(file)[:100]!r}; a K-Adapter has it in "
-                f"'{file_of(tensor)}'."
+                f"'{right}'. Download or save the model again."
             )
         files.setdefault(file, []).append(tensor)
     metadata = index.get("metadata")
@@ -216,11 +236,14 @@ def check_tensors(expected: Mapping[str, torch.Size], tensors: Mapping[str, torc
         if name not in tensors:
             raise KAdapterLoadError(f"'{path}': tensor '{name}' is missing. Download or save the model again.")
         if name not in expected:
-            raise KAdapterLoadError(f"'{path}': tensor '{name}' is not part of the model that config.json describes.")
+            raise KAdapterLoadError(
+                f"'{path}': tensor '{name}' is not part of the model that is described. Download or save it "
+                "again."
+            )
         if tensors[name].shape != expected[name]:
             raise KAdapterLoadError(
                 f"'{path}': tensor '{name}' has shape {tuple(tensors[name].shape)}, and the model needs "
-                f"{tuple(expected[name])}."
+                f"{tuple(expected[name])}. Download or save it again."
             )
 
 
@@ -250,13 +273,8 @@ def read_file(folder: Path, file: str, names: list[str], expected: str | None) -
         KAdapterLoadError: the file is missing or damaged, or a tensor is missing, extra or changed.
     """
     path = locate(folder, file)
-    tensors = read_tensors(path)
-    for problem, odd in (("missing", set(names) - set(tensors)), ("not in the index", set(tensors) - set(names))):
-        if odd:
-            raise KAdapterLoadError(
-                f"'{path}': tensor '{min(odd)}' is {problem}{f' (and {len(odd) - 1} more)' if len(odd) > 1 else ''}; "
-                "the file and the index are not of one save. Download or save the model again."
-            )
+    tensors, _ = read_tensors(path)
+    check_names(path, tensors, names)
     if expected is not None and fingerprint(tensors.values()) != expected:
         raise KAdapterLoadError(
             f"'{path}' does not hold what was saved: a tensor in it has another dtype, shape or other values. "
@@ -265,11 +283,21 @@ def read_file(folder: Path, file: str, names: list[str], expected: str | None) -
     return tensors
 
 
+def check_names(path: Path, tensors: Iterable[str], names: Iterable[str]) -> None:
+    """Raises `KAdapterLoadError` if a file does not hold just the tensors that the index has for it."""
+    for problem, odd in (("missing", set(names) - set(tensors)), ("not in the index", set(tensors) - set(names))):
+        if odd:
+            raise KAdapterLoadError(
+                f"'{path}': tensor '{min(odd)}' is {problem}{f' (and {len(odd) - 1} more)' if len(odd) > 1 else ''}; "
+                "the file and the index are not of one save. Download or save the model again."
+            )
+
+
 def read_config_dict(folder: Path) -> dict[str, Any]:
-    config = _read_json(locate(folder, CONFIG_NAME))
+    config = read_json(locate(folder, CONFIG_NAME))
     if not isinstance(config, dict):
-        raise KAdapterLoadError(f"'{folder / CONFIG_NAME}' is not a JSON object.")
-    return config
+        raise KAdapterLoadError(f"'{folder / CONFIG_NAME}' is not a JSON object; download or save the model again.")
+    return KAdapterConfig._decode_special_floats(config)
 
 
 # ---- Adapter files --------------------------------------------------------------------------------------------------
@@ -282,10 +310,15 @@ def adapter_metadata(name: str, config: KnowledgeAdapterConfig, tensors: Mapping
     content = {
         "format_version": FORMAT_VERSION,
         "name": name,
-        "config": config.to_portable_dict(),
+        "config": portable(config),
         "fingerprint": fingerprint(tensors.values()),
     }
     return {METADATA_KEY: json.dumps(content | {"checksum": _checksum(content)}, sort_keys=True)}
+
+
+def portable(config: KnowledgeAdapterConfig) -> dict[str, Any]:
+    """An adapter's configuration as it comes back from JSON: keys are strings, and what is no number there is tagged."""
+    return json.loads(json.dumps(config._encode_special_floats(config.to_portable_dict())))
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -305,24 +338,42 @@ def adapter_file(source: str | os.PathLike, name: str | None, **hub_kwargs) -> P
     if path.is_file() or path.suffix == ".safetensors":
         return path
     folder = repository_folder(source, **hub_kwargs)
-    names = sorted(file.stem for file in (folder / ADAPTER_FOLDER).glob("*.safetensors"))
+    places = [folder, folder / STAGING] if _is_moving(folder / STAGING) else [folder]
+    files = {file.name for place in places for file in (place / ADAPTER_FOLDER).glob("*.safetensors")}
+    names = sorted(Path(file).stem for file in files if f"{ADAPTER_FOLDER}/{file}" not in _obsolete(places[-1]))
     if len(names) == 1:
         name = names[0]
+    if not names:
+        raise KAdapterLoadError(
+            f"'{source}' has no knowledge adapter in it, no {ADAPTER_FOLDER}/<name>.safetensors. save_pretrained and "
+            "save_knowledge_adapter write that."
+        )
     if name not in names:
         wanted = "no name was given" if name is None else f"there is no '{name}'"
-        raise KAdapterLoadError(f"'{source}' has the knowledge adapters {names}, and {wanted}.")
+        raise KAdapterLoadError(
+            f"'{source}' has the knowledge adapters {names}, and {wanted}. Say which with name=…, or give the file."
+        )
     return locate(folder, f"{ADAPTER_FOLDER}/{name}.safetensors")
 
 
-def read_adapter(path: Path) -> tuple[str, KnowledgeAdapterConfig, dict[str, torch.Tensor]]:
+class SavedAdapter(NamedTuple):
+    """What an adapter file holds; the tensors' names begin with `adapters.<name>.`."""
+
+    name: str
+    config: KnowledgeAdapterConfig
+    tensors: dict[str, torch.Tensor]
+    fingerprint: str
+
+
+def read_adapter(path: Path) -> SavedAdapter:
     """
-    An adapter file's name, configuration and tensors (without the `adapters.<name>.` before their names).
+    Reads an adapter file.
 
     Raises:
         KAdapterLoadError: missing, damaged, changed since it was saved, or without a K-Adapter's metadata.
     """
-    with open_tensors(path) as file:
-        metadata = (file.metadata() or {}).get(METADATA_KEY)
+    tensors, all_metadata = read_tensors(path)
+    metadata = all_metadata.get(METADATA_KEY)
     if metadata is None:
         raise KAdapterLoadError(
             f"'{path}' has no '{METADATA_KEY}' metadata: it is not a knowledge adapter's file, or a tool that dropped "
@@ -336,10 +387,17 @@ def read_adapter(path: Path) -> tuple[str, KnowledgeAdapterConfig, dict[str, tor
         name, expected = content["name"], content["fingerprint"]
         if checksum != _checksum(content):
             raise KAdapterLoadError(f"'{path}': its metadata was changed or damaged; download or save it again.")
-        config = KnowledgeAdapterConfig(**content["config"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KAdapterLoadError(f"'{path}': its '{METADATA_KEY}' metadata is damaged ({error}).") from error
-    tensors = read_tensors(path)
+        config = KnowledgeAdapterConfig(**KnowledgeAdapterConfig._decode_special_floats(content["config"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise KAdapterLoadError(
+            f"'{path}': its '{METADATA_KEY}' metadata is damaged ({error}); download or save it again."
+        ) from error
+    # Before anything of that size is built.
+    if len(config.backbone_layers or ()) * config.num_hidden_layers > len(tensors):
+        raise KAdapterLoadError(
+            f"'{path}' has {len(tensors)} tensors, too few for the layers that its metadata describes. Download or save "
+            "it again."
+        )
     prefix = f"adapters.{name}."
     odd = [tensor for tensor in tensors if not tensor.startswith(prefix)]
     if odd:
@@ -349,7 +407,7 @@ def read_adapter(path: Path) -> tuple[str, KnowledgeAdapterConfig, dict[str, tor
             f"'{path}' does not hold what was saved: a tensor in it is missing, or has another dtype, shape or other "
             "values. Download or save it again."
         )
-    return name, config, {tensor.removeprefix(prefix): value for tensor, value in tensors.items()}
+    return SavedAdapter(name, config, tensors, expected)
 
 
 def write_adapter(path: Path, name: str, config: KnowledgeAdapterConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -374,7 +432,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
         part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _flush(path)
 
@@ -397,56 +455,54 @@ def replace_files(folder: Path) -> Iterator[Path]:
     If the process dies while the new files are written, the old ones are untouched; if it dies while they are moved,
     `locate` finds the new ones. config.json is moved first: that is the moment at which the folder becomes the new
     model. The index is taken away before the other files are moved and comes last, so that readers that don't know
-    about the staging folder find no checkpoint rather than a mixed one.
+    about the staging folder find no checkpoint rather than a mixed one. What only the old model had goes at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / STAGING
     finish_replacing(folder)
     _discard(staging)
-    # A staging folder without a config.json counts as moved: it gets one before anything else, in one step.
     preparing = folder / f"{STAGING}-new"
-    shutil.rmtree(preparing, ignore_errors=True)
-    preparing.mkdir()
-    (preparing / CONFIG_NAME).touch()
-    os.replace(preparing, staging)
     try:
+        # A staging folder without a config.json counts as moving: it gets one before anything else, in one step.
+        shutil.rmtree(preparing, ignore_errors=True)
+        preparing.mkdir()
+        (preparing / CONFIG_NAME).touch()
+        os.replace(preparing, staging)
         yield staging
+        old, new = _listed_files(folder), _listed_files(staging)
+        write_json(staging / OBSOLETE, sorted(old - new))
+        for parent in {(folder / file).parent for file in new}:
+            parent.mkdir(exist_ok=True)
     except BaseException:
+        shutil.rmtree(preparing, ignore_errors=True)
         _discard(staging)
         raise
-    old = _listed_files(folder)
-    new = _listed_files(staging)
     os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
     finish_replacing(folder)
-    for file in old - new:
-        (folder / file).unlink(missing_ok=True)
 
 
 def finish_replacing(folder: Path) -> None:
     """Moves what an interrupted `replace_files` had begun to move; does nothing where there is nothing to finish."""
     staging = folder / STAGING
-    if not staging.is_dir() or (staging / CONFIG_NAME).exists():
+    if not _is_moving(staging):
         return
-    files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    index = Path(SAFE_WEIGHTS_INDEX_NAME)
-    if index in files:
-        (folder / index).unlink(missing_ok=True)
-        files.remove(index)
-        files.append(index)
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    files = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()} - {OBSOLETE}
+    if SAFE_WEIGHTS_INDEX_NAME in files:
+        (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
+    for file in (*sorted(files - {SAFE_WEIGHTS_INDEX_NAME}), *sorted(files & {SAFE_WEIGHTS_INDEX_NAME})):
         os.replace(staging / file, folder / file)
-    shutil.rmtree(staging, ignore_errors=True)
+    for file in _obsolete(staging):
+        (folder / file).unlink(missing_ok=True)
+    _discard(staging)
 
 
 def _discard(staging: Path) -> None:
-    """Removes a staging folder that is not to count, its config.json last."""
-    for path in staging.iterdir() if staging.is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != CONFIG_NAME:
-            path.unlink()
-    shutil.rmtree(staging, ignore_errors=True)
+    """Removes a staging folder in one step, as half of one could be taken for one whose files are moving."""
+    trash = staging.with_name(f"{STAGING}-old")
+    shutil.rmtree(trash, ignore_errors=True)
+    if staging.is_dir():
+        os.replace(staging, trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def _listed_files(folder: Path) -> set[str]:

@@ -1,6 +1,8 @@
 """Tiny models that the tests share. Built once per session, with random weights, in a temporary folder."""
 
+import hashlib
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +24,17 @@ from transformers import (
     set_seed,
 )
 
-from kadapter_hf import KAdapterModel, KnowledgeAdapterConfig
+from kadapter_hf import (
+    KAdapterForEntityTyping,
+    KAdapterForMaskedLM,
+    KAdapterForMultipleChoice,
+    KAdapterForQuestionAnswering,
+    KAdapterForRelationClassification,
+    KAdapterForSequenceClassification,
+    KAdapterForTokenClassification,
+    KAdapterModel,
+    KnowledgeAdapterConfig,
+)
 
 
 WORDS = (
@@ -65,6 +77,16 @@ TINY = {
         local_attention=8,
     ),
 }
+ALL_CLASSES = (
+    KAdapterModel,
+    KAdapterForMaskedLM,
+    KAdapterForSequenceClassification,
+    KAdapterForTokenClassification,
+    KAdapterForQuestionAnswering,
+    KAdapterForMultipleChoice,
+    KAdapterForEntityTyping,
+    KAdapterForRelationClassification,
+)
 SMALL_ADAPTER = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
 
 
@@ -90,6 +112,51 @@ def batch(rows: int = 3, length: int = 10, seed: int = 0, padding: int = 0) -> d
         input_ids[-1, -padding:] = 1
         attention_mask[-1, -padding:] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def inputs_for(model_class: type, rows: int = 4, **kwargs) -> dict[str, torch.Tensor]:
+    """A `batch` with what else the class takes: marker positions, or two choices in each row."""
+    inputs = batch(rows, **kwargs)
+    if model_class is KAdapterForEntityTyping:
+        inputs["entity_start"] = torch.arange(rows) + 1
+    elif model_class is KAdapterForRelationClassification:
+        inputs["subject_start"] = torch.arange(rows) + 1
+        inputs["object_start"] = torch.arange(rows) // 2
+    elif model_class is KAdapterForMultipleChoice:
+        inputs = {name: tensor.view(rows // 2, 2, -1) for name, tensor in inputs.items()}
+    return inputs
+
+
+def labels_for(model_class: type, inputs: dict[str, torch.Tensor], num_labels: int = 2) -> dict[str, torch.Tensor]:
+    """Labels that fit `inputs_for`, under the names that the class has for them."""
+    generator = torch.Generator().manual_seed(1)
+    shape = inputs["input_ids"].shape
+    if model_class is KAdapterModel:
+        return {}
+    if model_class is KAdapterForMaskedLM:
+        return {"labels": inputs["input_ids"].clone()}
+    if model_class is KAdapterForTokenClassification:
+        return {"labels": torch.randint(num_labels, shape, generator=generator)}
+    if model_class is KAdapterForQuestionAnswering:
+        return {"start_positions": torch.ones(shape[0]).long(), "end_positions": torch.full((shape[0],), 3)}
+    if model_class is KAdapterForEntityTyping:
+        return {"labels": torch.randint(2, (shape[0], num_labels), generator=generator).float()}
+    return {"labels": torch.randint(2, (shape[0],), generator=generator)}
+
+
+def assert_same_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Both have the same tensors, bit for bit and of the same dtype."""
+    found, expected = model.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+
+
+def contents(folder) -> dict[str, str]:
+    """The SHA-256 of every file below a folder, by its path in there."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="session")
