@@ -90,6 +90,7 @@ floor: $(FLOOR)/.installed
 # mypy can't follow the import hook of an editable install, so it gets the installed layout as a tree of links.
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	@rm -rf build/typing && mkdir -p build/typing/kadapter_hf
 	@ln -s $(CURDIR)/kadapter_hf/* $(MAPPED:%=$(CURDIR)/%) build/typing/kadapter_hf/
 	cd build/typing && $(CURDIR)/$(VENV)/bin/python -m mypy --config-file $(CURDIR)/pyproject.toml \

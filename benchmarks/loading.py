@@ -37,7 +37,7 @@ folder, kind = sys.argv[1:]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
 if kind == "floor":
-    model = AutoModel.from_pretrained(folder + "/backbone", add_pooling_layer=False)
+    model = AutoModel.from_pretrained(folder + "/backbone")
     adapters = [load_file(f"{folder}/kadapter/adapters/{name}.safetensors") for name in ("factual", "linguistic")]
     loaded = list(model.state_dict().values()) + [t for file in adapters for t in file.values()]
 else:

@@ -79,10 +79,10 @@ class KnowledgeAdapter(nn.Module):
             attention_mask = None
         elif attention_mask is not None:
             attention_mask = attention_mask.to(weight.device)
-        output = None
-        for index, layer in zip(self.config.backbone_layers, self.layers, strict=True):
-            state = hidden_states[index].to(device=weight.device, dtype=weight.dtype)
-            output = layer(state if output is None else state + output, attention_mask)
+        states = [hidden_states[i].to(device=weight.device, dtype=weight.dtype) for i in self.config.backbone_layers]
+        output = self.layers[0](states[0], attention_mask)
+        for layer, state in zip(self.layers[1:], states[1:], strict=True):
+            output = layer(state + output, attention_mask)
         return output
 
 

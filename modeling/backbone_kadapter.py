@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -61,7 +60,22 @@ def _without_load_report() -> Iterator[None]:
         log.removeFilter(keep)
 
 
-def check_is_encoder(config: PreTrainedConfig, model_class: type | None = None) -> None:
+@contextlib.contextmanager
+def _in_every_process() -> Iterator[None]:
+    """
+    Loads weights in every process, also where transformers would leave that to the first one, which is how
+    `accelerate launch --use_fsdp` sets it up: all of them check what they have loaded.
+    """
+    variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[variable] = before
+
+
+def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
     """
     Refuses what can't be a backbone yet.
 
@@ -80,12 +94,13 @@ def check_is_encoder(config: PreTrainedConfig, model_class: type | None = None) 
     causal_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     if causal_only or getattr(config, "is_decoder", False):
         raise KAdapterConfigError(f"{name} is a decoder; a K-Adapter's backbone must be an encoder.")
-    if model_class is None and type(config) in MODEL_MAPPING:
-        model_class = MODEL_MAPPING[type(config)]
+    model_class = model_class or _class_of(config)
     if model_class is None:
         return
     if getattr(model_class, "main_input_name", "input_ids") != "input_ids":
-        raise KAdapterConfigError(f"{name} reads '{model_class.main_input_name}', not the token ids of a text encoder.")
+        raise KAdapterConfigError(
+            f"{name} reads '{model_class.main_input_name}', not the token ids of a text encoder."
+        )
     recorded = "hidden_states" in (getattr(model_class, "_can_record_outputs", None) or {})
     if not recorded and "output_hidden_states" not in inspect.signature(model_class.forward).parameters:
         raise KAdapterConfigError(f"{name} returns no hidden states, which knowledge adapters read.")
@@ -93,9 +108,26 @@ def check_is_encoder(config: PreTrainedConfig, model_class: type | None = None) 
         raise KAdapterConfigError(f"{name} does not say its hidden_size and num_hidden_layers.")
 
 
+def masked_lm_class(config: PreTrainedConfig) -> Any:
+    """
+    The class that `AutoModelForMaskedLM` would choose.
+
+    Raises:
+        KAdapterConfigError: the type has none.
+    """
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise KAdapterConfigError(f"transformers has no masked-language model of type '{config.model_type}'.")
+    return MODEL_FOR_MASKED_LM_MAPPING[type(config)]
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    """The class that `AutoModel` would choose, or None."""
+    return MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+
+
 def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
     """Nothing here reads the pooler, and where a checkpoint lacks one it would be random."""
-    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    model_class = _class_of(config)
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         return {"add_pooling_layer": False}
     return {}
@@ -112,7 +144,7 @@ def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A backbone with random weights, as `AutoModel.from_config` makes it, but without a pooler."""
     check_is_encoder(config)
     # AutoModel.from_config would not pass the argument on, so the class that it would choose is called itself.
-    return MODEL_MAPPING[type(config)]._from_config(config, **_without_pooler(config))
+    return _class_of(config)._from_config(config, **_without_pooler(config))
 
 
 def load_backbone(
@@ -140,18 +172,18 @@ def load_backbone(
         except Exception as error:  # whatever a foreign configuration class refuses with
             raise _not_loaded(name, error) from error
     check_is_encoder(config)
+    if with_lm_head:
+        masked_lm_class(config)
     if expected is not None:
         check_same_kind(config, expected, name)
     try:
         auto_class = AutoModelForMaskedLM if with_lm_head else AutoModel
         extra = {} if with_lm_head else _without_pooler(config)
-        with _without_load_report():
-            loaded, info = auto_class.from_pretrained(
-                name, config=config, output_loading_info=True, **extra, **kwargs
-            )
-    except torch.OutOfMemoryError:
+        with _in_every_process(), _without_load_report():
+            loaded, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **extra, **kwargs)
+    except (ImportError, TypeError, torch.OutOfMemoryError):  # not the backbone's fault
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # its files', for which there are many errors
         raise _not_loaded(name, error) from error
     prefix = f"{loaded.base_model_prefix}." if with_lm_head else ""
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
@@ -186,7 +218,7 @@ def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: 
 
 def is_opaque(backbone: PreTrainedModel) -> bool:
     """Whether the weights are quantised or offloaded, and so not those that are stored."""
-    quantised = getattr(backbone, "hf_quantizer", None) is not None
+    quantised = getattr(backbone.config, "quantization_config", None) is not None
     return quantised or any(parameter.is_meta for parameter in backbone.parameters())
 
 
@@ -217,7 +249,9 @@ def fingerprint_if_as_named(
     return fingerprint(reference.values())
 
 
-def stored_backbone(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any, **kwargs) -> PreTrainedModel:
+def stored_backbone(
+    config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any, **kwargs
+) -> PreTrainedModel:
     """
     A backbone from the tensors that a K-Adapter repository holds itself.
 
@@ -226,8 +260,8 @@ def stored_backbone(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], 
     """
     check_is_encoder(config)
     try:
-        with _without_load_report():
-            backbone, info = MODEL_MAPPING[type(config)].from_pretrained(
+        with _in_every_process(), _without_load_report():
+            backbone, info = _class_of(config).from_pretrained(
                 None,
                 config=config,
                 state_dict={name.removeprefix("backbone."): tensor for name, tensor in tensors.items()},

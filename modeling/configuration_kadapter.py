@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import re
 from typing import Any, Literal
 
@@ -141,6 +142,10 @@ class KnowledgeAdapterConfig(PreTrainedConfig):
         for field in ("layer_norm_eps", "initializer_range"):
             if not 0 < getattr(self, field) < float("inf"):
                 raise KAdapterConfigError(f"{field} must be a positive number, not {getattr(self, field)}.")
+        try:
+            json.dumps(self.provenance)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise KAdapterConfigError(f"provenance must consist of JSON values: {error}.") from error
         if self.hidden_act not in ACT2FN:
             raise KAdapterConfigError(f"hidden_act {self.hidden_act!r} is not one of transformers' activations.")
         if self.backbone_layers is not None:
@@ -239,7 +244,8 @@ class KAdapterConfig(PreTrainedConfig):
             raise KAdapterConfigError(f"dtype {self.dtype!r} is not one of torch's.")
         self.backbone_config = self._build_backbone_config(self.backbone_config)
         self.knowledge_adapters = {
-            name: self._build_adapter_config(name, adapter) for name, adapter in (self.knowledge_adapters or {}).items()
+            name: self._build_adapter_config(name, adapter)
+            for name, adapter in (self.knowledge_adapters or {}).items()
         }
         if self.active_knowledge_adapters is None:
             self.active_knowledge_adapters = list(self.knowledge_adapters)
@@ -260,7 +266,9 @@ class KAdapterConfig(PreTrainedConfig):
                 )
             return _roberta_large()
         if not isinstance(config, dict):
-            raise KAdapterConfigError(f"backbone_config must be a dict or a configuration, not {type(config).__name__}.")
+            raise KAdapterConfigError(
+                f"backbone_config must be a dict or a configuration, not {type(config).__name__}."
+            )
         config = dict(config)
         model_type = config.pop("model_type", None)
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == "kadapter":
@@ -310,7 +318,13 @@ class KAdapterConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         # What the backbone knows better: tools that read a model's sizes ask the outer configuration.
-        if name in ("hidden_size", "vocab_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings"):
+        if name in (
+            "hidden_size",
+            "vocab_size",
+            "num_hidden_layers",
+            "max_position_embeddings",
+            "tie_word_embeddings",
+        ):
             return getattr(self.backbone_config, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 

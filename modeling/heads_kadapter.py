@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -14,8 +14,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .backbone_kadapter import check_is_encoder
-from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig
+from .backbone_kadapter import check_is_encoder, masked_lm_class
+from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
 
 
@@ -34,7 +34,9 @@ __all__ = [
 ]
 
 
-def _reduce(total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+def _reduce(
+    total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
     """
     The mean of `count` losses, or this micro-batch's share of it: Trainer, when it accumulates gradients, gives the
     number of labels in all the micro-batches of a step, and adds up what it gets. Without any label it is 0.
@@ -86,7 +88,9 @@ def _at(state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 def _check_marker(name: str, positions: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
     batch, length = state.shape[:2]
     if positions is None:
-        raise ValueError(f"{name} is missing: the position of the marker before the entity in each row, shape (batch,).")
+        raise ValueError(
+            f"{name} is missing: the position of the marker before the entity in each row, shape (batch,)."
+        )
     if positions.shape != (batch,) or positions.is_floating_point():
         raise ValueError(
             f"{name} must be a LongTensor of shape ({batch},), not {positions.dtype} of {tuple(positions.shape)}."
@@ -430,12 +434,7 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         """`backbone` may be a masked-language model, whose head is then used, or an encoder, and the head is new."""
         if backbone is None or backbone.base_model is backbone:
             check_is_encoder(config.backbone_config)
-            if type(config.backbone_config) not in MODEL_FOR_MASKED_LM_MAPPING:
-                raise KAdapterConfigError(
-                    f"transformers has no masked-language model of type '{config.backbone_config.model_type}'."
-                )
-            lm_class = MODEL_FOR_MASKED_LM_MAPPING[type(config.backbone_config)]
-            with_head = lm_class._from_config(config.backbone_config)
+            with_head = masked_lm_class(config.backbone_config)._from_config(config.backbone_config)
             if backbone is not None:
                 setattr(with_head, with_head.base_model_prefix, backbone)
         else:
@@ -451,7 +450,8 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         ties = with_head.get_expanded_tied_weights_keys(all_submodels=False)
         to_backbone = {target: source for target, source in ties.items() if source.startswith(f"{prefix}.")}
         self._tied_weights_keys = {
-            f"lm_head.{target}": f"backbone.{source.removeprefix(prefix + '.')}" for target, source in to_backbone.items()
+            f"lm_head.{target}": f"backbone.{source.removeprefix(prefix + '.')}"
+            for target, source in to_backbone.items()
         }
         within = {target: source for target, source in ties.items() if target not in to_backbone}
         with_head._tied_weights_keys = with_head.all_tied_weights_keys = within

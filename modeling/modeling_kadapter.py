@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
+from transformers import PreTrainedModel, initialization as init
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer, KnowledgeFusion
 from .backbone_kadapter import drop_pooler, new_backbone
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig, check_adapter_name
-from .repository_kadapter import RepositoryMixin, peft_parameters, plain_state_dict
+from .repository_kadapter import RepositoryModel, peft_parameters, plain_state_dict
 from .storage_kadapter import (
     BackboneMismatchError,
     adapter_file,
@@ -47,7 +46,7 @@ class KAdapterModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
+class KAdapterPreTrainedModel(RepositoryModel):
     """
     What every K-Adapter class shares: construction, knowledge adapters by name, freezing, saving and loading.
 
@@ -98,6 +97,12 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
     def post_init(self) -> None:
         super().post_init()
         self._update_trainable()
+        # FSDP makes a unit of each of these. The input embeddings can't be inside one: accelerate makes one of them
+        # alone, and a language-model head needs those that it is tied to.
+        embeddings = self.get_input_embeddings()
+        path = next((name for name, module in self.backbone.named_modules() if module is embeddings), "").split(".")
+        around = {type(self.backbone.get_submodule(".".join(path[:end]))).__name__ for end in range(len(path))}
+        self._no_split_modules = set(self._no_split_modules or ()) - around
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
@@ -447,11 +452,12 @@ class KAdapterPreTrainedModel(RepositoryMixin, PreTrainedModel):
         return self
 
     def _settle_modes(self) -> None:
-        for parts in ([self.backbone], *([adapter] for adapter in self.adapters.values()), list(self._head_parts())):
-            trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        groups: list[list[nn.Module]] = [[self.backbone], *([adapter] for adapter in self.adapters.values())]
+        for parts in (*groups, list(self._head_parts())):
+            mode = self.training and any(p.requires_grad for part in parts for p in part.parameters())
             for part in parts:
-                if part.training != (self.training and trains):
-                    part.train(self.training and trains)
+                if part.training != mode:
+                    part.train(mode)
 
     # ---- Forward ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,15 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization as init
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file, is_peft_available, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    find_adapter_config_file,
+    is_peft_available,
+    logging,
+)
 
+from .adapters_kadapter import KnowledgeFusion
 from .backbone_kadapter import (
     check_is_encoder,
     check_same_kind,
@@ -21,6 +29,7 @@ from .backbone_kadapter import (
     fingerprint_if_as_named,
     is_opaque,
     load_backbone,
+    masked_lm_class,
     stored_backbone,
 )
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
@@ -71,8 +80,23 @@ CLASSIFIERS = ("KAdapterForSequenceClassification", "KAdapterForEntityTyping", "
 ENTRY_MODULE = "heads_kadapter"
 
 
-class RepositoryMixin:
-    """The part of `KAdapterPreTrainedModel` that has to do with files."""
+class RepositoryModel(PreTrainedModel):
+    """The part of `KAdapterPreTrainedModel` that has to do with files; what it needs of the rest is declared here."""
+
+    config: KAdapterConfig
+    config_class: type[KAdapterConfig]
+    backbone: PreTrainedModel
+    adapters: nn.ModuleDict
+    fusion: KnowledgeFusion
+    all_tied_weights_keys: dict[str, str]
+    _sources: dict[str, str]
+    _noted: dict[str, str]
+    _backbone_trained: bool
+    _head_parts: Callable[[], Iterable[nn.Module]]
+    _note_weights: Callable[..., None]
+    _update_fingerprints: Callable[[dict[str, torch.Tensor]], None]
+    add_knowledge_adapter: Callable[..., None]
+    load_knowledge_adapter: Callable[..., str]
 
     _needs_lm_head = False
 
@@ -115,7 +139,10 @@ class RepositoryMixin:
             name = os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone)
             loaded = load_backbone(name, with_lm_head=cls._needs_lm_head, **kwargs)
             revision = commit_of(name, **hub_kwargs)
-            as_stored = kwargs.get("dtype") in (None, "auto") and not kwargs.keys() & {"quantization_config", "device_map"}
+            as_stored = kwargs.get("dtype") in (None, "auto") and not kwargs.keys() & {
+                "quantization_config",
+                "device_map",
+            }
         config = cls.config_class(
             backbone_name_or_path=name,
             backbone_revision=revision,
@@ -180,7 +207,14 @@ class RepositoryMixin:
             )
         hub_kwargs = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "subfolder") if key in kwargs}
         source, peft_source = _without_peft(pretrained_model_name_or_path, kwargs, hub_kwargs)
-        for unused in ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_name", "code_revision", "use_safetensors"):
+        for unused in (
+            "_from_auto",
+            "_from_pipeline",
+            "_commit_hash",
+            "adapter_name",
+            "code_revision",
+            "use_safetensors",
+        ):
             kwargs.pop(unused, None)
         dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
         kwargs.pop("dtype", None)
@@ -214,7 +248,9 @@ class RepositoryMixin:
         )
         model._backbone_stored = stored is not None
         in_repository = backbone is None and stored is not None
-        model._sources["backbone"] = os.fspath(source) if in_repository else config.backbone_name_or_path or "a loaded model"
+        model._sources["backbone"] = (
+            os.fspath(source) if in_repository else config.backbone_name_or_path or "a loaded model"
+        )
         model._sources |= {f"adapters.{name}": os.fspath(source) for name in model.adapters}
         model._sources["fusion"] = model._sources["head"] = os.fspath(source)
         if cls._needs_lm_head and not has_lm_head:
@@ -278,10 +314,12 @@ class RepositoryMixin:
         if isinstance(given, PreTrainedModel):
             check_same_kind(given.config, config.backbone_config, given.config.name_or_path)
             drop_pooler(given)
-            loaded = given
+            loaded = given if with_lm_head else given.base_model
         elif given is None and stored is not None:
             kwargs.pop("trust_remote_code", None)
-            loaded = stored_backbone(config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **kwargs)
+            loaded = stored_backbone(
+                config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **kwargs
+            )
         elif given is None and name is None:
             raise KAdapterLoadError(
                 f"'{config.name_or_path}' names no backbone and holds none. Give it with backbone=<folder or model>."
@@ -322,10 +360,17 @@ class RepositoryMixin:
     @staticmethod
     def _with_lm_head(backbone: PreTrainedModel, name: str | None, **hub_kwargs) -> PreTrainedModel:
         """The backbone inside its masked-language-model class, whose head comes from the named repository."""
-        if backbone.base_model is not backbone:
-            return backbone
+        if isinstance(backbone, masked_lm_class(backbone.config)):
+            if hasattr(backbone, "_hf_hook"):  # accelerate has bound its forward to this very object
+                return backbone
+            with_head = copy.copy(backbone)  # the K-Adapter takes the encoder out of it
+            with_head._modules = dict(backbone._modules)
+            return with_head
+        backbone = backbone.base_model
         if name is None:
-            raise KAdapterLoadError("the backbone is not from a repository that its language-model head could come from.")
+            raise KAdapterLoadError(
+                "the backbone is not from a repository that its language-model head could come from."
+            )
         with_head = load_backbone(name, with_lm_head=True, dtype=backbone.dtype, **hub_kwargs)
         setattr(with_head, with_head.base_model_prefix, backbone)
         return with_head
@@ -341,43 +386,37 @@ class RepositoryMixin:
         ignore_mismatched_sizes: bool,
     ) -> dict[str, Any]:
         """Fills all but the backbone (and the head that came with it) from a repository's files."""
-        there = ("backbone", "lm_head") if lm_head_is_there else ("backbone",)
-        parts = {name: part for name, part in self.named_children() if name not in there}
+        for file, saved in adapters.items():
+            _fill(self.adapters[saved.name], f"adapters.{saved.name}.", saved.tensors, locate(folder, file))
+            self._noted[f"adapters.{saved.name}"] = saved.fingerprint
+        path = locate(folder, HEAD_FILE)
+        found = (
+            read_file(folder, HEAD_FILE, files[HEAD_FILE], fingerprints.get(HEAD_FILE)) if HEAD_FILE in files else {}
+        )
+        _fill(self.fusion, "fusion.", part_of(found, "fusion"), path)
         wanted = {
             name: tensor.shape
-            for part_name, part in parts.items()
+            for part_name, part in self.named_children()
+            if part_name not in ("backbone", "adapters", "fusion")
+            and not (part_name == "lm_head" and lm_head_is_there)
             for name, tensor in part.state_dict(prefix=f"{part_name}.").items()
             if name not in self.all_tied_weights_keys
         }
-        tensors: dict[str, torch.Tensor] = {}
-        dropped: list[str] = []
-        for file in {HEAD_FILE: None, **{file_of(name): None for name in wanted}, **files}:
-            if file == BACKBONE_FILE:
-                continue
-            path = locate(folder, file)
-            expected = {name: shape for name, shape in wanted.items() if file_of(name) == file}
-            if file != HEAD_FILE:
-                found = adapters[file].tensors
-                self._noted[f"adapters.{adapters[file].name}"] = adapters[file].fingerprint
-            else:
-                found = read_file(folder, file, files[file], fingerprints.get(file)) if file in files else {}
-            if file == HEAD_FILE and saved_class != type(self).__name__:
-                dropped = [name for name in found if not name.startswith("fusion.")]
-                found = {name: tensor for name, tensor in found.items() if name.startswith("fusion.")}
-            is_new = {name for name in expected if file == HEAD_FILE and not name.startswith("fusion.")}
-            if not is_new & found.keys():
-                expected = {name: shape for name, shape in expected.items() if name not in is_new}
-            if ignore_mismatched_sizes:
-                for name in is_new & found.keys():
-                    if name in expected and found[name].shape != expected[name]:
-                        del expected[name], found[name]
-            check_tensors(expected, found, path)
-            tensors |= found
-        for name, part in parts.items():
-            own = {key.removeprefix(f"{name}."): tensor for key, tensor in part_of(tensors, name).items()}
-            part.load_state_dict(own, strict=False, assign=True)
+        head = {name: tensor for name, tensor in found.items() if not name.startswith("fusion.")}
+        dropped = head if saved_class != type(self).__name__ else {}
+        if dropped:
+            head = {}
+        if ignore_mismatched_sizes:
+            head = {name: tensor for name, tensor in head.items() if wanted.get(name, tensor.shape) == tensor.shape}
+        # All of it comes from the file, or none, but for what was left out just now.
+        expected = {
+            name: shape for name, shape in wanted.items() if name in head or (head and not ignore_mismatched_sizes)
+        }
+        check_tensors(expected, head, path)
+        if head:
+            self.load_state_dict(head, strict=False, assign=True)
         self.tie_weights()
-        new = sorted(wanted.keys() - tensors.keys())
+        new = sorted(wanted.keys() - head.keys())
         for part in {name.partition(".")[0] for name in new}:
             self.get_submodule(part).to(self._own_dtype()).apply(self._init_weights)
         if new:
@@ -480,6 +519,12 @@ class RepositoryMixin:
         folder = Path(save_directory)
         if folder.is_file():
             raise KAdapterLoadError(f"'{folder}' is a file; save_pretrained needs a folder.")
+        backbone_name = self.config.backbone_name_or_path
+        if backbone_name and os.path.isdir(backbone_name) and folder.exists() and folder.samefile(backbone_name):
+            raise KAdapterLoadError(
+                f"'{folder}' holds the backbone: saved there, the K-Adapter would take the place of its config.json. "
+                "Choose another folder."
+            )
         state = plain_state_dict(self, state_dict)
         tied = set(self.all_tied_weights_keys)
         backbone = part_of(state, "backbone")
@@ -489,11 +534,13 @@ class RepositoryMixin:
         own = {name: tensor for name, tensor in state.items() if name not in backbone and name not in tied}
         saved = own if named is not None else own | {name: backbone[name] for name in backbone if name not in tied}
         self._update_fingerprints(state)
-        self.config.backbone_fingerprint = named if named is not None else fingerprint(
-            tensor for name, tensor in saved.items() if name in backbone
+        self.config.backbone_fingerprint = (
+            named if named is not None else fingerprint(tensor for name, tensor in saved.items() if name in backbone)
         )
         self.config.architectures = [type(self).__name__.removeprefix("FSDP")]
-        self.config.dtype = next((str(tensor.dtype) for tensor in own.values()), str(self.dtype)).removeprefix("torch.")
+        self.config.dtype = next((str(tensor.dtype) for tensor in own.values()), str(self.dtype)).removeprefix(
+            "torch."
+        )
         with replace_files(folder) as staging:
             self._write_files(staging, saved)
         self._backbone_stored = named is None
@@ -550,6 +597,12 @@ class RepositoryMixin:
         return fingerprint_if_as_named(self.backbone, state, self.config, local_files_only=True, **kwargs)
 
 
+def _fill(module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Makes `tensors`, which have just the names and shapes of the module's, the module's own."""
+    check_tensors({name: own.shape for name, own in module.state_dict(prefix=prefix).items()}, tensors, path)
+    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
+
+
 # ---- What PEFT puts into a model ----------------------------------------------------------------------------------------
 
 
@@ -574,9 +627,7 @@ def peft_parameters(model: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def plain_state_dict(
-    model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
+def plain_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """A model's state dict, or the one given, as if PEFT had not been there."""
     state_dict = model.state_dict() if state_dict is None else state_dict
     layers = _peft_layers(model)

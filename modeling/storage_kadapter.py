@@ -154,7 +154,9 @@ def _obsolete(staging: Path) -> list[str]:
 def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise KAdapterLoadError(f"'{path}' is larger than {_MAX_JSON_BYTES // 2**20} MB: not a file of a K-Adapter.")
+            raise KAdapterLoadError(
+                f"'{path}' is larger than {_MAX_JSON_BYTES // 2**20} MB: not a file of a K-Adapter."
+            )
         return json.loads(path.read_text(encoding="utf-8"))
     except KAdapterLoadError:
         raise
@@ -237,8 +239,7 @@ def check_tensors(expected: Mapping[str, torch.Size], tensors: Mapping[str, torc
             raise KAdapterLoadError(f"'{path}': tensor '{name}' is missing. Download or save the model again.")
         if name not in expected:
             raise KAdapterLoadError(
-                f"'{path}': tensor '{name}' is not part of the model that is described. Download or save it "
-                "again."
+                f"'{path}': tensor '{name}' is not part of the model that is described. Download or save it again."
             )
         if tensors[name].shape != expected[name]:
             raise KAdapterLoadError(
@@ -318,7 +319,10 @@ def adapter_metadata(name: str, config: KnowledgeAdapterConfig, tensors: Mapping
 
 def portable(config: KnowledgeAdapterConfig) -> dict[str, Any]:
     """An adapter's configuration as it comes back from JSON: keys are strings, and what is no number there is tagged."""
-    return json.loads(json.dumps(config._encode_special_floats(config.to_portable_dict())))
+    try:
+        return json.loads(json.dumps(config._encode_special_floats(config.to_portable_dict())))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise KAdapterConfigError(f"a knowledge adapter's configuration holds what JSON can't: {error}") from error
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ SIZES = json.loads((REFERENCE / "reference_outputs.json").read_text())
 NAMES = {"factual": "fac", "linguistic": "lin"}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def by_rule(name: str, shape: tuple[int, ...], scale: float, offset: float = 0.0) -> torch.Tensor:
     """The value of a tensor under the closed rule that stands for the original run's weights."""
     count = int(np.prod(shape))
@@ -44,7 +44,9 @@ def fill(module: torch.nn.Module, prefix: str, rename=lambda name: name) -> None
         is_norm = name.endswith("LayerNorm.weight")
         scale = 0.1 if is_norm else 0.02 if name.endswith("bias") else 0.05
         with torch.no_grad():
-            parameter.copy_(by_rule(f"{prefix}.{rename(name)}", tuple(parameter.shape), scale, 1.0 if is_norm else 0.0))
+            parameter.copy_(
+                by_rule(f"{prefix}.{rename(name)}", tuple(parameter.shape), scale, 1.0 if is_norm else 0.0)
+            )
 
 
 def adapter_config() -> KnowledgeAdapterConfig:

