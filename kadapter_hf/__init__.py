@@ -38,10 +38,19 @@ AutoModelForMaskedLM.register(KAdapterConfig, KAdapterForMaskedLM, exist_ok=True
 AutoModelForTokenClassification.register(KAdapterConfig, KAdapterForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(KAdapterConfig, KAdapterForQuestionAnswering, exist_ok=True)
 AutoModelForMultipleChoice.register(KAdapterConfig, KAdapterForMultipleChoice, exist_ok=True)
-# Of several classes the Auto class takes the one that config.json's `architectures` names.
+
+
+class _SeveralClasses(tuple):
+    """Of several classes an Auto class takes the one that config.json's `architectures` names."""
+
+    __name__ = KAdapterForSequenceClassification.__name__  # pipelines of older transformers ask each entry for it
+
+
 AutoModelForSequenceClassification.register(
     KAdapterConfig,
-    (KAdapterForSequenceClassification, KAdapterForEntityTyping, KAdapterForRelationClassification),
+    _SeveralClasses(
+        (KAdapterForSequenceClassification, KAdapterForEntityTyping, KAdapterForRelationClassification)
+    ),
     exist_ok=True,
 )
 

@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_BACKBONE = "FacebookAI/roberta-large"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# More than any model has; and a configuration makes lists of these lengths.
+_MOST = {"num_labels": 10**7, "num_hidden_layers": 10**4}
 # One path-safe segment: it names a file in the repository and is one part of a tensor's dotted name.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -30,8 +32,9 @@ def _refuse_clearly(cls):
     original_init = cls.__init__
 
     @functools.wraps(original_init)
-    def __init__(self, *args, **kwargs):
+    def __init__(self, /, *args, **kwargs):
         try:
+            _check_common(kwargs)
             original_init(self, *args, **kwargs)
         except KAdapterConfigError:
             raise
@@ -43,6 +46,25 @@ def _refuse_clearly(cls):
 
     cls.__init__ = __init__
     return cls
+
+
+def _check_common(fields: dict[str, Any]) -> None:
+    """Refuses what transformers' own configuration class takes on trust, to fail with it later or never to finish."""
+    for field in ("dtype", "torch_dtype"):
+        dtype = fields.get(field)
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(named, torch.dtype):
+            raise KAdapterConfigError(f"{field} {dtype!r} is not one of torch's.")
+    for field, most in _MOST.items():
+        value = fields.get(field)
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise KAdapterConfigError(f"{field} must be between 1 and {most:,}, not {value}.")
+    architectures = fields.get("architectures") or []
+    if not isinstance(architectures, (list, tuple)) or not all(isinstance(name, str) for name in architectures):
+        raise KAdapterConfigError(f"architectures must be a list of class names, not {architectures!r}.")
+    quantization = fields.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict) and not hasattr(quantization, "to_dict"):
+        raise KAdapterConfigError(f"quantization_config must be a dict or a configuration, not {quantization!r}.")
 
 
 def check_adapter_name(name: Any) -> str:
@@ -176,8 +198,19 @@ class KnowledgeAdapterConfig(PreTrainedConfig):
         return config
 
     def to_portable_dict(self) -> dict[str, Any]:
-        """The fields that describe the adapter: what config.json and the adapter file's metadata hold."""
-        return {key: value for key, value in sorted(self.to_dict().items()) if key not in _fields_of_every_config()}
+        """
+        The fields that describe the adapter: what config.json and the adapter file's metadata hold.
+
+        As they come back from JSON: its keys are strings, and infinities and NaN are tagged there, not numbers.
+
+        Raises:
+            KAdapterConfigError: a value that JSON has no words for.
+        """
+        fields = {key: value for key, value in sorted(self.to_dict().items()) if key not in _fields_of_every_config()}
+        try:
+            return self._decode_special_floats(json.loads(json.dumps(self._encode_special_floats(fields))))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise KAdapterConfigError(f"a knowledge adapter's configuration holds what JSON can't: {error}") from error
 
 
 @functools.cache
@@ -240,8 +273,6 @@ class KAdapterConfig(PreTrainedConfig):
     freeze_head: bool = False
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise KAdapterConfigError(f"dtype {self.dtype!r} is not one of torch's.")
         self.backbone_config = self._build_backbone_config(self.backbone_config)
         self.knowledge_adapters = {
             name: self._build_adapter_config(name, adapter)
@@ -277,6 +308,7 @@ class KAdapterConfig(PreTrainedConfig):
                 "backbone with."
             )
         try:
+            _check_common(config)
             return CONFIG_MAPPING[model_type](**config)
         except Exception as error:  # whatever a foreign configuration class refuses with
             raise KAdapterConfigError(f"backbone_config ({model_type}): {error}") from error

@@ -1,7 +1,7 @@
 """K-Adapter: a frozen backbone, knowledge adapters beside it, and their fusion."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer, KnowledgeFusion
 from .backbone_kadapter import drop_pooler, new_backbone
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig, check_adapter_name
-from .repository_kadapter import RepositoryModel, peft_parameters, plain_state_dict
+from .repository_kadapter import RepositoryModel, check_says_of_peft, peft_parameters, plain_state_dict
 from .storage_kadapter import (
     BackboneMismatchError,
     adapter_file,
@@ -361,6 +361,11 @@ class KAdapterPreTrainedModel(RepositoryModel):
                 adapter.backbone_fingerprint = self.backbone_fingerprint(state_dict)
                 adapter.backbone_name_or_path = self.config.backbone_name_or_path
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
+        """As `nn.Module.load_state_dict`; also refuses a checkpoint that can't restore this model's PEFT adapter."""
+        check_says_of_peft(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     # ---- Freezing ---------------------------------------------------------------------------------------------------
 
     def freeze_backbone(self) -> None:
@@ -418,7 +423,7 @@ class KAdapterPreTrainedModel(RepositoryModel):
     def _update_trainable(self) -> None:
         """Sets `requires_grad` from the configuration; what a forward pass doesn't use doesn't train (DDP insists)."""
         config, active = self.config, self.config.active_knowledge_adapters
-        peft = peft_parameters(self) if getattr(self, "_hf_peft_config_loaded", False) else set()  # PEFT decides
+        peft = peft_parameters(self)  # PEFT decides about its own
 
         def set_trainable(module: nn.Module, trainable: bool) -> None:
             for parameter in module.parameters():

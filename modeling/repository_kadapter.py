@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from .storage_kadapter import (
     SavedAdapter,
     adapter_metadata,
     check_names,
+    check_peft_settled,
     check_tensors,
     code_files,
     file_of,
@@ -219,6 +220,7 @@ class RepositoryModel(PreTrainedModel):
         dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
         kwargs.pop("dtype", None)
         folder = repository_folder(source, **hub_kwargs)
+        check_peft_settled(folder)
         config, saved_class, kwargs = cls._read_config(folder, config, kwargs)
         config.name_or_path = os.fspath(source)
         files, fingerprints = read_index(folder)
@@ -543,10 +545,10 @@ class RepositoryModel(PreTrainedModel):
         )
         with replace_files(folder) as staging:
             self._write_files(staging, saved)
+            if getattr(self, "_hf_peft_config_loaded", False):
+                super().save_pretrained(staging, state_dict=state_dict)
         self._backbone_stored = named is None
         self._note_weights("backbone", *(f"adapters.{name}" for name in self.adapters), state_dict=state)
-        if getattr(self, "_hf_peft_config_loaded", False):
-            super().save_pretrained(folder, state_dict=state_dict)
         if push_to_hub:
             self._push_folder(folder, **kwargs)
 
@@ -583,7 +585,7 @@ class RepositoryModel(PreTrainedModel):
         classes = dict(AUTO_CLASSES)
         if saved in CLASSIFIERS:
             classes["AutoModelForSequenceClassification"] = saved
-        classes |= {name: name for name in CLASSIFIERS[1:]}
+        classes |= {name: name for name in CLASSIFIERS}
         return {auto: f"{ENTRY_MODULE}.{name}" for auto, name in classes.items()}
 
     def _push_folder(self, folder: Path, repo_id: str | None = None, private: bool | None = None, **kwargs) -> None:
@@ -625,6 +627,25 @@ def peft_parameters(model: nn.Module) -> set[nn.Parameter]:
         for name, parameter in module.named_parameters()
         if not name.startswith(f"{kept}.")
     }
+
+
+def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """
+    Refuses weights from before PEFT changed a model: its adapter's own would silently stay as they are.
+
+    Raises:
+        KAdapterLoadError: names of the state dict are those that a PEFT adapter has moved.
+    """
+    if not _peft_layers(model):
+        return
+    own = model.state_dict()
+    moved = [name for name in plain_state_dict(model, own) if name in state_dict and name not in own]
+    if moved:
+        raise KAdapterLoadError(
+            f"'{moved[0]}' (and {len(moved) - 1} more) can't be loaded into a model with a PEFT adapter: the adapter's own "
+            "weights would not be. To resume training from a checkpoint, wrap the model with peft.get_peft_model and "
+            "give Trainer that; to go on from its weights alone, load it with from_pretrained."
+        )
 
 
 def plain_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -40,6 +40,8 @@ METADATA_KEY = "kadapter"
 FORMAT_VERSION = 1
 STAGING = ".kadapter-saving"
 OBSOLETE = "obsolete.json"
+# What PEFT adds to the repository of a model that it has changed.
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 _ADAPTER_FILE = re.compile(rf"{ADAPTER_FOLDER}/[A-Za-z0-9_-]+\.safetensors")
@@ -146,9 +148,26 @@ def _obsolete(staging: Path) -> list[str]:
     """The files of the old model that the new one, in this staging folder, does not have."""
     try:
         names = json.loads((staging / OBSOLETE).read_text(encoding="utf-8"))
-        return [name for name in names if name == BACKBONE_FILE or name == HEAD_FILE or _ADAPTER_FILE.fullmatch(name)]
+        known = (BACKBONE_FILE, HEAD_FILE, *PEFT_FILES)
+        return [name for name in names if name in known or _ADAPTER_FILE.fullmatch(name)]
     except (OSError, ValueError, TypeError):
         return []
+
+
+def check_peft_settled(folder: Path) -> None:
+    """
+    PEFT reads its files itself, where they are: it would not see which of them an interrupted save was about to replace.
+
+    Raises:
+        KAdapterLoadError: that is the state of this folder.
+    """
+    staging = folder / STAGING
+    if _is_moving(staging) and any((staging / file).exists() or file in _obsolete(staging) for file in PEFT_FILES):
+        raise KAdapterLoadError(
+            f"'{folder}': saving was interrupted when all files were written and being moved, a PEFT adapter's among "
+            f"them. Complete it with kadapter_hf.modeling.storage_kadapter.finish_replacing(Path({str(folder)!r})), and "
+            "load again."
+        )
 
 
 def read_json(path: Path) -> Any:
@@ -318,11 +337,8 @@ def adapter_metadata(name: str, config: KnowledgeAdapterConfig, tensors: Mapping
 
 
 def portable(config: KnowledgeAdapterConfig) -> dict[str, Any]:
-    """An adapter's configuration as it comes back from JSON: keys are strings, and what is no number there is tagged."""
-    try:
-        return json.loads(json.dumps(config._encode_special_floats(config.to_portable_dict())))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise KAdapterConfigError(f"a knowledge adapter's configuration holds what JSON can't: {error}") from error
+    """An adapter's configuration as JSON has it, which can be compared: NaN is tagged there, and equal to itself."""
+    return config._encode_special_floats(config.to_portable_dict())
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -474,6 +490,11 @@ def replace_files(folder: Path) -> Iterator[Path]:
         os.replace(preparing, staging)
         yield staging
         old, new = _listed_files(folder), _listed_files(staging)
+        for file in PEFT_FILES:
+            if (staging / file).exists():
+                _flush(staging / file)
+            elif (folder / file).exists():
+                old.add(file)
         write_json(staging / OBSOLETE, sorted(old - new))
         for parent in {(folder / file).parent for file in new}:
             parent.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Stock Trainer on every head: training, evaluating, predicting, checkpoints, and the aids that it offers."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import logging
@@ -70,7 +71,9 @@ class Task:
             labels = {"labels": torch.randn(shape, generator=generator)}
         if self.problem_type == "multi_label_classification":
             labels = {"labels": torch.randint(2, (rows, self.num_labels), generator=generator).float()}
-        return Dataset.from_dict({name: value.tolist() for name, value in (inputs | (labels if labelled else {})).items()})
+        return Dataset.from_dict(
+            {name: value.tolist() for name, value in (inputs | (labels if labelled else {})).items()}
+        )
 
 
 SEQUENCE = (KAdapterForSequenceClassification, AutoModelForSequenceClassification)
@@ -90,6 +93,15 @@ every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 # Where the classes share the code: a label for each token and the backbone's own head, one label, marked positions.
 some_tasks = pytest.mark.parametrize("task", [TASKS[name] for name in ("masked-lm", "single-label", "entity-typing")])
 frozen_or_not = pytest.mark.parametrize("freeze_backbone", [True, False], ids=["frozen", "unfrozen"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Trainer collects garbage often; what has been imported by now need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -204,9 +216,7 @@ def test_prediction_without_a_head_gives_the_states_by_adapter(build, trainer_fo
         torch.testing.assert_close(torch.from_numpy(states), expected.knowledge_states[name])
 
 
-def test_columns_that_the_head_does_not_take_are_left_out_and_marker_positions_are_kept(
-    build, trainer_for, tokenizer
-):
+def test_columns_that_the_head_does_not_take_are_left_out_and_marker_positions_are_kept(build, trainer_for, tokenizer):
     """With the collator that pads texts of different lengths."""
     task = TASKS["entity-typing"]
     texts = ["the city of @ rome is in italy", "@ dante wrote", "who founded @ vienna ? he , she and it"]
@@ -216,7 +226,11 @@ def test_columns_that_the_head_does_not_take_are_left_out_and_marker_positions_a
         row["labels"] = [1.0, 0.0, 1.0]
     model = without_dropout(task.build(build))
     trainer = trainer_for(
-        model, Dataset.from_list(rows), data_collator=DataCollatorWithPadding(tokenizer), max_steps=1, learning_rate=0.0
+        model,
+        Dataset.from_list(rows),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        max_steps=1,
+        learning_rate=0.0,
     )
     trainer.train()
     alone = [
@@ -253,7 +267,7 @@ def test_accumulated_gradients_are_those_of_the_one_large_batch(task, build, tra
     assert_close_weights(other, model, rtol=1e-4, atol=1e-6)
 
 
-def test_accumulation_weighs_micro_batches_by_their_labels(build, trainer_for):
+def test_accumulation_weighs_micro_batches_by_their_labels(build, trainer_for, tokenizer):
     """Texts of different lengths, padded by the stock collator: what counts is each label, not each micro-batch."""
     generator = torch.Generator().manual_seed(0)
     rows = [
@@ -268,19 +282,10 @@ def test_accumulation_weighs_micro_batches_by_their_labels(build, trainer_for):
         single = {name: torch.tensor([value]) for name, value in row.items()}
         losses.append(model(**single).loss.item() * len(row["labels"]))
 
-    class Pad:
-        def __call__(self, features):
-            length = max(len(feature["input_ids"]) for feature in features)
-            fill = {"input_ids": 1, "attention_mask": 0, "labels": -100}
-            return {
-                name: torch.tensor([f[name] + [value] * (length - len(f[name])) for f in features])
-                for name, value in fill.items()
-            }
-
     trainer = trainer_for(
         model,
         Dataset.from_list(rows),
-        data_collator=Pad(),
+        data_collator=DataCollatorForTokenClassification(tokenizer),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
         max_steps=1,
@@ -330,7 +335,9 @@ def test_a_checkpoint_is_a_model_and_holds_the_backbone_only_if_that_trains(
         assert type(loaded) is task.model_class
         assert_same_weights(loaded, model)
     base = AutoModel.from_pretrained(checkpoint)
-    assert torch.equal(base.adapters["factual"].layers[0].up_project.weight, model.adapters["factual"].layers[0].up_project.weight)
+    assert torch.equal(
+        base.adapters["factual"].layers[0].up_project.weight, model.adapters["factual"].layers[0].up_project.weight
+    )
 
 
 @every_task
@@ -425,7 +432,7 @@ def test_only_as_many_checkpoints_are_kept_as_asked_for(build, trainer_for, tmp_
     dataset = task.dataset(8)
     model = task.build(build)
     trainer = trainer_for(
-        model, dataset, eval_dataset=dataset, compute_metrics=Falling(), max_steps=4, save_total_limit=1, **BEST
+        model, dataset, eval_dataset=dataset, compute_metrics=Falling(), max_steps=4, save_total_limit=2, **BEST
     )
     trainer.train()
     # The best one is never among those that go.
@@ -546,7 +553,7 @@ def run_with(build, trainer_for, task, freeze_backbone, **arguments):
     model.adapters["factual"].layers[1].encoder.layer[0].attention.register_forward_pre_hook(
         lambda module, args: runs.append(module)
     )
-    trainer = trainer_for(model, task.dataset(), **arguments)
+    trainer = trainer_for(model, task.dataset(), optim="sgd", **arguments)
     trainer.train()
     return model, steps_of(trainer), graphs, len(runs)
 
@@ -567,8 +574,10 @@ def test_gradient_checkpointing_trains_as_without_it(task, freeze_backbone, use_
     )
     assert its_runs == 2 * runs  # each layer is computed once more in the backward pass
     assert its_graphs == graphs  # a frozen backbone keeps none, and nothing is propagated back through it
-    assert its_steps == steps
-    assert_same_weights(again, model)
+    # The same to the last bit, but for the order in which the gradients of what several parts read are added up.
+    tolerance = {"rtol": 0, "atol": 0} if freeze_backbone else {"rtol": 1e-4, "atol": 1e-5}
+    assert its_steps == steps if freeze_backbone else its_steps == [pytest.approx(step, rel=1e-4) for step in steps]
+    assert_close_weights(again, model, **tolerance)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -579,7 +588,9 @@ def test_gradient_checkpointing_lets_gradients_reach_lora_in_an_adapter(use_reen
     for checkpointing in (False, True):
         model = task.build(build)
         torch.manual_seed(0)
-        model.add_adapter(LoraConfig(r=2, target_modules=r"adapters\.factual\..*\.(query|value)", init_lora_weights=False))
+        model.add_adapter(
+            LoraConfig(r=2, target_modules=r"adapters\.factual\..*\.(query|value)", init_lora_weights=False)
+        )
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         trainer = trainer_for(
             model,
@@ -604,28 +615,32 @@ def test_a_frozen_backbone_keeps_no_graph_but_lets_gradients_reach_given_embeddi
     assert embeddings.grad.abs().sum() > 0
 
 
-@some_tasks
-@frozen_or_not
-def test_torch_compile_trains_and_evaluates_as_without_it(task, freeze_backbone, build, trainer_for, tmp_path):
+def trained_and_evaluated(task, build, trainer_for, **arguments):
+    """A run without dropout: its losses, gradient norms and evaluation, and the model."""
     dataset = task.dataset(8)
-    runs = []
-    for compile in (False, True):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model = without_dropout(task.build(build, freeze_backbone=freeze_backbone))
-        trainer = trainer_for(
-            model,
-            dataset,
-            eval_dataset=dataset,
-            torch_compile=compile,
-            torch_compile_backend="aot_eager" if compile else None,
-            max_steps=2,
-        )
-        trainer.train()
-        losses = [*itertools.chain(*steps_of(trainer)), trainer.evaluate()["eval_loss"]]
-        runs.append((losses, model))
-        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) is compile
-    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
-    assert_close_weights(runs[1][1], runs[0][1], rtol=1e-3, atol=1e-5)
-    trainer.save_model(tmp_path / "compiled")
-    assert_same_weights(task.model_class.from_pretrained(tmp_path / "compiled"), model)
+    model = without_dropout(task.build(build, adapters=["factual"]))
+    trainer = trainer_for(model, dataset, eval_dataset=dataset, per_device_eval_batch_size=4, max_steps=2, **arguments)
+    trainer.train()
+    return [*itertools.chain(*steps_of(trainer)), trainer.evaluate()["eval_loss"]], trainer
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("entity-typing", "aot_eager"),
+        *(pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("masked-lm", "tokens", "relations")),
+    ],
+)
+def test_torch_compile_trains_and_evaluates_as_without_it(name, backend, build, trainer_for, tmp_path):
+    task = TASKS[name]
+    expected, plain = trained_and_evaluated(task, build, trainer_for)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found, compiled = trained_and_evaluated(
+        task, build, trainer_for, torch_compile=True, torch_compile_backend=backend
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # at least one for each mode
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert_close_weights(compiled.model, plain.model, rtol=1e-3, atol=1e-5)
+    compiled.save_model(tmp_path / "compiled")
+    assert_same_weights(task.model_class.from_pretrained(tmp_path / "compiled"), compiled.model)
