@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """
     Silences transformers' table of unexpected and missing keys; what matters in it is checked here, with an error.
 
@@ -179,7 +179,7 @@ def load_backbone(
     try:
         auto_class = AutoModelForMaskedLM if with_lm_head else AutoModel
         extra = {} if with_lm_head else _without_pooler(config)
-        with _in_every_process(), _without_load_report():
+        with _in_every_process(), without_load_report():
             loaded, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **extra, **kwargs)
     except (ImportError, TypeError, torch.OutOfMemoryError):  # not the backbone's fault
         raise
@@ -260,7 +260,7 @@ def stored_backbone(
     """
     check_is_encoder(config)
     try:
-        with _in_every_process(), _without_load_report():
+        with _in_every_process(), without_load_report():
             backbone, info = _class_of(config).from_pretrained(
                 None,
                 config=config,

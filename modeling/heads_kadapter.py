@@ -14,13 +14,20 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from .adapters_kadapter import KnowledgeAdapter, KnowledgeFusion
 from .backbone_kadapter import check_is_encoder, masked_lm_class
-from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig
 from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
+from .repository_kadapter import RepositoryModel
+from .storage_kadapter import BackboneMismatchError, KAdapterLoadError
 
 
+# Older versions of transformers copy, of a repository's code, only what its entry module itself imports: so this one
+# imports something from each of its siblings.
 __all__ = [
+    "BackboneMismatchError",
     "KAdapterConfig",
+    "KAdapterConfigError",
     "KAdapterForEntityTyping",
     "KAdapterForMaskedLM",
     "KAdapterForMultipleChoice",
@@ -28,9 +35,13 @@ __all__ = [
     "KAdapterForRelationClassification",
     "KAdapterForSequenceClassification",
     "KAdapterForTokenClassification",
+    "KAdapterLoadError",
     "KAdapterModel",
     "KAdapterModelOutput",
+    "KnowledgeAdapter",
     "KnowledgeAdapterConfig",
+    "KnowledgeFusion",
+    "RepositoryModel",
 ]
 
 

@@ -14,7 +14,13 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer, KnowledgeFusion
 from .backbone_kadapter import drop_pooler, new_backbone
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig, check_adapter_name
-from .repository_kadapter import RepositoryModel, check_says_of_peft, peft_parameters, plain_state_dict
+from .repository_kadapter import (
+    RepositoryModel,
+    check_says_of_peft,
+    load_peft_adapter,
+    peft_parameters,
+    plain_state_dict,
+)
 from .storage_kadapter import (
     BackboneMismatchError,
     adapter_file,
@@ -360,6 +366,10 @@ class KAdapterPreTrainedModel(RepositoryModel):
             if changed or adapter.backbone_fingerprint is None:
                 adapter.backbone_fingerprint = self.backbone_fingerprint(state_dict)
                 adapter.backbone_name_or_path = self.config.backbone_name_or_path
+
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs) -> Any:
+        """Loads a PEFT adapter, as `PreTrainedModel.load_adapter`; for a knowledge adapter, see `load_knowledge_adapter`."""
+        return load_peft_adapter(self, super().load_adapter, peft_model_id, adapter_name, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
         """As `nn.Module.load_state_dict`; also refuses a checkpoint that can't restore this model's PEFT adapter."""

@@ -30,6 +30,7 @@ from .backbone_kadapter import (
     is_opaque,
     load_backbone,
     masked_lm_class,
+    without_load_report,
     stored_backbone,
 )
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
@@ -262,7 +263,7 @@ class RepositoryModel(PreTrainedModel):
         model._finish(hub_kwargs, dtype)
         model.eval()
         if peft_source is not None:
-            model.load_adapter(peft_source)
+            model.load_adapter(peft_source, use_safetensors=True, **_peft_hub_kwargs(hub_kwargs))
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -665,6 +666,37 @@ def plain_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
     return plain
 
 
+def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: str | None, **kwargs) -> Any:
+    """
+    Loads a PEFT adapter with `load`, transformers' own method, and then sets its weights once more with PEFT's, as the
+    method of transformers 5.5 leaves them as they are in a model whose parts have names like this one's.
+
+    Raises:
+        KAdapterLoadError: what the source holds is not what the adapter that its configuration describes consists of.
+    """
+    with without_load_report():
+        result = load(source, name, **kwargs)
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    name = name or "default"
+    weights = kwargs.get("adapter_state_dict")
+    if weights is None:
+        weights = load_peft_weights(source, "cpu", **_peft_hub_kwargs(kwargs | (kwargs.get("adapter_kwargs") or {})))
+    weights = {key.removeprefix("base_model.model."): tensor for key, tensor in weights.items()}
+    for key in sorted(weights.keys() ^ model.get_adapter_state_dict(name).keys()):
+        raise KAdapterLoadError(
+            f"'{source}' holds a PEFT adapter that does not fit: its tensor '{key}' is "
+            f"{'not part of this model' if key in weights else 'missing'}."
+        )
+    set_peft_model_state_dict(model, weights, name)
+    return result
+
+
+def _peft_hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+    return {key: kwargs[key] for key in names if key in kwargs}
+
+
 def _without_peft(
     source: str | os.PathLike, kwargs: dict[str, Any], hub_kwargs: dict[str, Any]
 ) -> tuple[str | os.PathLike, str | os.PathLike | None]:
@@ -674,9 +706,8 @@ def _without_peft(
         return source, adapter_kwargs["_adapter_model_path"]
     if not is_peft_available():
         return source, None
-    names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
     try:
-        found = find_adapter_config_file(source, **{key: hub_kwargs[key] for key in names if key in hub_kwargs})
+        found = find_adapter_config_file(source, **_peft_hub_kwargs(hub_kwargs))
     except (OSError, ValueError):  # no such repository: what is said about that is said of the K-Adapter itself
         return source, None
     if found is None:
