@@ -48,9 +48,7 @@ class _SeveralClasses(tuple):
 
 AutoModelForSequenceClassification.register(
     KAdapterConfig,
-    _SeveralClasses(
-        (KAdapterForSequenceClassification, KAdapterForEntityTyping, KAdapterForRelationClassification)
-    ),
+    _SeveralClasses((KAdapterForSequenceClassification, KAdapterForEntityTyping, KAdapterForRelationClassification)),
     exist_ok=True,
 )
 

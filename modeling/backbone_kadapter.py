@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
+    initialization as init,
 )
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
@@ -259,14 +260,15 @@ def stored_backbone(
         KAdapterLoadError: the tensors are not those of the backbone that `config` describes.
     """
     check_is_encoder(config)
+    tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+    _check_sizes(config, tensors, place)
     try:
         with _in_every_process(), without_load_report():
             backbone, info = _class_of(config).from_pretrained(
                 None,
                 config=config,
-                state_dict={name.removeprefix("backbone."): tensor for name, tensor in tensors.items()},
+                state_dict=tensors,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # or the error would not name the tensor
                 **_without_pooler(config),
                 **kwargs,
             )
@@ -274,15 +276,36 @@ def stored_backbone(
         raise KAdapterLoadError(
             f"'{place}' does not fit the backbone that config.json describes ({error}). Download or save the model again."
         ) from error
-    problems = {"missing_keys": "missing", "unexpected_keys": "not expected", "mismatched_keys": "of another shape"}
-    for key, problem in problems.items():
+    for key, problem in (("missing_keys", "missing"), ("unexpected_keys", "not expected")):
         if info[key]:
-            odd = min(str(name[0] if isinstance(name, tuple) else name) for name in info[key])
             raise KAdapterLoadError(
-                f"'{place}': tensor '{odd}' is {problem} in the backbone that config.json describes. Download or save "
-                "the model again."
+                f"'{place}': tensor '{min(info[key])}' is {problem} in the backbone that config.json describes. Download "
+                "or save the model again."
             )
     return backbone
+
+
+def _check_sizes(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any) -> None:
+    """
+    Compares shapes before any memory is taken: config.json may ask for any amount of it.
+
+    Names are left to transformers, which knows those of its older versions.
+    """
+    try:
+        if config.num_hidden_layers > len(tensors):
+            raise ValueError(f"{config.num_hidden_layers} layers, and {len(tensors)} tensors")
+        with init.no_init_weights(), torch.device("meta"):
+            expected = _class_of(config)(config, **_without_pooler(config)).state_dict()
+    except Exception as error:  # whatever the model's own class refuses with
+        raise KAdapterLoadError(
+            f"'{place}' does not fit the backbone that config.json describes ({error}). Download or save the model again."
+        ) from error
+    for name in sorted(expected.keys() & tensors.keys()):
+        if expected[name].shape != tensors[name].shape:
+            raise KAdapterLoadError(
+                f"'{place}': tensor '{name}' has shape {tuple(tensors[name].shape)}, and config.json describes one of "
+                f"{tuple(expected[name].shape)}. Download or save the model again."
+            )
 
 
 def commit_of(name: str | os.PathLike, **kwargs) -> str | None:

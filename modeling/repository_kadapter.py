@@ -30,8 +30,8 @@ from .backbone_kadapter import (
     is_opaque,
     load_backbone,
     masked_lm_class,
-    without_load_report,
     stored_backbone,
+    without_load_report,
 )
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
 from .storage_kadapter import (
@@ -223,6 +223,7 @@ class RepositoryModel(PreTrainedModel):
         folder = repository_folder(source, **hub_kwargs)
         check_peft_settled(folder)
         config, saved_class, kwargs = cls._read_config(folder, config, kwargs)
+        dtype = kwargs.pop("dtype", None) if dtype is None else dtype
         config.name_or_path = os.fspath(source)
         files, fingerprints = read_index(folder)
         adapters = cls._read_own_adapters(folder, config, files, fingerprints)
@@ -283,7 +284,9 @@ class RepositoryModel(PreTrainedModel):
         if isinstance(config, cls.config_class):
             config = copy.deepcopy(config)
         elif isinstance(config, PreTrainedConfig):  # the same class, from code that travelled with a repository
+            attn_implementation = config._attn_implementation
             config = cls.config_class.from_dict(config.to_dict())
+            config._attn_implementation = attn_implementation
         elif config is not None:
             config = cls.config_class.from_pretrained(config)
         else:
@@ -293,6 +296,9 @@ class RepositoryModel(PreTrainedModel):
                 raise KAdapterConfigError(
                     f"'{locate(folder, CONFIG_NAME)}': {error} Download or save the model again, or correct the field."
                 ) from error
+        if config.dtype is not None and str(config.dtype).removeprefix("torch.") != saved.get("dtype"):
+            # Asked for in the configuration: the Auto classes of older versions put it there.
+            kwargs = {"dtype": config.dtype} | kwargs
         return config, saved_class, kwargs
 
     @classmethod
@@ -672,7 +678,7 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
     method of transformers 5.5 leaves them as they are in a model whose parts have names like this one's.
 
     Raises:
-        KAdapterLoadError: what the source holds is not what the adapter that its configuration describes consists of.
+        KAdapterLoadError: the source holds a tensor that has no place in the model.
     """
     with without_load_report():
         result = load(source, name, **kwargs)
@@ -683,10 +689,15 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
     if weights is None:
         weights = load_peft_weights(source, "cpu", **_peft_hub_kwargs(kwargs | (kwargs.get("adapter_kwargs") or {})))
     weights = {key.removeprefix("base_model.model."): tensor for key, tensor in weights.items()}
-    for key in sorted(weights.keys() ^ model.get_adapter_state_dict(name).keys()):
+    expected = model.get_adapter_state_dict(name).keys()
+    if weights.keys() - expected:
         raise KAdapterLoadError(
-            f"'{source}' holds a PEFT adapter that does not fit: its tensor '{key}' is "
-            f"{'not part of this model' if key in weights else 'missing'}."
+            f"'{source}' holds a PEFT adapter for another model: its tensor '{min(weights.keys() - expected)}' has no place "
+            "in this one."
+        )
+    if expected - weights.keys():
+        logger.warning(
+            f"'{source}' has no weights for {sorted(expected - weights.keys())}: they are new and untrained."
         )
     set_peft_model_state_dict(model, weights, name)
     return result

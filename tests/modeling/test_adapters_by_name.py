@@ -241,10 +241,14 @@ def test_list_of_active_names_is_a_copy(build):
     assert model.active_knowledge_adapters == ["factual", "linguistic"]
 
 
-@pytest.mark.parametrize("method", ["set_active_knowledge_adapters", "delete_knowledge_adapter", "train_knowledge_adapter"])
+@pytest.mark.parametrize(
+    "method", ["set_active_knowledge_adapters", "delete_knowledge_adapter", "train_knowledge_adapter"]
+)
 def test_unknown_name_is_refused_with_those_there_are(method, build):
     model = build()
-    with pytest.raises(KAdapterConfigError, match=r"no knowledge adapter 'places'; there are \['factual', 'linguistic'\]"):
+    with pytest.raises(
+        KAdapterConfigError, match=r"no knowledge adapter 'places'; there are \['factual', 'linguistic'\]"
+    ):
         getattr(model, method)("places")
     assert model.active_knowledge_adapters == ["factual", "linguistic"]
 
@@ -316,7 +320,10 @@ def test_saved_bytes_are_the_same_from_every_class_and_way_of_saving(build, tmp_
     source = build()
     source.save_knowledge_adapter(tmp_path / "alone.safetensors", "factual")
     source.save_pretrained(tmp_path / "source")
-    digests = {sha256(tmp_path / "alone.safetensors"), sha256(tmp_path / "source" / "adapters" / "factual.safetensors")}
+    digests = {
+        sha256(tmp_path / "alone.safetensors"),
+        sha256(tmp_path / "source" / "adapters" / "factual.safetensors"),
+    }
     for model_class in ALL_CLASSES:
         model = build(model_class, adapters=("other",), fusion="add" if model_class is KAdapterModel else "concat")
         model.load_knowledge_adapter(tmp_path / "alone.safetensors")
@@ -426,7 +433,9 @@ def test_provenance_and_sizes_come_with_the_adapter(build, tmp_path):
     path = source.save_knowledge_adapter(tmp_path, "factual")
     model = build(adapters=())
     model.load_knowledge_adapter(path)
-    assert model.config.knowledge_adapters["factual"].to_dict() == source.config.knowledge_adapters["factual"].to_dict()
+    assert (
+        model.config.knowledge_adapters["factual"].to_dict() == source.config.knowledge_adapters["factual"].to_dict()
+    )
     assert sha256(model.save_knowledge_adapter(tmp_path / "again.safetensors", "factual")) == sha256(path)
 
 

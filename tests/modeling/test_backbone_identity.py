@@ -110,7 +110,9 @@ def test_a_backbone_given_by_place_is_the_one_that_is_named_when_saved_again(sav
     assert_same_weights(KAdapterModel.from_pretrained(tmp_path / "again"), model)
 
 
-@pytest.mark.parametrize("damage", ("no config", "junk config", "typed config", "no weights", "half the weights", "a tensor"))
+@pytest.mark.parametrize(
+    "damage", ("no config", "junk config", "typed config", "no weights", "half the weights", "a tensor")
+)
 def test_a_damaged_backbone_is_an_error_before_anything_is_built(saved, own_backbone, damage):
     config, weights = own_backbone / "config.json", own_backbone / "model.safetensors"
     if damage == "no config":
@@ -126,8 +128,10 @@ def test_a_damaged_backbone_is_an_error_before_anything_is_built(saved, own_back
     else:
         edit_config(own_backbone, intermediate_size=50)
     for load in (KAdapterModel.from_pretrained, KAdapterForMaskedLM.from_pretrained):
-        message = refusal(KAdapterLoadError, load, saved) if damage != "a tensor" else str(
-            pytest.raises(KAdapterLoadError, load, saved).value
+        message = (
+            refusal(KAdapterLoadError, load, saved)
+            if damage != "a tensor"
+            else str(pytest.raises(KAdapterLoadError, load, saved).value)
         )
         assert str(own_backbone) in message and "backbone=" in message
 
@@ -235,7 +239,10 @@ def test_an_adapter_of_a_wider_or_deeper_backbone_is_refused_whatever_is_ignored
     deep = build(backbone=make_backbone(tmp_path / "deep", num_hidden_layers=6), adapters=[])
     deep.add_knowledge_adapter("factual", small_adapter(backbone_layers=[0, 6]))
     model = build(adapters=[])
-    for other, error, word in ((wide, KAdapterLoadError, "shape"), (deep, KAdapterConfigError, "hidden states 0 to 4")):
+    for other, error, word in (
+        (wide, KAdapterLoadError, "shape"),
+        (deep, KAdapterConfigError, "hidden states 0 to 4"),
+    ):
         path = other.save_knowledge_adapter(tmp_path / "adapter.safetensors", "factual")
         with pytest.raises(BackboneMismatchError, match="ignore_backbone_mismatch"):
             model.load_knowledge_adapter(path)

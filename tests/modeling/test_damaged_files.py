@@ -18,7 +18,9 @@ from kadapter_hf.modeling.storage_kadapter import check_tensors, portable, read_
 INDEX = "model.safetensors.index.json"
 FACTUAL, LINGUISTIC = "adapters/factual.safetensors", "adapters/linguistic.safetensors"
 WEIGHT_FILES = (FACTUAL, LINGUISTIC, "head.safetensors", "backbone.safetensors")
-WAY_OUT = re.compile(r"[Dd]ownload or save|load_knowledge_adapter|save_knowledge_adapter|correct the field|from_backbone")
+WAY_OUT = re.compile(
+    r"[Dd]ownload or save|load_knowledge_adapter|save_knowledge_adapter|correct the field|from_backbone"
+)
 
 
 def saved_model(backbone, folder, seed, names=("factual", "linguistic")):
@@ -237,7 +239,9 @@ def test_an_index_that_leads_elsewhere_is_refused(folder, tmp_path, place):
     assert_refused(folder, INDEX, "fusion.bias")
 
 
-@pytest.mark.parametrize("name", ("adapters.../../x.w", "adapters./tmp/x.w", "adapters.", "adapters..w", "adapters.a b.w"))
+@pytest.mark.parametrize(
+    "name", ("adapters.../../x.w", "adapters./tmp/x.w", "adapters.", "adapters..w", "adapters.a b.w")
+)
 def test_an_index_with_a_tensor_of_an_impossible_adapter_is_refused(folder, name):
     file = f"adapters/{name.split('.', 1)[1].rpartition('.')[0]}.safetensors"
     edit_json(folder / INDEX, lambda index: index["weight_map"].update({name: file}))
@@ -486,7 +490,9 @@ def test_a_field_of_the_wrong_type_is_named(folder, field, value):
         KAdapterForSequenceClassification.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ("../../x", "/tmp/x", "..", "", "a.b", "a/b", "a\\b", "a\0b", "x" * 65, "forward", "é"))
+@pytest.mark.parametrize(
+    "name", ("../../x", "/tmp/x", "..", "", "a.b", "a/b", "a\\b", "a\0b", "x" * 65, "forward", "é")
+)
 def test_an_adapter_whose_name_leads_elsewhere_is_refused(folder, tmp_path, name):
     def change(config):
         config["knowledge_adapters"][name] = config["knowledge_adapters"].pop("factual")
@@ -567,12 +573,15 @@ def test_a_config_that_lacks_an_adapter_of_the_folder_is_refused(folder):
 
 def test_a_config_with_one_adapter_more_than_the_folder_is_refused(folder):
     edit_json(
-        folder / "config.json", lambda config: config["knowledge_adapters"].update(causal=config["knowledge_adapters"]["factual"])
+        folder / "config.json",
+        lambda config: config["knowledge_adapters"].update(causal=config["knowledge_adapters"]["factual"]),
     )
     assert_refused(folder, "adapters/causal.safetensors", "missing")
 
 
-@pytest.mark.parametrize("field, value", (("num_hidden_layers", 10**9), ("hidden_size", 16 * 10**9), ("hidden_act", "relu")))
+@pytest.mark.parametrize(
+    "field, value", (("num_hidden_layers", 10**9), ("hidden_size", 16 * 10**9), ("hidden_act", "relu"))
+)
 def test_a_config_that_differs_from_an_adapter_file_is_refused_before_anything_is_built(folder, field, value):
     edit_json(folder / "config.json", lambda config: config["knowledge_adapters"]["factual"].update({field: value}))
     assert_refused(folder, FACTUAL, "don't agree")

@@ -180,7 +180,11 @@ def test_embeddings_that_the_language_model_head_shares_belong_to_the_backbone(b
 
 
 def training(model) -> set[str]:
-    modules = {"backbone": model.backbone, FACTUAL: model.adapters["factual"], LINGUISTIC: model.adapters["linguistic"]}
+    modules = {
+        "backbone": model.backbone,
+        FACTUAL: model.adapters["factual"],
+        LINGUISTIC: model.adapters["linguistic"],
+    }
     for module in modules.values():
         assert len({child.training for child in module.modules()}) == 1
     return {name for name, module in modules.items() if module.training}

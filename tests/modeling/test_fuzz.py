@@ -46,7 +46,11 @@ WORDS = (
     *("head.safetensors", "../head.safetensors", FACTUAL, "backbone.safetensors", "backbone.x", "adapters.factual.x"),
 )
 NUMBERS = st.one_of(
-    st.integers(-3, 20), st.integers(), st.sampled_from((16, 32, 100, 2**31, 2**63, 10**30)), st.floats(), st.booleans()
+    st.integers(-3, 20),
+    st.integers(),
+    st.sampled_from((16, 32, 100, 2**31, 2**63, 10**30)),
+    st.floats(),
+    st.booleans(),
 )
 TEXT = st.one_of(st.sampled_from(WORDS), st.sampled_from(FIELDS), st.text(max_size=12))
 VALUES = st.recursive(
@@ -203,7 +207,9 @@ def test_fields_of_a_newer_version_change_nothing(scratch, data, name, value):
         shutil.copyfile(original / INDEX, folder / INDEX)
 
 
-@pytest.mark.parametrize("field", ("to_dict", "save_pretrained", "from_dict", "model_type", "num_attention_heads_per_layer"))
+@pytest.mark.parametrize(
+    "field", ("to_dict", "save_pretrained", "from_dict", "model_type", "num_attention_heads_per_layer")
+)
 @pytest.mark.parametrize("config_class", (KAdapterConfig, KnowledgeAdapterConfig))
 def test_a_field_that_would_overwrite_a_method_is_dropped_with_a_warning(config_class, field, caplog):
     with caplog.at_level("WARNING"):

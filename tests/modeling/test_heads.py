@@ -111,7 +111,11 @@ def test_masked_lm_puts_the_fused_states_through_the_backbones_head(build):
     inputs = inputs_for(type(model), padding=2)
     head = model.lm_head.lm_head
     states = F.layer_norm(
-        F.gelu(linear(fused_states(model, inputs), head.dense)), (32,), head.layer_norm.weight, head.layer_norm.bias, 1e-5
+        F.gelu(linear(fused_states(model, inputs), head.dense)),
+        (32,),
+        head.layer_norm.weight,
+        head.layer_norm.bias,
+        1e-5,
     )
     wanted = states @ model.get_input_embeddings().weight.T + head.bias
     torch.testing.assert_close(model(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)

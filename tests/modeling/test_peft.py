@@ -338,7 +338,9 @@ def test_a_lora_interrupted_in_saving_is_not_loaded_onto_another_save(build, tmp
 @pytest.fixture
 def trainer(tokenizer):
     """`trainer(model, folder, …)`: a stock Trainer on a handful of rows."""
-    rows = [{**tokenizer(text), "labels": number % 2} for number, text in enumerate(["the cat sat", "rome is old"] * 4)]
+    rows = [
+        {**tokenizer(text), "labels": number % 2} for number, text in enumerate(["the cat sat", "rome is old"] * 4)
+    ]
 
     def trainer(model, folder, **kwargs):
         arguments = TrainingArguments(

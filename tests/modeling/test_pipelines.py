@@ -56,7 +56,9 @@ def outputs(model, tokenizer, *texts):
 
 def test_text_classification(saved, tokenizer):
     labels = {0: "place", 1: "person", 2: "animal"}
-    model, folder = saved(KAdapterForSequenceClassification, id2label=labels, label2id={v: k for k, v in labels.items()})
+    model, folder = saved(
+        KAdapterForSequenceClassification, id2label=labels, label2id={v: k for k, v in labels.items()}
+    )
     classify = pipeline("text-classification", model=folder)
     for kwargs in ({}, {"batch_size": 3}):  # one by one, and padded to the longest
         for text, found in zip(TEXTS, classify(TEXTS, top_k=None, **kwargs), strict=True):
@@ -69,9 +71,7 @@ def test_text_classification(saved, tokenizer):
 
 
 def test_multi_label_text_classification_gives_independent_scores(saved, tokenizer):
-    model, folder = saved(
-        KAdapterForSequenceClassification, num_labels=3, problem_type="multi_label_classification"
-    )
+    model, folder = saved(KAdapterForSequenceClassification, num_labels=3, problem_type="multi_label_classification")
     found = pipeline("text-classification", model=folder)(TEXTS[0], top_k=None)
     wanted = outputs(model, tokenizer, TEXTS[0]).logits[0].sigmoid()
     assert sorted(entry["score"] for entry in found) == pytest.approx(sorted(wanted.tolist()), rel=1e-4)
@@ -142,7 +142,8 @@ def answer(model, tokenizer, question: str, context: str) -> tuple[str, float]:
     with torch.no_grad():
         output = model(**encoded)
     start, end = (
-        logits[0].masked_fill(~in_context, -torch.inf).softmax(-1) for logits in (output.start_logits, output.end_logits)
+        logits[0].masked_fill(~in_context, -torch.inf).softmax(-1)
+        for logits in (output.start_logits, output.end_logits)
     )
     scores = (start[:, None] * end[None, :]).triu()
     first, last = divmod(scores.argmax().item(), scores.shape[1])
@@ -155,7 +156,9 @@ def test_question_answering(saved, tokenizer):
     questions = {"where was curie born ?": "berlin", "where was dante born ?": "rome"}
     model, folder = saved(KAdapterForQuestionAnswering)
     encoded = tokenizer(list(questions), [context] * 2, return_tensors="pt")
-    positions = torch.stack([(encoded["input_ids"][0] == tokenizer.vocab[word]).nonzero()[0] for word in questions.values()])
+    positions = torch.stack(
+        [(encoded["input_ids"][0] == tokenizer.vocab[word]).nonzero()[0] for word in questions.values()]
+    )
     optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=5e-3)
     for _ in range(60):
         model(**encoded, start_positions=positions, end_positions=positions).loss.backward()

@@ -39,7 +39,9 @@ def once(backbone, tmp_path_factory):
     """The folder of a saved classifier with two adapters, and the model; neither to be changed."""
     set_seed(0)
     model = KAdapterForSequenceClassification.from_backbone(
-        backbone, {"factual": small_adapter(provenance={"corpus": "T-REx"}), "linguistic": small_adapter()}, num_labels=3
+        backbone,
+        {"factual": small_adapter(provenance={"corpus": "T-REx"}), "linguistic": small_adapter()},
+        num_labels=3,
     )
     for part in (model.adapters, model.fusion, model.classifier):
         disturb(part)
@@ -127,7 +129,12 @@ def test_every_field_of_the_configuration_comes_back(backbone, tmp_path):
 
 def test_a_provenance_that_json_has_no_words_for_comes_back_or_is_refused(build, tmp_path):
     model = build(adapters=["factual"])
-    model.config.knowledge_adapters["factual"].provenance = {"loss": float("nan"), "best": float("inf"), 2: "a", 10: "b"}
+    model.config.knowledge_adapters["factual"].provenance = {
+        "loss": float("nan"),
+        "best": float("inf"),
+        2: "a",
+        10: "b",
+    }
     model.save_pretrained(tmp_path)
     for again in (KAdapterModel.from_pretrained(tmp_path), build(adapters=[])):
         if not again.adapters:
@@ -175,7 +182,9 @@ def test_the_index_names_every_tensor_in_its_file(once):
 def test_tied_weights_are_stored_once(build, tmp_path):
     model = build(KAdapterForMaskedLM)
     model.save_pretrained(tmp_path)
-    assert not any(tensor.shape[0] == 100 and tensor.dim() == 2 for tensor in load_file(tmp_path / "head.safetensors").values())
+    assert not any(
+        tensor.shape[0] == 100 and tensor.dim() == 2 for tensor in load_file(tmp_path / "head.safetensors").values()
+    )
 
 
 def test_an_adapter_file_says_what_it_is(once):
@@ -397,7 +406,9 @@ def test_an_adapter_that_changed_has_other_bytes(folder, once):
 def test_an_adapter_loads_from_every_kind_of_source(once, backbone, tmp_path, kind):
     folder, saved = once
     file = saved.save_knowledge_adapter(tmp_path / "library", "factual")
-    source = {"repository": folder, "folder of one": tmp_path / "library", "file": file, "path as text": str(file)}[kind]
+    source = {"repository": folder, "folder of one": tmp_path / "library", "file": file, "path as text": str(file)}[
+        kind
+    ]
     model = KAdapterModel.from_backbone(backbone)
     assert model.load_knowledge_adapter(source, "factual") == "factual"
     assert_same_weights(model.adapters["factual"], saved.adapters["factual"])
@@ -429,7 +440,11 @@ def test_from_backbone_takes_adapters_from_several_sources(once, backbone, tmp_p
     for name in ("factual", "linguistic"):
         saved.save_knowledge_adapter(library / f"{name}.safetensors", name)
     files = [library / "factual.safetensors", library / "linguistic.safetensors"]
-    for adapters in (files, dict(zip(("factual", "linguistic"), files, strict=True)), {"factual": folder, "linguistic": folder}):
+    for adapters in (
+        files,
+        dict(zip(("factual", "linguistic"), files, strict=True)),
+        {"factual": folder, "linguistic": folder},
+    ):
         model = KAdapterModel.from_backbone(backbone, adapters)
         assert_same_weights(model.adapters, saved.adapters)
         assert not any(parameter.requires_grad for parameter in model.adapters.parameters())
@@ -483,7 +498,14 @@ def test_a_pickle_in_the_folder_is_never_read(folder, once, tmp_path):
         pickle.loads(pickle.dumps([Bait(mark), Bait(mark)]))
     mark.rmdir()
     bait = pickle.dumps(Bait(mark))
-    names = ("pytorch_model.bin", "adapter_model.bin", "head.bin", "adapters/factual.bin", "backbone.bin", "model.safetensors")
+    names = (
+        "pytorch_model.bin",
+        "adapter_model.bin",
+        "head.bin",
+        "adapters/factual.bin",
+        "backbone.bin",
+        "model.safetensors",
+    )
     for name in (*names, "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(bait)
     index = json.dumps({"metadata": {}, "weight_map": {"classifier.weight": "pytorch_model.bin"}})
