@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import struct
 
 import pytest
@@ -585,3 +586,31 @@ def test_a_config_with_one_adapter_more_than_the_folder_is_refused(folder):
 def test_a_config_that_differs_from_an_adapter_file_is_refused_before_anything_is_built(folder, field, value):
     edit_json(folder / "config.json", lambda config: config["knowledge_adapters"]["factual"].update({field: value}))
     assert_refused(folder, FACTUAL, "don't agree")
+
+
+@pytest.mark.parametrize(
+    "field, value, word",
+    (
+        ("vocab_size", 10**7, "word_embeddings"),
+        ("num_hidden_layers", 10**4, "10000 layers"),
+        ("hidden_size", 10**6, "shape"),
+    ),
+)
+def test_a_config_that_asks_for_a_huge_backbone_is_refused_before_it_takes_memory(folder, field, value, word):
+    edit_json(folder / "config.json", lambda config: config["backbone_config"].update({field: value}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert_refused(folder, "backbone.safetensors", word)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 2**10  # KiB
+
+
+@pytest.mark.parametrize("field, value", (("num_labels", 10**12), ("num_labels", 0), ("num_hidden_layers", 10**12)))
+def test_a_config_that_counts_without_end_is_refused(folder, field, value):
+    original = (folder / "config.json").read_text()
+    for change in (
+        lambda config: config.update({field: value}),
+        lambda config: config["backbone_config"].update({field: value}),
+    ):
+        (folder / "config.json").write_text(original)
+        edit_json(folder / "config.json", change)
+        with pytest.raises(KAdapterConfigError, match=f"(?s)config.json.*{field} must be between 1 and"):
+            KAdapterForSequenceClassification.from_pretrained(folder)

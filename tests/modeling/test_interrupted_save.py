@@ -286,7 +286,9 @@ def test_an_adapter_that_was_being_saved_when_killed_is_the_old_or_the_new_one(o
         seen, killed = [], True
         while killed:
             path = old.save_knowledge_adapter(tmp_path / target, "factual")
-            killed = killed_at(len(seen), tmp_path, lambda: new.save_knowledge_adapter(tmp_path / target, "factual"))
+            killed = killed_at(
+                len(seen), tmp_path, lambda target=target: new.save_knowledge_adapter(tmp_path / target, "factual")
+            )
             found = read_adapter(path).tensors
             seen.append([same_tensors(found, state) for state in states].index(True))
             new.save_knowledge_adapter(tmp_path / target, "factual")
