@@ -86,7 +86,7 @@ class Arguments:
     pretraining_epochs: float = flag(6, "Epochs of each adapter's own training.")
     pretraining_learning_rate: float = flag(1e-3, "Peak learning rate of it.")
     examples: int = flag(150, f"Examples of entity typing to fine-tune on; {TEST_EXAMPLES} others are for testing.")
-    epochs: float = flag(10, "Epochs of fine-tuning on entity typing.")
+    epochs: float = flag(8, "Epochs of fine-tuning on entity typing.")
     learning_rate: float = flag(4e-3, "Peak learning rate of it.")
     batch_size: int = flag(16, "Examples in each step of training.")
     max_steps: int = flag(-1, "Ends each training after so many steps, for a quick look.")

@@ -61,21 +61,6 @@ def without_load_report() -> Iterator[None]:
         log.removeFilter(keep)
 
 
-@contextlib.contextmanager
-def _in_every_process() -> Iterator[None]:
-    """
-    Loads weights in every process, also where transformers would leave that to the first one, which is how
-    `accelerate launch --use_fsdp` sets it up: all of them check what they have loaded.
-    """
-    variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    before = os.environ.pop(variable, None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[variable] = before
-
-
 def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
     """
     Refuses what can't be a backbone yet.
@@ -180,7 +165,7 @@ def load_backbone(
     try:
         auto_class = AutoModelForMaskedLM if with_lm_head else AutoModel
         extra = {} if with_lm_head else _without_pooler(config)
-        with _in_every_process(), without_load_report():
+        with without_load_report():
             loaded, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **extra, **kwargs)
     except (ImportError, TypeError, torch.OutOfMemoryError):  # not the backbone's fault
         raise
@@ -263,7 +248,7 @@ def stored_backbone(
     tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
     _check_sizes(config, tensors, place)
     try:
-        with _in_every_process(), without_load_report():
+        with without_load_report():
             backbone, info = _class_of(config).from_pretrained(
                 None,
                 config=config,

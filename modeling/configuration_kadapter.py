@@ -93,6 +93,15 @@ def _drop_colliding(cls: type, kwargs: dict[str, Any]) -> None:
             del kwargs[key]
 
 
+def _dtypes_to_str(self: PreTrainedConfig, fields: dict[str, Any]) -> None:
+    """As transformers' own, which takes whatever is called dtype for one, also deep in what it does not know."""
+    if isinstance(fields.get("dtype"), torch.dtype):
+        fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
+    for value in fields.values():
+        if isinstance(value, dict):
+            _dtypes_to_str(self, value)
+
+
 @_refuse_clearly
 @strict
 class KnowledgeAdapterConfig(PreTrainedConfig):
@@ -129,6 +138,7 @@ class KnowledgeAdapterConfig(PreTrainedConfig):
     """
 
     model_type = "kadapter_knowledge_adapter"
+    dict_dtype_to_str = _dtypes_to_str
 
     backbone_layers: list[int] | None = None
     num_hidden_layers: int = 2
@@ -258,6 +268,7 @@ class KAdapterConfig(PreTrainedConfig):
     """
 
     model_type = "kadapter"
+    dict_dtype_to_str = _dtypes_to_str
     sub_configs = {"backbone_config": AutoConfig}
 
     backbone_name_or_path: str | None = DEFAULT_BACKBONE

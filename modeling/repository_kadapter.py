@@ -223,7 +223,8 @@ class RepositoryModel(PreTrainedModel):
         folder = repository_folder(source, **hub_kwargs)
         check_peft_settled(folder)
         config, saved_class, kwargs = cls._read_config(folder, config, kwargs)
-        dtype = kwargs.pop("dtype", None) if dtype is None else dtype
+        in_config = kwargs.pop("dtype", None)
+        dtype = in_config if dtype is None else dtype
         config.name_or_path = os.fspath(source)
         files, fingerprints = read_index(folder)
         adapters = cls._read_own_adapters(folder, config, files, fingerprints)

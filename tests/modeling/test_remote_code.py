@@ -1,92 +1,167 @@
-"""A saved K-Adapter brings its own code: it loads, saves and loads again where the package can't be imported."""
+"""A saved K-Adapter loads by its own code, `trust_remote_code=True`, where this package is not installed."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import batch
-
-from kadapter_hf import KAdapterForEntityTyping, KAdapterForMaskedLM, KAdapterForRelationClassification, KAdapterModel
-
-
-# Run in a clean process: loads a folder with one Auto class, saves it again, loads that, and prints what it found.
-SCRIPT = """
-import json, sys
-
-
-class NoPackage:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "kadapter_hf":
-            raise ImportError("kadapter_hf can't be imported here")
-
-
-sys.meta_path.insert(0, NoPackage())
 import torch
-import transformers
+from conftest import ALL_CLASSES, disturb, inputs_for, small_adapter
+from safetensors.torch import save_file
+from test_registration import AUTO
+from transformers import set_seed
 
-folder, again, auto_class, inputs = sys.argv[1:]
-inputs = {name: torch.tensor(value) for name, value in json.loads(inputs).items()}
-load = getattr(transformers, auto_class).from_pretrained
-config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-model = load(folder, trust_remote_code=True)
-model.save_pretrained(again)
-reloaded = load(again, trust_remote_code=True)
-with torch.no_grad():
-    outputs = [m(**inputs, return_dict=False)[0].flatten().tolist() for m in (model, reloaded)]
-same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reloaded.state_dict().values()))
-print(json.dumps({"class": type(model).__name__, "config": type(config).__name__, "same": same, "outputs": outputs}))
-"""
+import kadapter_hf
 
 
-@pytest.mark.parametrize(
-    ("model_class", "auto_class", "markers"),
-    [
-        (KAdapterModel, "AutoModel", []),
-        (KAdapterForMaskedLM, "AutoModelForMaskedLM", []),
-        (KAdapterForEntityTyping, "AutoModelForSequenceClassification", ["entity_start"]),
-        (KAdapterForRelationClassification, "AutoModelForSequenceClassification", ["subject_start", "object_start"]),
-    ],
-)
-def test_loads_saves_and_loads_again_without_the_package(build, tmp_path, model_class, auto_class, markers):
-    model = build(model_class)
-    model.save_pretrained(tmp_path / "saved")
-    inputs = batch(2, 6) | {marker: batch(2, 6)["input_ids"][:, 0] % 6 for marker in markers}
-    wanted = model(**inputs, return_dict=False)[0].flatten().tolist()
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    arguments = [json.dumps({name: value.tolist() for name, value in inputs.items()})]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), str(tmp_path / "again"), auto_class, *arguments],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+SCRIPT = Path(__file__).parent / "scripts" / "remote_code.py"
+CODE = sorted(path.name for path in (Path(kadapter_hf.modeling.__file__).parent).glob("*_kadapter.py"))
+AUTO_MAP = {
+    "AutoConfig": "KAdapterConfig",
+    "AutoModel": "KAdapterModel",
+    "AutoModelForMaskedLM": "KAdapterForMaskedLM",
+    "AutoModelForSequenceClassification": "KAdapterForSequenceClassification",
+    "AutoModelForTokenClassification": "KAdapterForTokenClassification",
+    "AutoModelForQuestionAnswering": "KAdapterForQuestionAnswering",
+    "AutoModelForMultipleChoice": "KAdapterForMultipleChoice",
+    "KAdapterForSequenceClassification": "KAdapterForSequenceClassification",
+    "KAdapterForEntityTyping": "KAdapterForEntityTyping",
+    "KAdapterForRelationClassification": "KAdapterForRelationClassification",
+}
+NAMES = [model_class.__name__ for model_class in ALL_CLASSES]
+every_class = pytest.mark.parametrize("name", NAMES)
+
+
+def run(source: Path, target: Path, mode: str, modules: Path) -> dict:
+    """`-I`: no environment variable, working directory or user folder adds anything that can be imported."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HOME": str(modules / "home")}
+    command = [sys.executable, "-I", str(SCRIPT), str(source), str(target), mode]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("auto_classes.json", *(f"{name}.safetensors" for name in NAMES)):
+        shutil.copy(source / name, target / name)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, backbone) -> Path:
+    """A folder for each class, written by the installed package."""
+    place = tmp_path_factory.mktemp("saved")
+    for model_class in ALL_CLASSES:
+        set_seed(0)
+        adapters = {name: small_adapter() for name in ("factual", "linguistic")}
+        model = model_class.from_backbone(backbone, adapters=adapters)
+        disturb(model.adapters)
+        inputs = inputs_for(model_class)
+        if model_class is kadapter_hf.KAdapterForSequenceClassification:
+            inputs = {name: tensor[:3] for name, tensor in inputs.items()}
+        with torch.no_grad():
+            expected = model(**inputs).to_tuple()[0]
+        model.save_pretrained(place / model_class.__name__)
+        inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        save_file(inputs | {"expected": expected.contiguous()}, place / f"{model_class.__name__}.safetensors")
+    auto_classes = {model_class.__name__: auto_class.__name__ for model_class, auto_class in AUTO.items()}
+    (place / "auto_classes.json").write_text(json.dumps(auto_classes))
+    return place
+
+
+@pytest.fixture(scope="module")
+def first(saved, tmp_path_factory):
+    """What a process without the package found in these folders, and the place where it saved them again."""
+    target = tmp_path_factory.mktemp("again")
+    return run(saved, target, "blocked", tmp_path_factory.mktemp("modules")), target
+
+
+@pytest.fixture(scope="module")
+def second(first, tmp_path_factory):
+    """Likewise what another such process found in what the first one has saved."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("thrice")
+    for name in ("auto_classes.json", *(f"{name}.safetensors" for name in NAMES)):
+        shutil.copy(first[1] / name, source / name)
+    for name in NAMES:
+        shutil.copytree(first[1] / name, source / name)
+    return run(source, target, "blocked", tmp_path_factory.mktemp("modules")), target
+
+
+def test_package_could_not_be_imported(first, second):
+    assert not first[0]["package imported"] and not second[0]["package imported"]
+
+
+@every_class
+@pytest.mark.parametrize("when", ["first", "second"])
+def test_loads_without_the_package_and_again_from_what_that_saves(name, when, request):
+    found = request.getfixturevalue(when)[0][name]
+    assert found["config"] == ["KAdapterConfig", "transformers_modules"]
+    assert found["model"] == [name, "transformers_modules"]
+    assert found["base"] == "KAdapterModel"
+    assert not any(found["loading_info"])
+    assert found["same"]
+
+
+@every_class
+def test_all_classes_and_all_code_are_in_every_saved_folder(name, saved, first, second):
+    for place in (saved, first[1], second[1]):
+        folder = place / name
+        assert sorted(path.name for path in folder.glob("*.py")) == CODE
+        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+        wanted = AUTO_MAP | ({"AutoModelForSequenceClassification": name} if name in AUTO_MAP else {})
+        assert auto_map == {key: f"heads_kadapter.{value}" for key, value in wanted.items()}
+
+
+@every_class
+def test_saved_files_are_the_same_with_and_without_the_package(name, saved, first):
+    files = sorted(path.relative_to(saved / name) for path in (saved / name).rglob("*") if path.is_file())
+    assert files == sorted(
+        path.relative_to(first[1] / name) for path in (first[1] / name).rglob("*") if path.is_file()
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["class"], found["config"], found["same"]) == (model_class.__name__, "KAdapterConfig", True)
-    for output in found["outputs"]:
-        assert output == pytest.approx(wanted, abs=1e-6)
-    saved, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "again"))
-    assert again["auto_map"] == saved["auto_map"]
-    assert {path.name for path in (tmp_path / "again").glob("*.py")} == {
-        path.name for path in (tmp_path / "saved").glob("*.py")
-    }
+    for file in files:
+        assert (saved / name / file).read_bytes() == (first[1] / name / file).read_bytes(), file
 
 
-def test_every_class_is_in_the_auto_map(build, tmp_path):
-    """Whatever is saved, `trust_remote_code` can give each of the classes; the saved classifier has the Auto class."""
-    build(KAdapterForEntityTyping).save_pretrained(tmp_path)
-    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map["AutoModelForSequenceClassification"] == "heads_kadapter.KAdapterForEntityTyping"
-    assert {value.rpartition(".")[2] for value in auto_map.values()} >= {
-        "KAdapterConfig",
-        "KAdapterModel",
-        "KAdapterForMaskedLM",
-        "KAdapterForTokenClassification",
-        "KAdapterForQuestionAnswering",
-        "KAdapterForMultipleChoice",
-        "KAdapterForRelationClassification",
-    }
+@every_class
+def test_what_was_saved_without_the_package_loads_with_it(name, second):
+    model = getattr(kadapter_hf, name).from_pretrained(second[1] / name)
+    assert type(model).__module__ == "kadapter_hf.modeling.heads_kadapter" or name == "KAdapterModel"
+
+
+def test_adapters_change_train_and_come_back_without_the_package(first):
+    changed = first[0]["changed"]
+    assert changed["same"] and changed["from_backbone"] == ["factual"]
+    assert changed["files"] == sorted(
+        [
+            "backbone.safetensors",
+            "factual.safetensors",
+            "head.safetensors",
+            "linguistic.safetensors",
+            "places.safetensors",
+        ]
+    )
+
+
+def test_code_does_not_run_without_trust(first):
+    assert "trust_remote_code=True" in first[0]["without trust"]
+
+
+def test_travelled_code_works_beside_the_installed_package(saved, tmp_path_factory):
+    target = tmp_path_factory.mktemp("beside")
+    found = run(saved, target, "installed", tmp_path_factory.mktemp("modules"))
+    for name in NAMES:
+        assert found[name]["same"] and found[name]["model"][0] == name
+    assert found["changed"]["same"]
+
+
+def test_code_imports_nothing_that_a_plain_environment_lacks():
+    """Each module alone: only torch, transformers, safetensors, huggingface_hub and its siblings."""
+    import ast
+
+    allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "peft"} | set(sys.stdlib_module_names)
+    for name in CODE:
+        tree = ast.parse((Path(kadapter_hf.modeling.__file__).parent / name).read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 1 or node.module.split(".")[0] in allowed, (name, node.module)

@@ -1,11 +1,13 @@
 """Training in processes of its own: killed and resumed, and several of them side by side."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,19 +18,17 @@ from kadapter_hf import KAdapterForMaskedLM, KAdapterForSequenceClassification, 
 
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "train.py")
-LAUNCH = [
-    "-m",
-    "accelerate.commands.launch",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-]
+LAUNCH = (
+    *("-m", "accelerate.commands.launch", "--num_machines", "1", "--main_process_port", "0"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+)
+HEADS = {
+    head.__name__: head
+    for head in (KAdapterForMaskedLM, KAdapterForSequenceClassification, KAdapterForTokenClassification)
+}
 
 
-def start(command: list[str], settings: dict, **environment: str) -> subprocess.Popen:
+def start(command: Sequence[str], settings: dict, **environment: str) -> subprocess.Popen:
     """A process in a group of its own, so that all of its children can be killed with it."""
     return subprocess.Popen(
         [sys.executable, *command, SCRIPT, json.dumps(settings)],
@@ -52,15 +52,20 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def train(settings: dict, command: tuple[str, ...] = (), **environment: str) -> dict:
+def train(settings: dict, command: Sequence[str] = ()) -> dict:
     """Runs the script to its end. What Trainer says of missing or unexpected weights is an error."""
-    printed = finish(start([*command], settings, **environment))
+    printed = finish(start(command, settings))
     assert "missing keys" not in printed and "unexpected keys" not in printed, printed
     return json.loads(Path(settings["output"], "result.json").read_text())
+
+
+def trained(run: Path, settings: dict):
+    return HEADS[settings["head"]].from_pretrained(run / "trained")
 
 
 def assert_close(model, other) -> None:
@@ -79,6 +84,7 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights_bit_for_bi
     """All parts train, with dropout; what happened after the last checkpoint is done again."""
     settings = {
         "backbone": backbone,
+        "head": "KAdapterForTokenClassification",
         "freeze_backbone": False,
         "arguments": {"max_steps": 8, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3},
     }
@@ -91,10 +97,7 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights_bit_for_bi
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {"checkpoint-3"}
     finish(whole)
     train(settings | {"output": str(tmp_path / "killed"), "resume": True})
-    first, second = (
-        KAdapterForTokenClassification.from_pretrained(tmp_path / run / "trained") for run in ("whole", "killed")
-    )
-    assert_same_weights(second, first)
+    assert_same_weights(trained(tmp_path / "killed", settings), trained(tmp_path / "whole", settings))
 
 
 @pytest.mark.slow
@@ -102,6 +105,7 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_
     """What is in the unfinished folder is replaced when the run gets there again."""
     settings = {
         "backbone": backbone,
+        "head": "KAdapterForTokenClassification",
         "freeze_backbone": False,
         "arguments": {"max_steps": 8, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2},
     }
@@ -121,46 +125,41 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_
     assert left  # or it was killed too late each time
     finish(whole)
     train(settings | {"output": str(run), "resume": resume})
-    first, second = (
-        KAdapterForTokenClassification.from_pretrained(tmp_path / run / "trained") for run in ("whole", "killed")
-    )
-    assert_same_weights(second, first)
+    assert_same_weights(trained(tmp_path / "killed", settings), trained(tmp_path / "whole", settings))
 
 
-# ---- Two processes --------------------------------------------------------------------------------------------------
+# ---- Several processes ----------------------------------------------------------------------------------------------
 
 
-def side_by_side(settings: dict, tmp_path: Path, *flags: str) -> dict:
+def train_side_by_side(settings: dict, tmp_path: Path, *flags: str, processes: int = 2) -> list[str]:
     """
-    Trains in one process and in two, on the same batches, and compares the steps and the weights.
+    Trains in one process and in several, on the same batches, and compares the steps and the weights.
 
     DDP is told that all parameters are used, so that it fails if one is not.
+
+    Returns:
+        The classes of what the model was wrapped in.
     """
-    arguments = {"max_steps": 4, "optim": "sgd", "ddp_find_unused_parameters": False} | settings.pop("arguments", {})
-    settings |= {"dropout": False}
-    one = start(
+    arguments = {"max_steps": 4, "optim": "sgd", "ddp_find_unused_parameters": False} | settings["arguments"]
+    settings = settings | {"dropout": False, "output": str(tmp_path / "one")}
+    alone = start(
         [],
-        settings
-        | {
-            "fsdp_on_cpu": False,
-            "output": str(tmp_path / "one"),
-            "arguments": arguments | {"per_device_train_batch_size": 4},
-        },
+        settings | {"fsdp_on_cpu": False, "arguments": arguments | {"per_device_train_batch_size": 4}},
+        CUDA_VISIBLE_DEVICES="0",
     )
-    two = settings | {"output": str(tmp_path / "two"), "arguments": arguments | {"per_device_train_batch_size": 2}}
-    found = train(two, (*LAUNCH, *flags, "--num_processes", "2", "--main_process_port", "0"))
-    finish(one)
+    settings |= {
+        "output": str(tmp_path / "several"),
+        "arguments": arguments | {"per_device_train_batch_size": 4 // processes},
+    }
+    found = train(settings, (*LAUNCH, *flags, "--num_processes", str(processes)))
+    finish(alone)
     expected = json.loads((tmp_path / "one" / "result.json").read_text())
-    assert (expected["processes"], found["processes"]) == (1, 2)
+    assert (expected["processes"], found["processes"]) == (1, processes)
     assert len(found["steps"]) == 4 and found["steps"] == [pytest.approx(step, rel=1e-4) for step in expected["steps"]]
-    model_class = {head.__name__: head for head in HEADS}[settings["head"]]
-    one, two = (model_class.from_pretrained(tmp_path / run / "trained") for run in ("one", "two"))
-    assert_close(two, one)
-    assert (tmp_path / "two" / "trained" / "backbone.safetensors").exists() is not settings["freeze_backbone"]
-    return found
-
-
-HEADS = (KAdapterForMaskedLM, KAdapterForSequenceClassification, KAdapterForTokenClassification)
+    assert_close(trained(tmp_path / "several", settings), trained(tmp_path / "one", settings))
+    stored = (tmp_path / "several" / "trained" / "backbone.safetensors").exists()
+    assert stored is not settings["freeze_backbone"]
+    return found["wrapped"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ HEADS = (KAdapterForMaskedLM, KAdapterForSequenceClassification, KAdapterForToke
             {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
             marks=pytest.mark.slow,
         ),
-        pytest.param("KAdapterForMaskedLM", ["linguistic"], False, {"bf16": False}, marks=pytest.mark.slow),
+        pytest.param("KAdapterForMaskedLM", ["linguistic"], False, {}, marks=pytest.mark.slow),
         pytest.param("KAdapterForSequenceClassification", [], False, {}, marks=pytest.mark.slow),
     ],
 )
@@ -186,8 +185,8 @@ def test_two_processes_train_as_one_does(head, active, freeze_backbone, argument
         "freeze_backbone": freeze_backbone,
         "arguments": arguments,
     }
-    found = side_by_side(settings, tmp_path, "--multi_gpu")  # that is what the launcher calls it, also without any
-    assert "DistributedDataParallel" in found["wrapped"]
+    wrapped = train_side_by_side(settings, tmp_path, "--multi_gpu")  # the launcher's word for it, GPUs or not
+    assert "DistributedDataParallel" in wrapped
 
 
 FSDP = ("--use_fsdp", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_state_dict_type", "FULL_STATE_DICT")
@@ -199,7 +198,7 @@ FSDP = ("--use_fsdp", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fs
     [
         ("KAdapterForTokenClassification", "roberta", ["factual"], True),
         ("KAdapterForSequenceClassification", "bert", ["factual", "linguistic"], False),
-        # The output layer of RoBERTa's and BERT's heads has a bias by two names, which accelerate does not share out.
+        # The output layers of RoBERTa and BERT have a bias by two names, and accelerate can't share that out.
         ("KAdapterForMaskedLM", "modernbert", ["factual", "linguistic"], False),
     ],
 )
@@ -212,7 +211,40 @@ def test_two_processes_that_share_the_weights_out_train_as_one_does(
         "active": active,
         "freeze_backbone": freeze_backbone,
         "fsdp_on_cpu": True,
-        "arguments": {"save_strategy": "steps", "save_steps": 2},
+        "arguments": {},
     }
-    found = side_by_side(settings, tmp_path, *FSDP, "--fsdp_version", "2")
-    assert "FSDPModule" in found["wrapped"]
+    assert "FSDPModule" in train_side_by_side(settings, tmp_path, *FSDP, "--fsdp_version", "2")
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_weights_out_can_be_resumed(backbone, tmp_path):
+    arguments = {"max_steps": 4, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
+    settings = {
+        "backbone": backbone,
+        "head": "KAdapterForTokenClassification",
+        "fsdp_on_cpu": True,
+        "output": str(tmp_path / "whole"),
+        "arguments": arguments,
+    }
+    command = (*LAUNCH, *FSDP, "--fsdp_version", "2", "--num_processes", "2")
+    train(settings, command)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert not (checkpoint / "backbone.safetensors").exists()
+    train(settings | {"output": str(tmp_path / "resumed"), "resume": str(checkpoint)}, command)
+    assert_same_weights(trained(tmp_path / "resumed", settings), trained(tmp_path / "whole", settings))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_gpus_that_share_the_weights_out_train_as_one_does(version, backbone, tmp_path):
+    """With one GPU it is one process, whose weights go through all that several would share."""
+    settings = {
+        "backbone": backbone,
+        "head": "KAdapterForTokenClassification",
+        "active": ["factual"],
+        "freeze_backbone": False,
+        "arguments": {"use_cpu": False, "save_strategy": "steps", "save_steps": 2},
+    }
+    flags = (*FSDP, "--fsdp_version", version)
+    wrapped = train_side_by_side(settings, tmp_path, *flags, processes=min(torch.cuda.device_count(), 2))
+    assert {"1": "FullyShardedDataParallel", "2": "FSDPModule"}[version] in wrapped

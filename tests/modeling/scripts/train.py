@@ -110,6 +110,8 @@ def main(settings: dict) -> None:
             "wrapped": [kind.__name__ for kind in type(trainer.model_wrapped).__mro__],
         }
         (output / "result.json").write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
