@@ -324,7 +324,7 @@ class RepositoryModel(PreTrainedModel):
         if isinstance(given, PreTrainedModel):
             check_same_kind(given.config, config.backbone_config, given.config.name_or_path)
             drop_pooler(given)
-            loaded = given if with_lm_head else given.base_model
+            loaded: Any = given if with_lm_head else given.base_model
         elif given is None and stored is not None:
             kwargs.pop("trust_remote_code", None)
             loaded = stored_backbone(
