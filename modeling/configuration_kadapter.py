@@ -320,7 +320,9 @@ class KAdapterConfig(PreTrainedConfig):
             )
         try:
             _check_common(config)
-            return CONFIG_MAPPING[model_type](**config)
+            built = CONFIG_MAPPING[model_type](**config)
+            built.to_json_string()  # or saving would be where it fails
+            return built
         except Exception as error:  # whatever a foreign configuration class refuses with
             raise KAdapterConfigError(f"backbone_config ({model_type}): {error}") from error
 
