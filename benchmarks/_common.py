@@ -10,10 +10,15 @@ import torch
 import transformers
 
 
-def in_fresh_process(script: str, *arguments: str) -> dict:
-    """Runs `script` (Python source that prints one JSON object last) in a new interpreter and returns the object."""
+def in_fresh_process(script: str, *arguments: str, memory: bool = False) -> dict:
+    """
+    Runs `script` (Python source that prints one JSON object last) in a new interpreter and returns the object.
+
+    `memory`: what is freed goes back to the system at once, so that peaks compare. It costs time.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once, so that peaks compare
+    if memory:
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, check=False
     )

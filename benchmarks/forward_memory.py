@@ -47,7 +47,7 @@ def main() -> None:
     depths = parser.parse_args().depths
     rows = []
     for depth in depths:
-        found = {kind: in_fresh_process(MEASURE, str(depth), kind) for kind in ("kadapter", "all")}
+        found = {kind: in_fresh_process(MEASURE, str(depth), kind, memory=True) for kind in ("kadapter", "all")}
         rows.append([str(depth), *(f"{found[kind]['peak'] / 2**20:.0f}" for kind in ("kadapter", "all"))])
     print_table(["backbone layers", "K-Adapter, peak MiB", "backbone with all hidden states, peak MiB"], rows)
 

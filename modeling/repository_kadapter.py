@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -618,7 +619,9 @@ def _fill(module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor], path
 
 def _peft_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """PEFT's wrappers in a model by name, each with the name under which it keeps what it wraps."""
-    layers = {}
+    layers: dict[str, tuple[nn.Module, str]] = {}
+    if "peft" not in sys.modules:  # looking at every module takes milliseconds
+        return layers
     for name, module in model.named_modules():
         if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
             layers[name] = (module, "base_layer")

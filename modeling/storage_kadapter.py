@@ -47,7 +47,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 _ADAPTER_FILE = re.compile(rf"{ADAPTER_FOLDER}/[A-Za-z0-9_-]+\.safetensors")
 _MAX_JSON_BYTES = 64 * 2**20
 # What a fingerprint looks at in each tensor: all of a small one, else this many blocks of this many elements.
-_BLOCKS, _BLOCK = 8, 256
+_BLOCKS, _BLOCK = 3, 512
 
 
 class KAdapterLoadError(OSError):
@@ -73,8 +73,8 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     """
     Identifies a set of weights: SHA-256 over each tensor's dtype, shape and a fixed sample of its values.
 
-    Of a tensor with up to 2,048 elements every value counts; of a larger one 8 evenly spaced blocks of 256, so that it
-    costs milliseconds even for weights that are only mapped into memory. Names don't count: transformers renames
+    Of a tensor with up to 1,536 elements every value counts; of a larger one the first, the middle and the last 512, so
+    that it costs milliseconds even for weights that are only mapped into memory. Names don't count: transformers renames
     parameters between versions. It tells apart weights that were trained differently; it is not a checksum.
     """
     digests = []
