@@ -640,6 +640,10 @@ def trained_and_evaluated(task, build, trainer_for, **arguments):
     return [*itertools.chain(*steps_of(trainer)), trainer.evaluate()["eval_loss"]], trainer
 
 
+@pytest.mark.skipif(
+    version.parse(torch.__version__) < version.parse("2.7"),
+    reason="torch 2.6 can't compile transformers' own encoders where they give their hidden states",
+)
 @pytest.mark.parametrize(
     ("name", "backend"),
     [

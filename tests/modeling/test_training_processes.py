@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,14 +19,21 @@ from kadapter_hf import KAdapterForMaskedLM, KAdapterForSequenceClassification, 
 
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "train.py")
-LAUNCH = (
-    *("-m", "accelerate.commands.launch", "--num_machines", "1", "--main_process_port", "0"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no"),
-)
 HEADS = {
     head.__name__: head
     for head in (KAdapterForMaskedLM, KAdapterForSequenceClassification, KAdapterForTokenClassification)
 }
+
+
+def launch() -> tuple[str, ...]:
+    """`accelerate launch` on a port that is free: older versions of torch can't choose one themselves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return (
+        *("-m", "accelerate.commands.launch", "--num_machines", "1", "--main_process_port", str(port)),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    )
 
 
 def start(command: Sequence[str], settings: dict, **environment: str) -> subprocess.Popen:
@@ -151,7 +159,7 @@ def train_side_by_side(settings: dict, tmp_path: Path, *flags: str, processes: i
         "output": str(tmp_path / "several"),
         "arguments": arguments | {"per_device_train_batch_size": 4 // processes},
     }
-    found = train(settings, (*LAUNCH, *flags, "--num_processes", str(processes)))
+    found = train(settings, (*launch(), *flags, "--num_processes", str(processes)))
     finish(alone)
     expected = json.loads((tmp_path / "one" / "result.json").read_text())
     assert (expected["processes"], found["processes"]) == (1, processes)
@@ -226,7 +234,7 @@ def test_processes_that_share_the_weights_out_can_be_resumed(backbone, tmp_path)
         "output": str(tmp_path / "whole"),
         "arguments": arguments,
     }
-    command = (*LAUNCH, *FSDP, "--fsdp_version", "2", "--num_processes", "2")
+    command = (*launch(), *FSDP, "--fsdp_version", "2", "--num_processes", "2")
     train(settings, command)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     assert not (checkpoint / "backbone.safetensors").exists()
