@@ -14,6 +14,8 @@ from transformers import (
 
 from .modeling.configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig
 from .modeling.heads_kadapter import (
+    DependencyParserOutput,
+    KAdapterForDependencyParsing,
     KAdapterForEntityTyping,
     KAdapterForMaskedLM,
     KAdapterForMultipleChoice,
@@ -54,8 +56,10 @@ AutoModelForSequenceClassification.register(
 
 __all__ = [
     "BackboneMismatchError",
+    "DependencyParserOutput",
     "KAdapterConfig",
     "KAdapterConfigError",
+    "KAdapterForDependencyParsing",
     "KAdapterForEntityTyping",
     "KAdapterForMaskedLM",
     "KAdapterForMultipleChoice",

@@ -1,5 +1,7 @@
 """The knowledge adapter (a side network that reads the backbone's hidden states) and the fusion of several."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 from transformers import BertConfig
@@ -64,11 +66,13 @@ class KnowledgeAdapter(nn.Module):
         )
 
     def forward(
-        self, hidden_states: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None
+        self,
+        hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states: the backbone's, (batch, length, width) each; those that aren't read may be None.
+            hidden_states: the backbone's by index, (batch, length, width) each; at least those that are read.
             attention_mask: (batch, length), 1 at real tokens. Not used with `attend_to_padding`.
 
         Returns:

@@ -17,7 +17,9 @@ from transformers.utils import can_return_tuple
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeFusion
 from .backbone_kadapter import check_is_encoder, masked_lm_class
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig
+from .head_base_kadapter import HeadModel, cross_entropy, loss_of
 from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
+from .parsing_kadapter import DependencyParserOutput, KAdapterForDependencyParsing
 from .repository_kadapter import RepositoryModel
 from .storage_kadapter import BackboneMismatchError, KAdapterLoadError
 
@@ -26,8 +28,10 @@ from .storage_kadapter import BackboneMismatchError, KAdapterLoadError
 # imports something from each of its siblings.
 __all__ = [
     "BackboneMismatchError",
+    "DependencyParserOutput",
     "KAdapterConfig",
     "KAdapterConfigError",
+    "KAdapterForDependencyParsing",
     "KAdapterForEntityTyping",
     "KAdapterForMaskedLM",
     "KAdapterForMultipleChoice",
@@ -45,28 +49,6 @@ __all__ = [
 ]
 
 
-def _reduce(
-    total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor:
-    """
-    The mean of `count` losses, or this micro-batch's share of it: Trainer, when it accumulates gradients, gives the
-    number of labels in all the micro-batches of a step, and adds up what it gets. Without any label it is 0.
-    """
-    count = count if num_items_in_batch is None else num_items_in_batch
-    if torch.is_tensor(count):
-        count = count.to(total.device).clamp(min=1)
-    return total / count
-
-
-def _cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor:
-    """Over `(…, classes)` and `(…)`; labels of -100 don't count."""
-    labels = labels.reshape(-1).to(logits.device)
-    total = F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), labels, reduction="sum")
-    return _reduce(total, (labels != -100).sum(), num_items_in_batch)
-
-
 def _classification_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -82,18 +64,13 @@ def _classification_loss(
         else:
             config.problem_type = "single_label_classification"
     if config.problem_type == "single_label_classification":
-        return _cross_entropy(logits, labels, num_items_in_batch)
+        return cross_entropy(logits, labels, num_items_in_batch)
     labels = labels.to(device=logits.device, dtype=torch.float32)
     if config.problem_type == "regression":
         total = F.mse_loss(logits.float().view(labels.shape), labels, reduction="sum")
     else:
         total = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
-    return _reduce(total, labels.numel(), num_items_in_batch)
-
-
-def _at(state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """`(batch, length, width)` at one position of each row: `(batch, width)`."""
-    return state[torch.arange(state.shape[0], device=state.device), positions.to(state.device)]
+    return loss_of(total, labels.numel(), num_items_in_batch)
 
 
 def _check_marker(name: str, positions: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
@@ -113,35 +90,7 @@ def _check_marker(name: str, positions: torch.Tensor | None, state: torch.Tensor
     return positions
 
 
-class _HeadModel(KAdapterPreTrainedModel):
-    """A head with one classifier layer over dropout."""
-
-    _classifier_name = "classifier"
-
-    def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
-        super().__init__(config, backbone)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self._add_head(config, config.backbone_config.hidden_size)
-        self.post_init()
-
-    def _add_head(self, config: KAdapterConfig, width: int) -> None:
-        setattr(self, self._classifier_name, nn.Linear(width, config.num_labels))
-
-    def _fused(self, state: torch.Tensor, knowledge: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The fused states in the head's dtype: without an active adapter they are the backbone's, in its own."""
-        return self.fusion(state, knowledge).to(self._own_dtype())
-
-    def _fused_at(
-        self, state: torch.Tensor, knowledge: dict[str, torch.Tensor], positions: torch.Tensor
-    ) -> torch.Tensor:
-        """The fused states at one position of each row, `(batch, width)`; the others are not fused at all."""
-        return self._fused(_at(state, positions), {name: _at(other, positions) for name, other in knowledge.items()})
-
-    def _first_position(self, state: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(state.shape[0], dtype=torch.long, device=state.device)
-
-
-class KAdapterForSequenceClassification(_HeadModel):
+class KAdapterForSequenceClassification(HeadModel):
     """Classification or regression of a text, from the fused state of its first token."""
 
     @can_return_tuple
@@ -176,7 +125,7 @@ class KAdapterForSequenceClassification(_HeadModel):
         )
 
 
-class KAdapterForTokenClassification(_HeadModel):
+class KAdapterForTokenClassification(HeadModel):
     """A label for each token, from its fused state."""
 
     @can_return_tuple
@@ -202,13 +151,13 @@ class KAdapterForTokenClassification(_HeadModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
         logits = self.classifier(self.dropout(self._fused(state, knowledge)))
-        loss = None if labels is None else _cross_entropy(logits, labels, num_items_in_batch)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
         )
 
 
-class KAdapterForQuestionAnswering(_HeadModel):
+class KAdapterForQuestionAnswering(HeadModel):
     """The start and end of an answer in a text."""
 
     _classifier_name = "qa_outputs"
@@ -248,7 +197,7 @@ class KAdapterForQuestionAnswering(_HeadModel):
             for scores, positions in ((start_logits, start_positions), (end_logits, end_positions)):
                 positions = positions.reshape(-1).to(scores.device)
                 positions = positions.masked_fill((positions < 0) | (positions >= length), -100)
-                losses.append(_cross_entropy(scores, positions, positions.numel()))
+                losses.append(cross_entropy(scores, positions, positions.numel()))
             loss = sum(losses) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -259,7 +208,7 @@ class KAdapterForQuestionAnswering(_HeadModel):
         )
 
 
-class KAdapterForMultipleChoice(_HeadModel):
+class KAdapterForMultipleChoice(HeadModel):
     """
     Choice among several continuations, each scored from the fused state of its first token.
 
@@ -301,13 +250,13 @@ class KAdapterForMultipleChoice(_HeadModel):
         state, knowledge, output = self._encode(*flat, **kwargs)
         fused = self._fused_at(state, knowledge, self._first_position(state))
         logits = self.classifier(self.dropout(fused)).view(-1, choices)
-        loss = None if labels is None else _cross_entropy(logits, labels, num_items_in_batch)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
         )
 
 
-class KAdapterForEntityTyping(_HeadModel):
+class KAdapterForEntityTyping(HeadModel):
     """
     The types of one marked entity, of which several may hold: `out_proj(dropout(dense(f_entity)))`, no activation.
 
@@ -357,7 +306,7 @@ class KAdapterForEntityTyping(_HeadModel):
         )
 
 
-class KAdapterForRelationClassification(_HeadModel):
+class KAdapterForRelationClassification(HeadModel):
     """
     The relation between two marked entities: `out_proj(dropout(dense([f_subject; f_object])))`, no activation.
 
@@ -499,7 +448,7 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         )
         fused = self.fusion(state, knowledge).to(self.lm_head.dtype)
         logits = self.lm_head(inputs_embeds=fused, return_dict=True).logits
-        loss = None if labels is None else _cross_entropy(logits, labels, num_items_in_batch)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
         )

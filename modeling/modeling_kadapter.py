@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, initialization as init
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer, KnowledgeFusion
@@ -486,8 +487,46 @@ class KAdapterPreTrainedModel(RepositoryModel):
         **kwargs,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
         """The backbone's last state, the active adapters' outputs by name, and the backbone's own output."""
+        read = self.backbone_states_read()
+        given = kwargs.pop("backbone_states", None)
+        if given is not None:
+            states, output = self._given_states(given, read)
+        else:
+            states, output = self._run_backbone(
+                read, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
+            )
+        knowledge = {
+            name: self.adapters[name](states, attention_mask) for name in self.config.active_knowledge_adapters
+        }
+        return output["last_hidden_state"], knowledge, output
+
+    def backbone_states_read(self) -> list[int]:
+        """The indices of the backbone's hidden states that the active adapters read, in ascending order."""
         active = [self.adapters[name] for name in self.config.active_knowledge_adapters]
-        read = sorted({layer for adapter in active for layer in adapter.config.backbone_layers})
+        return sorted({layer for adapter in active for layer in adapter.config.backbone_layers})
+
+    def _given_states(self, given: torch.Tensor, read: list[int]) -> tuple[dict[int, torch.Tensor], ModelOutput]:
+        """`backbone_states`, as a caller computed them before: the states that are read, then the backbone's last."""
+        if given.dim() != 4 or given.shape[1] != len(read) + 1:
+            raise ValueError(
+                f"backbone_states must be of shape (batch, {len(read) + 1}, length, width), the states {read} and the "
+                f"backbone's last; not {tuple(given.shape)}."
+            )
+        given = given.to(next(self.fusion.parameters(), given).dtype)
+        output = BaseModelOutput(last_hidden_state=given[:, -1])
+        return {layer: given[:, place] for place, layer in enumerate(read)}, output
+
+    def _run_backbone(
+        self,
+        read: list[int],
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[Any, Any]:
+        active = [self.adapters[name] for name in self.config.active_knowledge_adapters]
         if position_ids is None and any(adapter.config.attend_to_padding for adapter in active):
             position_ids = self._running_position_ids(input_ids if input_ids is not None else inputs_embeds)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
@@ -510,12 +549,9 @@ class KAdapterPreTrainedModel(RepositoryModel):
                 f"the backbone ({self.backbone.config.model_type}) returned {len(states or ())} hidden states, and its "
                 f"adapters read number {read[-1]}; it can't be a backbone."
             )
-        knowledge = {
-            name: self.adapters[name](states, attention_mask) for name in self.config.active_knowledge_adapters
-        }
         if not wants_all:
             output["hidden_states"] = None
-        return output.last_hidden_state, knowledge, output
+        return states, output
 
     def _running_position_ids(self, inputs: torch.Tensor) -> torch.Tensor | None:
         """Position ids that run on over the padding, for backbones that number positions from their pad id on."""
@@ -547,7 +583,9 @@ class KAdapterModel(KAdapterPreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
-            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`; and `backbone_states`, `(batch, states,
+                length, hidden_size)`: the `backbone_states_read` and the backbone's last, computed before. The backbone
+                does not run then.
         """
         state, knowledge, output = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs

@@ -79,6 +79,8 @@ AUTO_CLASSES = {
 }
 # These classify too: AutoModelForSequenceClassification gives the one that was saved.
 CLASSIFIERS = ("KAdapterForSequenceClassification", "KAdapterForEntityTyping", "KAdapterForRelationClassification")
+# transformers has no Auto class for these: `auto_map` has them under their own names only.
+OWN_NAMES_ONLY = ("KAdapterForDependencyParsing",)
 # The module that imports all the others, so that they travel together.
 ENTRY_MODULE = "heads_kadapter"
 
@@ -594,7 +596,7 @@ class RepositoryModel(PreTrainedModel):
         classes = dict(AUTO_CLASSES)
         if saved in CLASSIFIERS:
             classes["AutoModelForSequenceClassification"] = saved
-        classes |= {name: name for name in CLASSIFIERS}
+        classes |= {name: name for name in CLASSIFIERS + OWN_NAMES_ONLY}
         return {auto: f"{ENTRY_MODULE}.{name}" for auto, name in classes.items()}
 
     def _push_folder(self, folder: Path, repo_id: str | None = None, private: bool | None = None, **kwargs) -> None:

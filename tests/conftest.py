@@ -1,6 +1,7 @@
-"""Tiny models that the tests share. Built once per session, with random weights, in a temporary folder."""
+"""Tiny models that the tests share, built once per session with random weights, and where files come from."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from kadapter_hf import (
+    KAdapterForDependencyParsing,
     KAdapterForEntityTyping,
     KAdapterForMaskedLM,
     KAdapterForMultipleChoice,
@@ -86,7 +88,11 @@ ALL_CLASSES = (
     KAdapterForMultipleChoice,
     KAdapterForEntityTyping,
     KAdapterForRelationClassification,
+    KAdapterForDependencyParsing,
 )
+# Real corpora, which are no part of the repository.
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
 SMALL_ADAPTER = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
 
 
@@ -115,13 +121,16 @@ def batch(rows: int = 3, length: int = 10, seed: int = 0, padding: int = 0) -> d
 
 
 def inputs_for(model_class: type, rows: int = 4, **kwargs) -> dict[str, torch.Tensor]:
-    """A `batch` with what else the class takes: marker positions, or two choices in each row."""
+    """A `batch` with what else the class takes: marker positions, word starts, or two choices in each row."""
     inputs = batch(rows, **kwargs)
     if model_class is KAdapterForEntityTyping:
         inputs["entity_start"] = torch.arange(rows) + 1
     elif model_class is KAdapterForRelationClassification:
         inputs["subject_start"] = torch.arange(rows) + 1
         inputs["object_start"] = torch.arange(rows) // 2
+    elif model_class is KAdapterForDependencyParsing:
+        inputs["word_starts"] = torch.tensor([1, 2, 4, 7]).repeat(rows, 1)
+        inputs["word_starts"][::2, -1] = -1
     elif model_class is KAdapterForMultipleChoice:
         inputs = {name: tensor.view(rows // 2, 2, -1) for name, tensor in inputs.items()}
     return inputs
@@ -141,6 +150,11 @@ def labels_for(model_class: type, inputs: dict[str, torch.Tensor], num_labels: i
         return {"start_positions": torch.ones(shape[0]).long(), "end_positions": torch.full((shape[0],), 3)}
     if model_class is KAdapterForEntityTyping:
         return {"labels": torch.randint(2, (shape[0], num_labels), generator=generator).float()}
+    if model_class is KAdapterForDependencyParsing:
+        words = inputs["word_starts"] >= 0
+        relations = torch.randint(num_labels, words.shape, generator=generator)
+        heads = torch.tensor([2, 0, 2, 1]).repeat(shape[0], 1)
+        return {"head_labels": heads.where(words, -100), "relation_labels": relations.where(words, -100)}
     return {"labels": torch.randint(2, (shape[0],), generator=generator)}
 
 
@@ -215,3 +229,34 @@ def build(backbone):
         return model
 
     return build
+
+
+@pytest.fixture
+def real():
+    """`real("fewrel/val_wiki.json")`: the path of a real corpus; the test skips where it is absent."""
+
+    def real(name: str) -> Path:
+        path = (REAL_DATA / name).resolve()
+        if not path.exists():
+            pytest.skip(f"the corpus {path} is absent")
+        return path
+
+    return real
+
+
+@pytest.fixture
+def write_file(tmp_path):
+    """`write_file(content)`: the path of a new file; anything but bytes and text is written as JSON."""
+    count = 0
+
+    def write_file(content, name: str | None = None) -> Path:
+        nonlocal count
+        count += 1
+        path = tmp_path / (name or f"corpus-{count}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(content, (bytes, str)):
+            content = json.dumps(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write_file

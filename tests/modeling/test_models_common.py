@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kadapter_hf import (
+    KAdapterForDependencyParsing,
     KAdapterForEntityTyping,
     KAdapterForMaskedLM,
     KAdapterForMultipleChoice,
@@ -32,6 +33,12 @@ HEADS = {
     KAdapterForMultipleChoice: {"classifier.weight", "classifier.bias"},
     KAdapterForEntityTyping: {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"},
     KAdapterForRelationClassification: {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"},
+    KAdapterForDependencyParsing: {
+        f"{kind}_{layer}.{tensor}"
+        for kind in ("arc", "relation")
+        for layer in ("word", "head", "scorer")
+        for tensor in ("weight", "bias")
+    },
 }
 every_class = pytest.mark.parametrize("model_class", ALL_CLASSES, ids=lambda model_class: model_class.__name__)
 # Where the classes share the code: without a head, with the backbone's own, with one that reads marked positions.
@@ -71,7 +78,9 @@ def run(model, **kwargs):
 
 def main_output(output) -> torch.Tensor:
     """The logits, or the fused states of the class without a head."""
-    return next(output[name] for name in ("logits", "start_logits", "last_hidden_state") if name in output)
+    return next(
+        output[name] for name in ("logits", "start_logits", "relation_logits", "last_hidden_state") if name in output
+    )
 
 
 # ---- Saving and loading ---------------------------------------------------------------------------------------------

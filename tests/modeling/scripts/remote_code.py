@@ -29,6 +29,7 @@ if MODE == "blocked":
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 
 
 def same_output(model, inputs, expected) -> bool:
@@ -36,10 +37,19 @@ def same_output(model, inputs, expected) -> bool:
         return torch.equal(model(**inputs).to_tuple()[0], expected)
 
 
+def auto_class_of(folder: Path) -> type:
+    """The Auto class for what is in a folder, or the very class where transformers has none."""
+    known = json.loads((SOURCE / "auto_classes.json").read_text())
+    if folder.name in known:
+        return getattr(transformers, known[folder.name])
+    reference = json.loads((folder / "config.json").read_text())["auto_map"][folder.name]
+    return get_class_from_dynamic_module(reference, folder)
+
+
 def examine(folder: Path) -> dict:
     tensors = load_file(SOURCE / f"{folder.name}.safetensors")
     expected = tensors.pop("expected")
-    auto_class = getattr(transformers, json.loads((SOURCE / "auto_classes.json").read_text())[folder.name])
+    auto_class = auto_class_of(folder)
     found = {}
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     found["config"] = [type(config).__name__, type(config).__module__.split(".")[0]]

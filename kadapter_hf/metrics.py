@@ -1,0 +1,210 @@
+"""
+Metrics for Trainer: `compute_metrics` functions, or makers of one where the names of the labels matter.
+
+    Trainer(…, compute_metrics=typing_metrics)
+    Trainer(…, compute_metrics=tacred_metrics(labels))
+    Trainer(…, compute_metrics=dependency_metrics(labels), preprocess_logits_for_metrics=decode_for_metrics)
+
+All values are shares between 0 and 1. What is divided by nothing is 0.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from .modeling.parsing_kadapter import decode_parse, words_in
+
+
+Metrics = dict[str, float]
+
+
+# ---- Relations ------------------------------------------------------------------------------------------------------
+
+
+def relation_metrics(prediction: EvalPrediction) -> Metrics:
+    """
+    `micro_f1` and `macro_f1` over all labels, none left out, and `accuracy`, which for one label a row is the micro-F1.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.metrics import accuracy_score, f1_score
+    except ImportError as error:
+        raise ImportError(
+            "relation_metrics needs scikit-learn; install it with pip install 'kadapter-hf[knowledge]'."
+        ) from error
+    found, right = _classes(prediction)
+    return {
+        "micro_f1": float(f1_score(right, found, average="micro", zero_division=0)),
+        "macro_f1": float(f1_score(right, found, average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(right, found)),
+    }
+
+
+def tacred_metrics(labels: Sequence[str], no_relation: str = "no_relation") -> Callable[[EvalPrediction], Metrics]:
+    """
+    Makes TACRED's metrics: `micro_precision`, `micro_recall` and `micro_f1`, in which `no_relation` is no answer:
+    precision is over the rows that are given another label, recall over those that have another.
+
+    Source: Zhang et al., EMNLP 2017, and its scorer; `micro_f1_tacred` in the original's `examples/utils_glue.py`.
+
+    Raises:
+        ValueError: `no_relation` is not among the labels.
+    """
+    nothing = list(labels).index(no_relation)
+
+    def compute(prediction: EvalPrediction) -> Metrics:
+        found, right = _classes(prediction)
+        correct = ((found == right) & (right != nothing)).sum()
+        precision = _share(correct, (found != nothing).sum())
+        recall = _share(correct, (right != nothing).sum())
+        return {"micro_precision": precision, "micro_recall": recall, "micro_f1": _f1(precision, recall)}
+
+    return compute
+
+
+def semeval_metrics(labels: Sequence[str]) -> Callable[[EvalPrediction], Metrics]:
+    """
+    Makes the metrics of SemEval-2010 task 8, for labels such as `Cause-Effect(e1,e2)` and `Other`.
+
+    - `macro_f1`: the task's official one, the mean of the F1 of each type but `Other`. A row counts as correct only
+      if type and direction are; with the direction alone wrong, it counts against precision and against recall.
+    - `macro_f1_original`: what `macro_f1_semeval` in the original's `examples/utils_glue.py` computes: `Other` is a
+      type like the others, and with the direction alone wrong, a row counts against precision but not against recall.
+
+    Source of the first: Hendrickx et al., SemEval 2010, and the task's scorer.
+    """
+    names = [label.partition("(")[0] for label in labels]
+    types = sorted(set(names))
+    type_of = np.array([types.index(name) for name in names])
+
+    def compute(prediction: EvalPrediction) -> Metrics:
+        found, right = _classes(prediction)
+        found_type, right_type = type_of[found], type_of[right]
+        official, original = [], []
+        for index, name in enumerate(types):
+            is_found, is_right = found_type == index, right_type == index
+            correct = (is_found & (found == right)).sum()
+            precision = _share(correct, is_found.sum())
+            if name != "Other":
+                official.append(_f1(precision, _share(correct, is_right.sum())))
+            missed = (is_right & ~is_found).sum()
+            original.append(_f1(precision, _share(correct, correct + missed)))
+        return {"macro_f1": float(np.mean(official)), "macro_f1_original": float(np.mean(original))}
+
+    return compute
+
+
+# ---- Entity typing --------------------------------------------------------------------------------------------------
+
+
+def typing_metrics(prediction: EvalPrediction) -> Metrics:
+    """
+    Of entity typing, where an entity may have several types. It is given those whose logit is above 0.
+
+    - `micro_precision`, `micro_recall`, `micro_f1`: over all types of all entities.
+    - `macro_precision`, `macro_recall`: the mean over the entities, where one that is given (that has) no type counts
+      as 0; `macro_f1` is the F1 of these two means.
+    - `accuracy`: the share of entities with exactly the right types.
+
+    Source: the loose measures of Ling and Weld, AAAI 2012; `entity_typing_accuracy` in the original's
+    `examples/utils_glue.py`.
+    """
+    found, right = _arrays(prediction)
+    found, right = found > 0, right > 0
+    correct = (found & right).sum(1)
+    micro = _share(correct.sum(), found.sum()), _share(correct.sum(), right.sum())
+    macro = [float(np.mean(correct / np.maximum(of.sum(1), 1))) for of in (found, right)]
+    return {
+        "micro_precision": micro[0],
+        "micro_recall": micro[1],
+        "micro_f1": _f1(*micro),
+        "macro_precision": macro[0],
+        "macro_recall": macro[1],
+        "macro_f1": _f1(*macro),
+        "accuracy": float((found == right).all(1).mean()),
+    }
+
+
+# ---- Dependency parsing ---------------------------------------------------------------------------------------------
+
+
+def decode_for_metrics(
+    logits: tuple[torch.Tensor, ...], labels: tuple[torch.Tensor, ...] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A parser's logits as trees: give it to Trainer as `preprocess_logits_for_metrics`. Trainer then keeps two numbers a
+    word, and can put batches of different lengths together.
+
+    Args:
+        logits: `arc_logits` and `relation_logits` of `DependencyParserOutput`; what follows them is not looked at.
+        labels: not looked at.
+
+    Returns:
+        The heads and the relations, both `(batch, words)`, with -100 where a row has fewer words.
+    """
+    arc_logits, relation_logits = logits[:2]
+    heads = torch.full(arc_logits.shape[:2], -100, device=arc_logits.device)
+    relations = heads.clone()
+    for row, words in enumerate(words_in(arc_logits)):
+        parse = decode_parse(arc_logits[row, :words, : words + 1], relation_logits[row, :words])
+        heads[row, :words], relations[row, :words] = (torch.tensor(part, device=heads.device) for part in parse)
+    return heads, relations
+
+
+def attachment_scores(prediction: EvalPrediction, punctuation: int | None = None) -> Metrics:
+    """
+    The share of words with the right head (`uas`) and with the right head and relation (`las`); with the index of the
+    relation of punctuation, also without the words that have it (`uas_without_punctuation`, …).
+
+    Args:
+        prediction: heads and relations as `decode_for_metrics` gives them, and both kinds of labels. Words with a label
+            of -100 don't count.
+        punctuation: the index of the relation whose words the second pair leaves out.
+    """
+    heads, relations = (np.asarray(part) for part in prediction.predictions)
+    head_labels, relation_labels = (np.asarray(part) for part in prediction.label_ids)
+    right_head = heads == head_labels
+    right = right_head & (relations == relation_labels)
+    counted = {"": (head_labels != -100) & (relation_labels != -100)}
+    if punctuation is not None:
+        counted["_without_punctuation"] = counted[""] & (relation_labels != punctuation)
+    scores = {}
+    for name, words in counted.items():
+        scores[f"uas{name}"] = _share((right_head & words).sum(), words.sum())
+        scores[f"las{name}"] = _share((right & words).sum(), words.sum())
+    return scores
+
+
+def dependency_metrics(labels: Sequence[str], punctuation: str = "punct") -> Callable[[EvalPrediction], Metrics]:
+    """Makes `attachment_scores` with the place of `punctuation` among the labels, if it is one of them."""
+    labels = list(labels)
+    return partial(attachment_scores, punctuation=labels.index(punctuation) if punctuation in labels else None)
+
+
+# ---- Shared ---------------------------------------------------------------------------------------------------------
+
+
+def _arrays(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions and labels. Of several outputs, as with hidden states, the logits are the first."""
+    found: Any = prediction.predictions
+    return np.asarray(found[0] if isinstance(found, tuple) else found), np.asarray(prediction.label_ids)
+
+
+def _classes(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+    """The predicted and the right class of each row, where the predictions are logits or classes already."""
+    found, right = _arrays(prediction)
+    return (found.argmax(-1) if found.ndim > right.ndim else found), right
+
+
+def _share(part: Any, whole: Any) -> float:
+    return float(part / whole) if whole else 0.0
+
+
+def _f1(precision: float, recall: float) -> float:
+    return _share(2 * precision * recall, precision + recall)

@@ -1,0 +1,285 @@
+"""A dependency parser on a K-Adapter's fused states, and the search for the best tree."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_kadapter import KAdapterConfig
+from .head_base_kadapter import HeadModel, cross_entropy
+
+
+@dataclass
+class DependencyParserOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`, *optional*): of arcs and relations, where both kinds of labels were given.
+        arc_logits (`torch.FloatTensor` of shape `(batch, words, words + 1)`): of each word, a score for each head: the
+            root, then the words. What can't be the head, the word itself and padding, has the dtype's lowest number;
+            of padding, that is all.
+        relation_logits (`torch.FloatTensor` of shape `(batch, words, words + 1, num_labels)`): of each word and head,
+            a score for each relation. None while the model trains on labels: then only the right heads' are computed.
+        hidden_states, attentions (`tuple`, *optional*): the backbone's, as its own forward returns them.
+    """
+
+    loss: torch.FloatTensor | None = None
+    arc_logits: torch.FloatTensor | None = None
+    relation_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def words_in(arc_logits: torch.Tensor) -> list[int]:
+    """How many words each row of a parser's `arc_logits` has: all but padding can hang on the root."""
+    # Above the lowest number of float16, and of every other dtype.
+    is_word = arc_logits[:, : arc_logits.shape[2] - 1, 0] > torch.finfo(torch.float16).min / 2
+    return is_word.sum(1).tolist()
+
+
+def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[int]:
+    """
+    The best dependency tree of a sentence in which exactly one word hangs on the root.
+
+    Args:
+        arc_scores: `(words, words + 1)`: of each word, the score of each head, the root and then the words. That of
+            the word itself is not looked at.
+
+    Returns:
+        The head of each word: 0 for the root, else the head's number from 1 on.
+
+    Raises:
+        ValueError: a score is not a number.
+    """
+    scores = torch.as_tensor(arc_scores).detach().to(device="cpu", dtype=torch.float64, copy=True)
+    if scores.isnan().any():
+        raise ValueError("the scores of the arcs are not numbers (nan): has training diverged?")
+    words = scores.shape[0]
+    itself = torch.eye(words, dtype=torch.bool)
+    scores[:, 1:][itself] = -torch.inf
+    heads = scores.argmax(-1).tolist() if words else []
+    if not words or _is_tree(heads):
+        return heads
+    import networkx
+
+    # Each word on the root costs more than all other choices can gain.
+    possible = torch.cat([scores[:, :1], scores[:, 1:][~itself].view(words, -1)], dim=1)
+    scores[:, 0] -= (possible.max() - possible.min()) * words + 1
+    graph = networkx.DiGraph()
+    graph.add_weighted_edges_from(
+        (head, word, score)
+        for word, row in enumerate(scores.tolist(), start=1)
+        for head, score in enumerate(row)
+        if head != word
+    )
+    tree = networkx.maximum_spanning_arborescence(graph)
+    return [next(tree.predecessors(word)) for word in range(1, words + 1)]
+
+
+def decode_parse(arc_logits: torch.Tensor, relation_logits: torch.Tensor) -> tuple[list[int], list[int]]:
+    """
+    The best tree of one sentence, and the best relation of each word to its head.
+
+    Args:
+        arc_logits: `(words, words + 1)`.
+        relation_logits: `(words, words + 1, num_labels)`.
+    """
+    heads = decode_tree(arc_logits)
+    return heads, relation_logits[range(len(heads)), heads].argmax(-1).tolist()
+
+
+def _is_tree(heads: list[int]) -> bool:
+    """Whether exactly one word hangs on the root, and every word, over its heads, on that one."""
+    if heads.count(0) != 1:
+        return False
+    for head in heads:
+        steps = 0
+        while head:
+            head, steps = heads[head - 1], steps + 1
+            if steps > len(heads):
+                return False
+    return True
+
+
+def _can_be_checked(tensor: torch.Tensor) -> bool:
+    """Looking at a GPU's values would make the program wait for it."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_word_starts(word_starts: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
+    batch, length = state.shape[:2]
+    if word_starts is None:
+        raise ValueError("word_starts is missing: the position of each word's first token, shape (batch, words).")
+    if word_starts.dim() != 2 or word_starts.shape[0] != batch or word_starts.is_floating_point():
+        raise ValueError(
+            f"word_starts must be a LongTensor of shape ({batch}, words), not {word_starts.dtype} of "
+            f"{tuple(word_starts.shape)}."
+        )
+    if _can_be_checked(word_starts):
+        outside = word_starts[(word_starts < -1) | (word_starts >= length)]
+        if outside.numel():
+            raise ValueError(f"word_starts has {outside[0].item()}, but the rows are {length} tokens long.")
+        if ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
+            raise ValueError("word_starts has a word after a -1; -1 fills the end of a row with fewer words.")
+    return word_starts.to(state.device)
+
+
+def _check_labels(
+    head_labels: torch.Tensor, relation_labels: torch.Tensor, can_be_head: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = can_be_head.shape[:2]
+    for name, labels in (("head_labels", head_labels), ("relation_labels", relation_labels)):
+        if labels.shape != shape or labels.is_floating_point():
+            raise ValueError(
+                f"{name} must be a LongTensor of shape {tuple(shape)}, as word_starts, not {labels.dtype} of "
+                f"{tuple(labels.shape)}."
+            )
+    head_labels, relation_labels = (labels.to(can_be_head.device).long() for labels in (head_labels, relation_labels))
+    if _can_be_checked(head_labels):
+        inside = (head_labels >= 0) & (head_labels <= shape[1])
+        possible = can_be_head.gather(2, head_labels.where(inside, 0)[..., None])[..., 0] & inside
+        row, word = torch.where(~possible & (head_labels != -100))
+        if len(row):
+            raise ValueError(
+                f"head_labels has {head_labels[row[0], word[0]].item()} for word {word[0].item() + 1} of row "
+                f"{row[0].item()}: neither 0, for the root, nor the number of another word of the row."
+            )
+    # A word whose head is unknown has no relation to learn.
+    return head_labels, relation_labels.masked_fill(head_labels == -100, -100)
+
+
+def _word_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """
+    The cross-entropy of `(batch, words, classes)`. Trainer counts labels only where they are called `labels`; without
+    a count, each row's mean over its words is averaged over the rows, of which micro-batches have equal numbers.
+    """
+    if num_items_in_batch is not None:
+        return cross_entropy(logits, labels, num_items_in_batch)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    return (losses.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
+
+
+class KAdapterForDependencyParsing(HeadModel):
+    """
+    The head of each word and its relation to it, from the fused states of the words' first tokens; the first token of
+    the text stands for the root.
+
+    Source: the biaffine attention of Dozat and Manning (ICLR 2017, section 3). The original's `lin-adapter.py` classifies
+    each sub-word into one of the positions of a text of fixed length instead, and learns no relations.
+    """
+
+    def _add_head(self, config: KAdapterConfig, width: int) -> None:
+        arc, relation = min(500, width), min(100, width)
+        self.arc_word, self.arc_head = nn.Linear(width, arc), nn.Linear(width, arc)
+        self.relation_word, self.relation_head = nn.Linear(width, relation), nn.Linear(width, relation)
+        # Applied to a word, it gives what scores its heads: with the bias, a weight for each feature of the head; for
+        # relations also a constant.
+        self.arc_scorer = nn.Linear(arc, arc)
+        self.relation_scorer = nn.Linear(relation, config.num_labels * (relation + 1))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        word_starts: torch.LongTensor | None = None,
+        head_labels: torch.LongTensor | None = None,
+        relation_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> DependencyParserOutput:
+        """
+        Args:
+            word_starts: `(batch, words)`, the position of each word's first token; -1 fills rows with fewer words.
+            head_labels: `(batch, words)`, the head of each word: 0 for the root, else the head's number in the row,
+                from 1 on; -100 where it doesn't count.
+            relation_labels: `(batch, words)`, the index of the word's relation to its head; -100 where it doesn't
+                count, as where the head doesn't.
+            num_items_in_batch: the number of words whose losses are averaged. By default it is the mean over each
+                row's words, then over the rows, so that accumulating gradients over micro-batches does not change it.
+
+        Returns:
+            `arc_logits` of shape `(batch, words, words + 1)` and, but while training on labels, `relation_logits` of
+            shape `(batch, words, words + 1, num_labels)`; see `decode` for the trees.
+
+        Raises:
+            ValueError: `word_starts` is missing, of another shape, or outside the text; labels are of another shape, or
+                a head is no other word of the row.
+        """
+        state, knowledge, output = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
+        )
+        word_starts = _check_word_starts(word_starts, state)
+        positions = torch.cat([self._first_position(state)[:, None], word_starts.clamp(min=0)], dim=1)
+        heads = self._fused_at(state, knowledge, positions)
+        words = heads[:, 1:]
+        arc_logits = self._features(words, self.arc_word, self.arc_scorer) @ self._features(heads, self.arc_head).mT
+        can_be_head = _can_be_head(word_starts >= 0)
+        arc_logits = arc_logits.masked_fill(~can_be_head, torch.finfo(arc_logits.dtype).min)
+
+        scorer = self._features(words, self.relation_word, self.relation_scorer)
+        scorer = scorer.unflatten(-1, (self.config.num_labels, -1))  # (batch, words, num_labels, features + 1)
+        head_features = self._features(heads, self.relation_head)
+        loss = relation_logits = None
+        if not self.training or head_labels is None or relation_labels is None:
+            relation_logits = torch.einsum("bwlf,bhf->bwhl", scorer[..., :-1], head_features)
+            relation_logits = relation_logits + scorer[..., -1].unsqueeze(2)
+        if head_labels is not None and relation_labels is not None:
+            head_labels, relation_labels = _check_labels(head_labels, relation_labels, can_be_head)
+            right = head_labels.clamp(min=0)[..., None]
+            if relation_logits is None:
+                right_features = head_features.gather(1, right.expand(-1, -1, head_features.shape[-1]))
+                at_right = (scorer[..., :-1] @ right_features.unsqueeze(-1)).squeeze(-1) + scorer[..., -1]
+            else:
+                at_right = relation_logits.take_along_dim(right[..., None], dim=2).squeeze(2)
+            loss = _word_loss(arc_logits, head_labels, num_items_in_batch)
+            loss = loss + _word_loss(at_right, relation_labels, num_items_in_batch)
+        return DependencyParserOutput(
+            loss=loss,
+            arc_logits=arc_logits,
+            relation_logits=relation_logits,
+            hidden_states=output.hidden_states,
+            attentions=output.get("attentions"),
+        )
+
+    def _features(self, states: torch.Tensor, layer: nn.Linear, scorer: nn.Linear | None = None) -> torch.Tensor:
+        features = self.dropout(F.leaky_relu(layer(states), 0.1))
+        return features if scorer is None else scorer(features)
+
+    def decode(
+        self, output: DependencyParserOutput, word_starts: torch.LongTensor
+    ) -> list[tuple[list[int], list[str]]]:
+        """
+        The best tree of each sentence.
+
+        Args:
+            output: of the model in evaluation mode or without labels.
+            word_starts: as given to the model.
+
+        Returns:
+            For each row the head of each word (0 for the root, else the head's number from 1 on), and the name of its
+            relation to it, from `config.id2label`.
+        """
+        if output.relation_logits is None:
+            raise ValueError("the output has no relation_logits: call the model without labels or in evaluation mode.")
+        parses = []
+        for row, words in enumerate((word_starts >= 0).sum(1).tolist()):
+            heads, relations = decode_parse(
+                output.arc_logits[row, :words, : words + 1], output.relation_logits[row, :words]
+            )
+            parses.append((heads, [self.config.id2label[relation] for relation in relations]))
+        return parses
+
+
+def _can_be_head(is_word: torch.Tensor) -> torch.Tensor:
+    """Of `(batch, words)`, which words and which heads go together: `(batch, words, words + 1)`."""
+    numbers = torch.arange(is_word.shape[1] + 1, device=is_word.device)
+    is_head = F.pad(is_word, (1, 0), value=True)
+    return is_word[:, :, None] & is_head[:, None, :] & (numbers[1:, None] != numbers)
