@@ -1,0 +1,44 @@
+"""
+Corpora to data sets of three schemas, which `schema.py` describes: relation, typing and dependency.
+
+Each reader returns a `datasets.Dataset` and a report on what it left out and why. T-REx, too large to be read at once, has
+a pipeline of its own: `kadapter_hf.corpora.trex`.
+"""
+
+from .conllu import parse_text, read_conllu
+from .docred import read_docred
+from .fewrel import read_fewrel
+from .schema import (
+    DEPENDENCY,
+    RELATION,
+    TYPING,
+    Report,
+    Schema,
+    check_columns,
+    dependency_problem,
+    read_jsonl,
+    relation_problem,
+    typing_problem,
+)
+from .semeval import read_semeval
+from .tacred import read_tacred
+
+
+__all__ = [
+    "DEPENDENCY",
+    "RELATION",
+    "TYPING",
+    "Report",
+    "Schema",
+    "check_columns",
+    "dependency_problem",
+    "parse_text",
+    "read_conllu",
+    "read_docred",
+    "read_fewrel",
+    "read_jsonl",
+    "read_semeval",
+    "read_tacred",
+    "relation_problem",
+    "typing_problem",
+]

@@ -1,0 +1,52 @@
+"""FewRel (Han et al., 2018): Wikidata relations in Wikipedia sentences, as words."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from .schema import MALFORMED, RELATION, Record, Report, Row, build, progress, read_json, relation_row
+
+
+def read_fewrel(path: str | Path, names: str | Path | None = None, strict: bool = False) -> tuple[Dataset, Report]:
+    """
+    A FewRel file, such as train_wiki.json, as rows of the relation schema. Head is the subject, tail the object.
+
+    Of an entity that is mentioned several times the first mention counts.
+
+    Args:
+        names: the file pid2name.json, to have relations by name and not by their Wikidata number.
+
+    Raises:
+        ValueError: the file isn't FewRel's; with `strict`, a record isn't usable.
+    """
+    return build(path, RELATION, _records(path, relation_names(names)), strict)
+
+
+def relation_names(path: str | Path | None) -> dict[str, str]:
+    """Names of Wikidata relations from a file of id -> name, or id -> [name, description]. No file: none."""
+    if path is None:
+        return {}
+    content = read_json(path, dict)
+    return {relation: name[0] if isinstance(name, list) else name for relation, name in content.items()}
+
+
+def _records(path: str | Path, names: dict[str, str]) -> Iterator[Record]:
+    for relation, instances in progress(list(read_json(path, dict).items()), path):
+        if not isinstance(instances, list):
+            yield relation, "not a list of records"
+            continue
+        label = names[relation] if relation in names else relation
+        for number, instance in enumerate(instances):
+            yield f"{relation} record {number}", _row(instance, label)
+
+
+def _row(instance: Any, relation: str) -> Row | str:
+    try:
+        head, tail = instance["h"][2][0], instance["t"][2][0]
+        if any(words != list(range(words[0], words[0] + len(words))) for words in (head, tail)):
+            return "an entity's words are not next to each other"
+        return relation_row(instance["tokens"], (head[0], head[-1] + 1), (tail[0], tail[-1] + 1), relation)
+    except MALFORMED:
+        return "the record is incomplete"

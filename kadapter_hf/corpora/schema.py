@@ -1,0 +1,311 @@
+"""
+The three schemas that every corpus is brought to, what can be wrong with a row, and the report of what was left out.
+
+Spans are `[start, end)` in characters (code points) of the row's text, as in `text[start:end]`.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datasets import Dataset, Features, List, Value
+from rich.console import Console
+from rich.progress import track
+
+
+NAMES_PER_REASON = 5
+Row = Mapping[str, Any]
+# A row, or what is wrong with the record that it should have come from; with the record's name.
+Record = tuple[str, Row | str]
+# What reading a record raises that isn't made as it should be.
+MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """
+    What the rows of one kind of data set look like.
+
+    Attributes:
+        problem: says what is wrong with a row, in words that don't depend on the row's values, or None.
+        labels: the column with a row's label or labels.
+    """
+
+    name: str
+    features: Features
+    problem: Callable[[Row], str | None]
+    labels: str
+
+
+@dataclass
+class Report:
+    """What was read: rows kept, rows per label, and for each reason how many were left out and the first few names."""
+
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    first_dropped: dict[str, list[str]] = field(default_factory=dict)
+    labels: Counter[str] = field(default_factory=Counter)
+
+    def keep(self, labels: str | Iterable[str]) -> None:
+        self.kept += 1
+        for label in (labels,) if isinstance(labels, str) else labels:
+            self.labels[label] += 1
+
+    def drop(self, reason: str, name: str, count: int = 1) -> None:
+        self.dropped[reason] += count
+        names = self.first_dropped.setdefault(reason, [])
+        if len(names) < NAMES_PER_REASON:
+            names.append(name)
+
+    def add(self, other: "Report") -> None:
+        self.kept += other.kept
+        self.dropped.update(other.dropped)
+        self.labels.update(other.labels)
+        for reason, names in other.first_dropped.items():
+            self.first_dropped[reason] = [*self.first_dropped.get(reason, []), *names][:NAMES_PER_REASON]
+
+    def reasons(self) -> str:
+        """All reasons in one line, the most frequent first."""
+        return "; ".join(
+            f"{count} × {reason} ({', '.join(self.first_dropped[reason])})"
+            for reason, count in self.dropped.most_common()
+        )
+
+    def save(self, path: str | Path, **more: Any) -> None:
+        """Writes the report as JSON, with `more` entries; the file appears complete or not at all."""
+        write_json(path, vars(self) | more)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(content["kept"], Counter(content["dropped"]), content["first_dropped"], Counter(content["labels"]))
+
+
+def token_spans(text: str, tokens: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Where each token stands in the text, each behind the one before; None if one isn't found."""
+    spans, end = [], 0
+    for token in tokens:
+        start = text.find(token, end)
+        if start < 0:
+            return None
+        end = start + len(token)
+        spans.append((start, end))
+    return spans
+
+
+def relation_row(
+    tokens: Sequence[str], subject: tuple[int, int], object_: tuple[int, int], relation: str
+) -> Row | str:
+    """
+    A row of the relation schema from words, which are joined by one space; or what is wrong with the spans.
+
+    Args:
+        subject, object_: the first word and the one behind the last, counted from 0.
+    """
+    if not all(0 <= first < behind <= len(tokens) for first, behind in (subject, object_)):
+        return "a span leaves the words"
+    starts = [0]
+    for token in tokens:
+        starts.append(starts[-1] + len(token) + 1)
+    spans = [[starts[first], starts[behind] - 1] for first, behind in (subject, object_)]
+    return {"text": " ".join(tokens), "subject": spans[0], "object": spans[1], "relation": relation}
+
+
+def relation_problem(row: Row) -> str | None:
+    """What is wrong with a row of the relation schema, or None."""
+    problem = _text_problem(row) or _span_problem(row, "subject") or _span_problem(row, "object")
+    if problem:
+        return problem
+    if row["subject"][0] < row["object"][1] and row["object"][0] < row["subject"][1]:
+        return "subject and object overlap"
+    if not _is_name(row.get("relation")):
+        return "relation is not a name"
+    return None
+
+
+def typing_problem(row: Row) -> str | None:
+    """What is wrong with a row of the typing schema, or None."""
+    problem = _text_problem(row) or _span_problem(row, "entity")
+    if problem:
+        return problem
+    if not _is_list(row.get("types"), _is_name) or not row["types"]:
+        return "types is not a list of names"
+    return None
+
+
+def dependency_problem(row: Row) -> str | None:
+    """What is wrong with a row of the dependency schema, or None."""
+    problem = _text_problem(row)
+    if problem:
+        return problem
+    tokens, heads, labels = (row.get(column, ()) for column in ("tokens", "heads", "labels"))
+    if not _is_list(tokens, _is_name) or not tokens:
+        return "tokens is not a list of words"
+    if not _is_list(heads, lambda head: type(head) is int):
+        return "heads is not a list of whole numbers"
+    if not _is_list(labels, _is_name):
+        return "labels is not a list of names"
+    if not len(tokens) == len(heads) == len(labels):
+        return "tokens, heads and labels differ in length"
+    if token_spans(row["text"], tokens) is None:
+        return "a token does not occur in the text"
+    if not all(0 <= head <= len(tokens) for head in heads):
+        return "a head is outside the sentence"
+    roots = heads.count(0)
+    if roots != 1:
+        return "no root" if roots == 0 else "several roots"
+    return "a cycle" if _has_cycle(heads) else None
+
+
+def _text_problem(row: Row) -> str | None:
+    text = row.get("text")
+    if not isinstance(text, str):
+        return "text is not a text"
+    if not text.strip():
+        return "the text is empty"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, Arrow can't
+        return "the text is not Unicode"
+    return None
+
+
+def _span_problem(row: Row, name: str) -> str | None:
+    span = row.get(name)
+    if not (isinstance(span, (list, tuple)) and len(span) == 2 and type(span[0]) is type(span[1]) is int):
+        return f"{name} is not [start, end]"
+    start, end = span
+    if start < 0 or end > len(row["text"]):
+        return f"the {name} leaves the text"
+    return None if row["text"][start:end].strip() else f"the {name} is empty"
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(of, value))
+
+
+def _has_cycle(heads: Sequence[int]) -> bool:
+    reaches_root = {0}
+    for word in range(1, len(heads) + 1):
+        path: set[int] = set()
+        while word not in reaches_root:
+            if word in path:
+                return True
+            path.add(word)
+            word = heads[word - 1]
+        reaches_root |= path
+    return False
+
+
+_TEXT, _SPAN = Value("string"), List(Value("int32"), length=2)
+RELATION = Schema(
+    "relation",
+    Features({"text": _TEXT, "subject": _SPAN, "object": _SPAN, "relation": _TEXT}),
+    relation_problem,
+    "relation",
+)
+TYPING = Schema(
+    "typing", Features({"text": _TEXT, "entity": _SPAN, "types": List(_TEXT)}), typing_problem, labels="types"
+)
+# heads count the tokens from 1; 0 is the root. The tokens occur in the text in their order.
+DEPENDENCY = Schema(
+    "dependency",
+    Features({"text": _TEXT, "tokens": List(_TEXT), "heads": List(Value("int32")), "labels": List(_TEXT)}),
+    dependency_problem,
+    "labels",
+)
+
+
+def check_columns(columns: Iterable[str], schema: Schema) -> None:
+    """Raises a ValueError that names the columns of the schema which are missing."""
+    columns = list(columns)
+    missing = [name for name in schema.features if name not in columns]
+    if missing:
+        raise ValueError(
+            f"the {schema.name} schema has the columns {', '.join(schema.features)}; missing: {', '.join(missing)}"
+        )
+
+
+def build(path: str | Path, schema: Schema, records: Iterable[Record], strict: bool) -> tuple[Dataset, Report]:
+    """
+    The data set of all records that make a row of the schema, and the report on the others.
+
+    Raises:
+        ValueError: no row is left, or with `strict` the first record that doesn't make one; it names both.
+    """
+    rows, report = [], Report()
+    for name, row in records:
+        problem = row if isinstance(row, str) else schema.problem(row)
+        if isinstance(row, str) or problem:
+            if strict:
+                raise ValueError(f"{path}, {name}: {problem}")
+            report.drop(str(problem), name)
+        else:
+            rows.append({column: row[column] for column in schema.features})
+            report.keep(row[schema.labels])
+    if not rows:
+        raise ValueError(f"{path}: no usable record. {report.reasons() or 'The file has none at all'}")
+    return Dataset.from_list(rows, features=schema.features), report
+
+
+def read_jsonl(path: str | Path, schema: Schema, strict: bool = False) -> tuple[Dataset, Report]:
+    """
+    Rows of your own, one JSON object with the schema's columns in each line, as a data set and a report.
+
+    Raises:
+        ValueError: no usable line, or with `strict` the first line that isn't usable.
+    """
+    return build(path, schema, _json_lines(path, schema), strict)
+
+
+def _json_lines(path: str | Path, schema: Schema) -> Iterator[Record]:
+    for number, line in progress(list(enumerate(Path(path).read_bytes().splitlines(), start=1)), path):
+        try:
+            row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+        except UnicodeDecodeError:
+            row = "not UTF-8"
+        except ValueError:
+            row = "not JSON"
+        else:
+            if row is None and not line.strip():
+                continue
+            if not isinstance(row, dict):
+                row = "not a JSON object"
+            elif missing := [name for name in schema.features if name not in row]:
+                row = f"no column {', '.join(missing)}"
+        yield f"line {number}", row
+
+
+def read_json(path: str | Path, kind: type[T]) -> T:
+    """The content of a JSON file whose outermost part is of the given kind (dict or list)."""
+    try:
+        content = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a {type(content).__name__} where a {kind.__name__} is expected")
+    return content
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes a JSON file that appears complete or not at all."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def progress(items: Sequence[T], path: str | Path) -> Iterable[T]:
+    """The items, with a progress bar where standard error is a terminal."""
+    console = Console(stderr=True)
+    return track(items, Path(path).name, console=console, transient=True) if console.is_terminal else items

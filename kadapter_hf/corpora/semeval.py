@@ -1,0 +1,57 @@
+"""SemEval-2010 Task 8 (Hendrickx et al., 2010): directed relations between nominals, as text with tags."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset
+
+from .schema import RELATION, Record, Report, Row, build, progress
+
+
+TAG = re.compile(r"</?e[12]>")
+
+
+def read_semeval(path: str | Path, strict: bool = False) -> tuple[Dataset, Report]:
+    """
+    A file of the task, such as TRAIN_FILE.TXT, as rows of the relation schema: `<e1>` is the subject, `<e2>` the object.
+
+    Relations keep their direction: `Cause-Effect(e1,e2)` and `Cause-Effect(e2,e1)` are two labels.
+
+    Raises:
+        ValueError: the file has no usable record; with `strict`, a record isn't usable.
+    """
+    return build(path, RELATION, _records(path), strict)
+
+
+def _records(path: str | Path) -> Iterator[Record]:
+    # A record is three lines (sentence, relation, comment), and a blank one.
+    records = re.split(rb"\r?\n[ \t]*\r?\n", Path(path).read_bytes().strip())
+    for number, record in enumerate(progress(records, path), start=1):
+        try:
+            lines = record.decode("utf-8-sig").strip().splitlines()
+        except UnicodeDecodeError:
+            yield f"record {number}", "not UTF-8"
+            continue
+        if lines:
+            yield lines[0].partition("\t")[0], _row(lines)
+
+
+def _row(lines: list[str]) -> Row | str:
+    number, tab, quoted = lines[0].partition("\t")
+    if not (number.isdigit() and tab) or len(lines) < 2:
+        return "not a number, a sentence and a relation"
+    tagged = quoted.strip()
+    if len(tagged) > 1 and tagged[0] == tagged[-1] == '"':
+        tagged = tagged[1:-1]
+    text, done, places = "", 0, {}
+    for tag in TAG.finditer(tagged):
+        text += tagged[done : tag.start()]
+        done = tag.end()
+        if tag.group() in places:
+            return "a tag stands twice"
+        places[tag.group()] = len(text)
+    if len(places) < 4:
+        return "a tag is missing"
+    spans = [[places[f"<{entity}>"], places[f"</{entity}>"]] for entity in ("e1", "e2")]
+    return {"text": text + tagged[done:], "subject": spans[0], "object": spans[1], "relation": lines[1].strip()}

@@ -1,0 +1,76 @@
+"""The command `kadapter prepare`."""
+
+import json
+import re
+
+import pytest
+from datasets import load_dataset
+from typer.testing import CliRunner
+
+from kadapter_hf.cli import app
+from kadapter_hf.corpora import RELATION
+
+
+FEWREL = {"P403": [{"tokens": ["Po", "to", "sea"], "h": ["po", "Q1", [[0]]], "t": ["sea", "Q2", [[2]]]}] * 3}
+FEWREL["P1"] = [*FEWREL["P403"][:1], {"tokens": []}]
+COMMANDS = ["trex", "fewrel", "docred", "tacred", "semeval", "conllu"]
+TREE = "1\tSit\t_\t_\t_\t_\t0\troot\t_\tSpaceAfter=No\n2\t!\t_\t_\t_\t_\t1\tpunct\t_\t_\n"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["prepare", *map(str, arguments)], terminal_width=120)
+
+
+def test_a_corpus_becomes_parquet_labels_and_a_report(write_file, tmp_path):
+    out = tmp_path / "made" / "out"
+    result = run("fewrel", write_file(FEWREL), "--output", out)
+    assert result.exit_code == 0, result.output
+    assert "4 rows kept, 1 left out" in result.output
+    dataset = load_dataset(str(out), cache_dir=str(tmp_path / "cache"), split="train")
+    assert dataset.features == RELATION.features
+    assert dataset[3] == {"text": "Po to sea", "subject": [0, 2], "object": [6, 9], "relation": "P1"}
+    assert json.loads((out / "relations.json").read_text()) == ["P1", "P403"]
+    assert json.loads((out / "report.json").read_text()) == {
+        "kept": 4,
+        "dropped": {"the record is incomplete": 1},
+        "first_dropped": {"the record is incomplete": ["P1 record 1"]},
+        "labels": {"P403": 3, "P1": 1},
+    }
+
+
+def test_trees_have_labels_json(write_file, tmp_path):
+    assert run("conllu", write_file(TREE), "--output", tmp_path / "out").exit_code == 0
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["punct", "root"]
+
+
+def test_trex_prints_its_report(write_file, tmp_path, real):
+    result = run("trex", real("t-rex/sample-output.json"), "--output", tmp_path / "out", "--min-examples", 10)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "relations.json").read_text()) == ["P17", "P37", "P47"]
+    assert "72 rows kept, 40 left out" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["fewrel", "--strict"], ["tacred"], ["trex"]],
+    ids=["a bad record", "another format", "nothing usable"],
+)
+def test_an_error_is_one_sentence_and_exit_code_1(write_file, tmp_path, arguments):
+    command, *options = arguments
+    result = run(command, write_file(FEWREL, "corpus.json"), "--output", tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path):
+    result = run("semeval", tmp_path / "nowhere.txt", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "nowhere.txt" in re.sub(r"[\s│]", "", result.stderr)  # the message is in a box, broken into lines
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"kadapter prepare {command}" in result.output

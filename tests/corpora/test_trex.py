@@ -1,0 +1,296 @@
+"""The T-REx pipeline, on documents of its own and on the real sample."""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+from datasets import load_dataset
+
+from kadapter_hf.corpora import RELATION, Report, relation_problem
+from kadapter_hf.corpora.trex import prepare_trex
+from kadapter_hf.corpora.trex_steps import document_examples, in_test
+
+
+TEXT = "Turin is big. Rome is in Italy. It was."
+WORDS = ["Turin", "is", "big", ".", "Rome", "is", "in", "Italy", ".", "It", "was", "."]
+SENTENCES = [[0, 13], [14, 31], [32, 39]]
+ROME, ITALY, TURIN = [14, 18], [25, 30], [0, 5]
+
+
+def bounds():
+    found, end = [], 0
+    for word in WORDS:
+        start = TEXT.index(word, end)
+        end = start + len(word)
+        found.append([start, end])
+    return found
+
+
+def triple(subject=ROME, object_=ITALY, relation="P17", sentence=1):
+    return {
+        "sentence_id": sentence,
+        "subject": {"boundaries": subject},
+        "object": {"boundaries": object_},
+        "predicate": {"uri": f"http://www.wikidata.org/prop/direct/{relation}"},
+    }
+
+
+def document(*triples, name="Q1"):
+    return {
+        "docid": f"http://www.wikidata.org/entity/{name}",
+        "text": TEXT,
+        "words_boundaries": bounds(),
+        "sentences_boundaries": SENTENCES,
+        "triples": list(triples),
+    }
+
+
+def corpus(write_file, files=3, documents=20):
+    """Files of as many documents, each with two P17 and one P31, and one P1 in all."""
+    paths = []
+    for number in range(files):
+        content = [
+            document(triple(), triple(ITALY, ROME), triple(relation="P31"), name=f"Q{number}-{place}")
+            for place in range(documents)
+        ]
+        if number == 0:
+            content[0]["triples"].append(triple(relation="P1"))
+        paths.append(write_file(content, f"trex/part-{number}.json"))
+    return paths[0].parent
+
+
+def rows(folder):
+    return load_dataset(
+        "parquet", data_files=str(folder / "*.parquet"), split="train", cache_dir=str(folder / "cache")
+    )
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def test_an_example_is_the_sentence_with_offsets_in_it():
+    report = Report()
+    assert list(document_examples(document(triple()), report)) == [
+        (0, {"text": "Rome is in Italy.", "subject": [0, 4], "object": [11, 16], "relation": "P17"})
+    ]
+    assert (report.kept, report.labels) == (1, {"P17": 1})
+
+
+@pytest.mark.parametrize(
+    "bad, problem",
+    [
+        (triple(subject=None), "subject or object has no boundaries"),
+        (triple(object_=TURIN), "subject or object is not made of words of the sentence"),
+        (triple(subject=[14, 17]), "subject or object is not made of words of the sentence"),
+        (triple(subject=[15, 18]), "subject or object is not made of words of the sentence"),
+        (triple(subject=[18, 14]), "subject or object is not made of words of the sentence"),
+        (triple(object_=[25, 99]), "subject or object is not made of words of the sentence"),
+        (triple(subject=[14, 21], object_=[19, 30]), "subject and object overlap"),
+        (triple(relation=""), "relation is not a name"),
+        (triple(sentence=3), "no such sentence"),
+        (triple(sentence=-1), "no such sentence"),
+        ({"subject": {}}, "the triple is incomplete"),
+        (triple(subject=["14", "18"]), "subject or object is not made of words of the sentence"),
+        (4, "the triple is incomplete"),
+    ],
+)
+def test_an_unusable_triple_is_counted_and_named(bad, problem):
+    report = Report()
+    assert len(list(document_examples(document(triple(), bad), report))) == 1
+    assert report.first_dropped == {problem: ["Q1 triple 1"]}
+
+
+@pytest.mark.parametrize("change", [{"text": None}, {"text": "short"}, {"text": TEXT + "\ud800"}, {"triples": None}])
+def test_a_document_that_is_not_whole_is_counted_and_named(change):
+    report = Report()
+    assert list(document_examples(document(triple()) | change, report)) == []
+    assert report.first_dropped == {"the document is incomplete": ["Q1"]}
+
+
+def test_a_word_that_crosses_the_end_of_the_sentence_is_none_of_its_words():
+    crossing = document(triple(object_=[25, 31]))
+    crossing["words_boundaries"] = [[14, 18], [25, 34]]
+    report = Report()
+    assert list(document_examples(crossing, report)) == []
+    assert report.dropped == {"subject or object is not made of words of the sentence": 1}
+
+
+def test_the_real_sample_gives_the_originals_examples(real):
+    documents = json.loads(real("t-rex/sample-output.json").read_text(encoding="utf-8"))
+    cleaned = json.loads(real("t-rex/cleaned-by-the-original.json").read_text(encoding="utf-8"))
+    report = Report()
+    found = [(one["docid"].split("/")[-1], row) for one in documents for _, row in document_examples(one, report)]
+    assert len(found) == len(cleaned) == 99
+    # What the original skips without counting it.
+    assert report.dropped == {"subject or object has no boundaries": 13}
+    for (name, row), theirs in zip(found, cleaned, strict=True):
+        words = theirs["token"]
+        assert relation_problem(row) is None
+        assert (name, row["relation"]) == (theirs["docid"], theirs["relation"])
+        assert "".join(row["text"].split()) == "".join("".join(words).split())
+        for span, first, last in [("subject", "subj_start", "subj_end"), ("object", "obj_start", "obj_end")]:
+            start, end = row[span]
+            before = "".join(words[: theirs[first]])
+            assert "".join(row["text"][:start].split()) == before
+            assert "".join(row["text"][start:end].split()) == "".join(words[theirs[first] : theirs[last] + 1])
+
+
+def test_the_files_that_the_pipeline_writes(write_file, tmp_path):
+    report = prepare_trex([corpus(write_file)], tmp_path / "out", min_examples=2)
+    out = tmp_path / "out"
+    assert files(out) == {"train.parquet", "test.parquet", "relations.json", "relations.png", "report.json"}
+    assert json.loads((out / "relations.json").read_text()) == ["P17"]
+    assert (out / "relations.png").read_bytes().startswith(b"\x89PNG")
+    assert report.kept == report.labels["P17"] == 120
+    assert report.dropped == {"relation left out": 60, "relation with fewer than 2 examples": 1}
+    assert report.first_dropped == {"relation left out": ["P31"], "relation with fewer than 2 examples": ["P1"]}
+    parts = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+    assert parts["train"].features == RELATION.features
+    sizes = {name: len(part) for name, part in parts.items()}
+    assert json.loads((out / "report.json").read_text())["sizes"] == sizes
+    assert sum(sizes.values()) == 120 and sizes["test"] > 0
+    assert all(relation_problem(row) is None for row in [*parts["train"], *parts["test"]])
+
+
+@pytest.mark.parametrize("split", ["document", "example"])
+def test_what_is_split_goes_by_its_name_and_the_seed(write_file, tmp_path, split):
+    prepare_trex([corpus(write_file)], tmp_path / "out", min_examples=2, split=split, seed=3)
+    keys = [f"Q{file}-{place}" for file in range(3) for place in range(20)]
+    if split == "example":
+        keys = [f"{key}#{number}" for key in keys for number in (0, 1)]
+    tests = sum(in_test(key, 3) for key in keys)
+    sizes = json.loads((tmp_path / "out" / "report.json").read_text())["sizes"]
+    assert sizes["test"] == tests * (2 if split == "document" else 1)
+
+
+def test_a_tenth_is_for_testing_and_another_seed_takes_another():
+    chosen = [{key for key in map(str, range(10_000)) if in_test(key, seed)} for seed in (0, 1)]
+    assert all(900 < len(keys) < 1100 for keys in chosen)
+    assert len(chosen[0] & chosen[1]) < 200
+
+
+def test_broken_files_are_counted_and_named(write_file, tmp_path):
+    folder = corpus(write_file, files=1)
+    write_file(b"[{", "trex/a.json")
+    write_file(b'["\xff"]', "trex/b.json")
+    write_file({}, "trex/c.json")
+    write_file([4, document(name="Q9") | {"text": 4}], "trex/d.json")
+    report = prepare_trex([folder], tmp_path / "out", min_examples=2)
+    assert report.kept == 40
+    assert (
+        report.first_dropped.items()
+        >= {
+            "the file is not JSON": ["a.json"],
+            "the file is not UTF-8": ["b.json"],
+            "the file is no list of documents": ["c.json"],
+            "the document is incomplete": ["d.json document 0", "Q9"],
+        }.items()
+    )
+
+
+def test_strict_names_the_file_also_after_a_run_that_was_not(write_file, tmp_path):
+    folder = corpus(write_file, files=1)
+    write_file([document(triple(sentence=7))], "trex/bad.json")
+    with pytest.raises(ValueError, match=r"bad.json: 1 × no such sentence \(Q1 triple 0\)"):
+        prepare_trex([folder], tmp_path / "strict", strict=True)
+    prepare_trex([folder], tmp_path / "out", min_examples=2)
+    with pytest.raises(ValueError, match=r"no such sentence \(Q1 triple 0\)"):
+        prepare_trex([folder], tmp_path / "out", min_examples=2, strict=True)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(write_file, tmp_path, monkeypatch):
+    folder = corpus(write_file)
+    out = tmp_path / "out"
+    read, seen = Report.save, []
+
+    def interrupted(report, path, **more):
+        seen.append(str(path))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        read(report, path, **more)
+
+    monkeypatch.setattr(Report, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_trex([folder], out, min_examples=2)
+    assert sorted(os.listdir(out / "extracted" / "logs" / "extract" / "completions")) == ["00000"]
+    assert not (out / "report.json").exists()
+    seen.clear()
+    monkeypatch.setattr(Report, "save", lambda *args, **more: (seen.append(str(args[1])), read(*args, **more)))
+    assert prepare_trex([folder], out, min_examples=2).kept == 120
+    assert [name.rpartition("/")[2] for name in seen] == ["00001.json", "00002.json", "report.json"]
+    # The shard that was begun when the run ended is there once.
+    assert Counter(rows(out / "extracted" / "shards")["relation"]) == {"P17": 120, "P31": 60, "P1": 1}
+
+
+def test_a_second_run_splits_anew_without_reading_the_files(write_file, tmp_path):
+    folder = corpus(write_file)
+    prepare_trex([folder], tmp_path / "out", min_examples=2)
+    shard = tmp_path / "out" / "extracted" / "shards" / "00000.parquet"
+    before = shard.stat().st_mtime_ns
+    report = prepare_trex([folder], tmp_path / "out", min_examples=1)
+    assert shard.stat().st_mtime_ns == before
+    assert report.labels == {"P17": 120, "P1": 1}
+
+
+def test_a_folder_goes_with_one_list_of_files(write_file, tmp_path):
+    folder = corpus(write_file)
+    prepare_trex([folder], tmp_path / "out", min_examples=2)
+    write_file([document(triple())], "trex/another.json")
+    with pytest.raises(ValueError, match="was made from other files"):
+        prepare_trex([folder], tmp_path / "out", min_examples=2)
+
+
+def test_too_high_a_minimum_is_an_error_that_says_what_there_is(write_file, tmp_path):
+    with pytest.raises(ValueError, match="the most frequent, P17, has 120 examples, 500 are asked for"):
+        prepare_trex([corpus(write_file)], tmp_path / "out", min_examples=500)
+
+
+def test_a_folder_without_files_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no JSON files in"):
+        prepare_trex([tmp_path], tmp_path / "out")
+    with pytest.raises(ValueError, match="does not exist"):
+        prepare_trex([tmp_path / "nowhere"], tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_two_workers_make_what_one_makes(write_file, tmp_path):
+    folder = corpus(write_file)
+    reports = [prepare_trex([folder], tmp_path / str(n), min_examples=2, workers=n) for n in (1, 2)]
+    assert reports[0] == reports[1]
+    assert (tmp_path / "1" / "train.parquet").read_bytes() == (tmp_path / "2" / "train.parquet").read_bytes()
+
+
+def test_slurm_gets_a_job_for_each_stage(write_file, tmp_path, monkeypatch):
+    # Stands in for Slurm's own command: keeps the script and answers with the job's number.
+    sbatch = write_file(
+        '#!/bin/sh\nfor script; do :; done\ncat "$script" >> "$0.log"\necho "$@" >> "$0.args"\necho job 42\n',
+        "bin/sbatch",
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    out = tmp_path / "out"
+    options = {"executor": "slurm", "workers": 2, "partition": "cpu", "time": "01:00:00"}
+    assert prepare_trex([corpus(write_file)], out, **options) is None
+    extract, split = (
+        (out / f"extracted/logs/{stage}/launch_script.slurm").read_text() for stage in ("extract", "split")
+    )
+    for line in ("--job-name=trex-extract", "--partition=cpu", "--time=01:00:00", "--array=0-2%2"):
+        assert f"#SBATCH {line}\n" in extract
+    assert "launch_pickled_pipeline" in extract and str(out / "extracted/logs/extract/executor.pik") in extract
+    assert "#SBATCH --array=0-0%1\n" in split
+    assert "--dependency=afterok:42" in sbatch.with_name("sbatch.args").read_text()
+    assert not (out / "report.json").exists()
+
+
+def test_without_ray_the_error_says_so(write_file, tmp_path, monkeypatch):
+    pytest.importorskip("datatrove")
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="ray"):
+            prepare_trex([corpus(write_file)], tmp_path / "out", executor="ray")
+    else:
+        pytest.skip("Ray is installed")
