@@ -126,6 +126,7 @@ def multiple_choice_features(
         `input_ids`, `attention_mask` (choices × length), `labels`, and `row`.
     """
     before, after = _specials(tokenizer)
+    encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": [], "row": []}
     separator = [tokenizer.sep_token_id]
     most = _most_tokens(tokenizer, max_length)
     counts = [len(choices) for choices in batch["choices"]]
@@ -133,9 +134,8 @@ def multiple_choice_features(
     ids = _tokenize([_spaced(text) for text in texts], tokenizer)
     rows = len(counts)
     contexts, questions, choices = ids[:rows], ids[rows : 2 * rows], iter(ids[2 * rows :])
-    encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": [], "row": []}
     for row, count in enumerate(counts):
-        row_ids = []
+        row_ids: list[Any] = []
         for choice in (next(choices) for _ in range(count)):
             rest = [*separator, *questions[row], *separator, *choice, *after]
             room = most - len(before) - len(rest)

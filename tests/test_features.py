@@ -19,7 +19,6 @@ from kadapter_hf.features import (
 
 
 ROOT = Path(__file__).parent
-VOCABULARY = ROOT.parent.parent / "shared" / "data" / "roberta-tokenizer" / "tokenizer.json"
 TYPES = ["entity", "location", "time", "organization", "object", "event", "place", "person", "group"]
 
 
@@ -31,12 +30,10 @@ def reference() -> dict:
     return json.loads((ROOT / "fixtures" / "reference" / "reference_features.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def roberta() -> PreTrainedTokenizerFast:
-    if not VOCABULARY.exists():
-        pytest.skip(f"RoBERTa's vocabulary is not at {VOCABULARY}")
+@pytest.fixture
+def roberta(real) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(VOCABULARY),
+        tokenizer_file=str(real("roberta-tokenizer/tokenizer.json")),
         bos_token="<s>",
         cls_token="<s>",
         sep_token="</s>",

@@ -1,0 +1,151 @@
+"""
+The frozen backbone's states of a whole data set on disk, so that it runs once and not in every epoch.
+
+The states of an example depend on its token ids and the backbone's weights alone. A cache is a folder named by a hash of
+all that goes into it: another backbone, layer, tokenizer or text is another folder, and an old one is never mistaken.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+
+
+logger = logging.get_logger(__name__)
+
+STATES = "states.bin"
+ROW = "row"  # the column that says which example of the cache a row is
+
+
+class ActivationCache:
+    """
+    States of shape `(tokens, states, width)` for each row of a data set, mapped into memory.
+
+    They come in the order of `model.backbone_states_read()`, with the backbone's last behind them.
+    """
+
+    def __init__(
+        self, file: Path, lengths: list[int], states: int, width: int, dtype: torch.dtype, writable: bool = False
+    ):
+        self.offsets = [0, *itertools.accumulate(lengths)]
+        size = self.offsets[-1] * states * width
+        self.tokens = torch.from_file(str(file), shared=writable, size=size, dtype=dtype).view(-1, states, width)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        """`(tokens, states, width)`"""
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+
+def cached_activations(
+    model: KAdapterPreTrainedModel,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 32,
+) -> ActivationCache:
+    """
+    The states of the rows of `dataset` (with `input_ids`), computed if `folder` has no cache of them yet.
+
+    Args:
+        dtype: what they are kept in. With float32 training goes as without a cache, with bfloat16 it takes half the disk.
+        batch_size: how many rows the backbone computes at once.
+
+    Raises:
+        ValueError: the backbone trains, or an adapter attends to padding: the states are not the example's alone then.
+        OSError: the disk has too little room; the message says how much is needed.
+    """
+    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+        raise ValueError("the states of a backbone that trains can't be cached: freeze_backbone() first.")
+    if any(adapter.attend_to_padding for adapter in (model.config.knowledge_adapters or {}).values()):
+        raise ValueError("the states can't be cached for an adapter with attend_to_padding=True, which reads padding.")
+    layers = model.backbone_states_read()
+    states, width = len(layers) + 1, model.backbone.config.hidden_size
+    ids = dataset["input_ids"][:]
+    lengths = [len(row) for row in ids]
+    content = [model.backbone_fingerprint(), str(model.backbone.dtype), str(dtype), layers]
+    key = hashlib.sha256(json.dumps(content).encode())
+    for row in ids:
+        key.update(json.dumps(row).encode())
+    place = Path(folder) / key.hexdigest()[:32]
+    if not (place / STATES).is_file():
+        _compute(model, ids, tokenizer, place, lengths, layers, dtype, batch_size)
+    return ActivationCache(place / STATES, lengths, states, width, dtype)
+
+
+def _compute(
+    model: KAdapterPreTrainedModel,
+    ids: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    place: Path,
+    lengths: list[int],
+    layers: list[int],
+    dtype: torch.dtype,
+    batch_size: int,
+) -> None:
+    """Writes the states beside `place` and moves them there, so that `place` is whole if it is there."""
+    shape = (sum(lengths), len(layers) + 1, model.backbone.config.hidden_size)
+    size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+    part = place.with_name(f"{place.name}.{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        free = shutil.disk_usage(part).free
+        logger.warning(f"The backbone's states of {len(ids)} examples take {size / 1e9:.2f} GB in '{place}'.")
+        if size > free:
+            raise OSError(
+                f"'{place.parent}' has {free / 1e9:.2f} GB left and the backbone's states need {size / 1e9:.2f} GB. "
+                "Choose a larger disk, keep them in bfloat16, or train without a cache."
+            )
+        with open(part / STATES, "wb") as file:
+            file.truncate(size)
+        cache = ActivationCache(part / STATES, lengths, shape[1], shape[2], dtype, writable=True)
+        collate = DataCollatorWithPadding(tokenizer)
+        # Rows of one length together: no time for padding, and no rounding by it.
+        order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
+        model.eval()
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="Backbone's states", disable=not logging.is_progress_bar_enabled()):
+            rows = order[start : start + batch_size]
+            batch = collate([{"input_ids": ids[row]} for row in rows])
+            batch = {name: tensor.to(model.backbone.device) for name, tensor in batch.items()}
+            with torch.no_grad():
+                output = model.backbone(**batch, output_hidden_states=True, return_dict=True)
+            found = [*(output.hidden_states[layer] for layer in layers), output.last_hidden_state]
+            stacked = torch.stack(found, dim=2).to("cpu", dtype)
+            for position, row in enumerate(rows):
+                # Whatever side the padding is on.
+                real = batch["attention_mask"][position].bool().cpu()
+                cache[row].copy_(stacked[position, real])
+        os.replace(part, place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+class CachedActivationsCollator:
+    """Another collator's batch, with the cached states of its rows as `backbone_states`, padded likewise."""
+
+    def __init__(self, collator: Callable[[list[dict]], dict[str, Any]], cache: ActivationCache):
+        self.collator = collator
+        self.cache = cache
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [feature[ROW] for feature in features]
+        batch = self.collator([{k: v for k, v in feature.items() if k != ROW} for feature in features])
+        mask = batch["attention_mask"].bool()
+        _, states, width = self.cache.tokens.shape
+        padded = torch.zeros(*mask.shape, states, width, dtype=self.cache.tokens.dtype)
+        padded[mask] = torch.cat([self.cache[row] for row in rows])
+        batch["backbone_states"] = padded.transpose(1, 2)
+        return batch

@@ -1,0 +1,23 @@
+"""Collators for features that transformers' own don't pad: all pad to the longest row of the batch, to no fixed length."""
+
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+
+class DataCollatorForDependencyParsing:
+    """Pads sentences to the longest in tokens, and `word_starts` (with -1) and both labels (with -100) in words."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.pad = DataCollatorWithPadding(tokenizer)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        padding = {"word_starts": -1, "head_labels": -100, "relation_labels": -100}
+        names = [name for name in features[0] if name not in padding]
+        batch = dict(self.pad([{name: feature[name] for name in names} for feature in features]))
+        words = max(len(feature["word_starts"]) for feature in features)
+        for name in features[0].keys() & padding.keys():
+            rows = [[*feature[name], *[padding[name]] * (words - len(feature[name]))] for feature in features]
+            batch[name] = torch.tensor(rows)
+        return batch

@@ -1,0 +1,388 @@
+"""
+Pre-training of one knowledge adapter beside a frozen backbone, with the stock Trainer (paper, section 3.3).
+
+An objective says what the adapter learns from: rows of a schema, the features made of them, a head, and a metric. To add
+one, put it into `OBJECTIVES` under a name and call `main`:
+
+    OBJECTIVES["domain"] = Objective(features=…, model_class=KAdapterForMaskedLM, …)
+    main(["domain", "--data", "articles.jsonl", "--output_dir", "domain-adapter"])
+"""
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from .activations import ROW, CachedActivationsCollator, cached_activations
+from .collators import DataCollatorForDependencyParsing
+from .corpora import DEPENDENCY, RELATION, TYPING, Report, Schema, check_columns, read_jsonl
+from .features import dependency_features, encode, relation_features, typing_features
+from .metrics import decode_for_metrics, dependency_metrics, relation_metrics, typing_metrics
+from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
+from .modeling.heads_kadapter import (
+    KAdapterForDependencyParsing,
+    KAdapterForEntityTyping,
+    KAdapterForRelationClassification,
+)
+from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    What a knowledge adapter learns from.
+
+    Args:
+        schema: the columns of a row and which of them holds its labels, as in `kadapter_hf.corpora`; None takes any
+            columns, for an objective without labels.
+        features: `features(batch, tokenizer, labels=…, max_length=…)`, as those in `kadapter_hf.features`; without
+            `labels` if there are none.
+        model_class: the head that is trained with the adapter and thrown away afterwards.
+        collator: makes a batch's collator of the tokenizer.
+        metrics: makes Trainer's `compute_metrics` of the list of labels; None measures the loss alone.
+        preprocess_logits: Trainer's `preprocess_logits_for_metrics`.
+    """
+
+    features: Callable[..., dict[str, list]]
+    model_class: type[KAdapterPreTrainedModel]
+    collator: Callable[[PreTrainedTokenizerBase], Callable[[list[dict]], Any]]
+    schema: Schema | None = None
+    metrics: Callable[[list[str]], Callable] | None = None
+    preprocess_logits: Callable | None = None
+
+    def labels_of(self, rows: Dataset) -> list[str]:
+        """The labels that occur, sorted."""
+        return sorted(set(_labels(rows, self.schema))) if self.schema else []
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "factual": Objective(
+        schema=RELATION,
+        features=relation_features,
+        model_class=KAdapterForRelationClassification,
+        collator=DataCollatorWithPadding,
+        metrics=lambda labels: relation_metrics,
+    ),
+    "linguistic": Objective(
+        schema=DEPENDENCY,
+        features=dependency_features,
+        model_class=KAdapterForDependencyParsing,
+        collator=DataCollatorForDependencyParsing,
+        metrics=dependency_metrics,
+        preprocess_logits=decode_for_metrics,
+    ),
+    "typing": Objective(
+        schema=TYPING,
+        features=typing_features,
+        model_class=KAdapterForEntityTyping,
+        collator=DataCollatorWithPadding,
+        metrics=lambda labels: typing_metrics,
+    ),
+}
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PretrainingArguments:
+    """What Trainer's own arguments don't say."""
+
+    data: str = field(
+        metadata={
+            "help": "Rows to learn from: a folder that `kadapter prepare` wrote, a file of JSON lines or Parquet, or a "
+            "data set on the Hub. A split called validation or test is for evaluation."
+        }
+    )
+    name: str | None = _help(None, "What the adapter is called; by default as its objective.")
+    backbone: str = _help(DEFAULT_BACKBONE, "The frozen encoder: a repository or folder.")
+    eval_size: float = _help(0.1, "The part of the rows that is held out where the data have no split for it.")
+    max_length: int | None = _help(None, "Tokens of a row at most; by default as many as the backbone takes.")
+    cache_activations: str | None = _help(
+        None, "A folder to keep the backbone's states in: it runs once for each row then, not in each epoch."
+    )
+    activations_dtype: str = _help("float32", "What they are kept in: float32, or bfloat16 for half the disk.")
+    adapter_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The backbone's states that the adapter reads; by default the first, middle and last but one."
+        },
+    )
+    adapter_hidden_size: int = _help(768, "Width of the adapter's transformer layers.")
+    adapter_num_hidden_layers: int = _help(2, "Transformer layers in each of its adapter layers.")
+    adapter_num_attention_heads: int = _help(12, "Their attention heads.")
+    adapter_intermediate_size: int = _help(3072, "Width of their feed-forward part.")
+
+    def __post_init__(self):
+        if not 0 < self.eval_size < 1:
+            raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
+        if self.activations_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--activations_dtype must be float32 or bfloat16, not {self.activations_dtype}")
+
+    def adapter_config(self) -> KnowledgeAdapterConfig:
+        return KnowledgeAdapterConfig(
+            backbone_layers=self.adapter_layers,
+            hidden_size=self.adapter_hidden_size,
+            num_hidden_layers=self.adapter_num_hidden_layers,
+            num_attention_heads=self.adapter_num_attention_heads,
+            intermediate_size=self.adapter_intermediate_size,
+        )
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C ends the training after the step under way, with a checkpoint; a second one ends it at once."""
+
+    interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = signal.signal(signal.SIGINT, self.interrupt)
+
+    def interrupt(self, *_):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self.before)
+
+
+def pretrain(objective: str, arguments: PretrainingArguments, training: TrainingArguments) -> dict[str, float]:
+    """
+    Trains an adapter and saves it as an adapter repository in `training.output_dir`.
+
+    Besides the adapter, with its provenance, the folder gets the head it was trained with (which loading the adapter
+    leaves behind), the tokenizer, `trainer_state.json` and a figure of the losses.
+
+    Returns:
+        The metrics on the held-out rows.
+
+    Raises:
+        ValueError: an unknown objective, data that don't fit it, or nothing to learn in them.
+        KeyboardInterrupt: Ctrl-C; a checkpoint is in the output folder.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"there is no objective '{objective}'; there are {sorted(OBJECTIVES)}")
+    task, name = OBJECTIVES[objective], arguments.name or objective
+    checkpoint = _checkpoint_to_resume(training)
+    set_seed(training.seed)
+    rows = _train_and_eval_rows(task, arguments, training.seed)
+    labels = task.labels_of(rows["train"])
+    if task.schema is not None and len(labels) < 2:
+        raise ValueError(f"'{arguments.data}' has only the label {labels}: there is nothing to tell apart.")
+    if task.schema is not None:
+        rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
+    numbers = {label: number for number, label in enumerate(labels)}
+    fields: dict[str, Any] = {"label2id": numbers, "id2label": dict(enumerate(labels))} if labels else {}
+    model = task.model_class.from_backbone(arguments.backbone, {name: arguments.adapter_config()}, **fields)
+    model.train_knowledge_adapter(name, train_head=True)
+    features = partial(task.features, labels=labels) if labels else task.features
+    with training.main_process_first(desc="features"):
+        most = _most_tokens(arguments.max_length, tokenizer, model)
+        data = {split: encode(split_rows, features, tokenizer, max_length=most) for split, split_rows in rows.items()}
+    collator = task.collator(tokenizer)
+    if arguments.cache_activations is not None:
+        folder, dtype = arguments.cache_activations, getattr(torch, arguments.activations_dtype)
+        all_rows = concatenate_datasets([split.select_columns("input_ids") for split in data.values()])
+        model.to(training.device)
+        with training.main_process_first(desc="activations"):
+            cache = cached_activations(model, all_rows, tokenizer, folder, dtype)
+        data, collator = _numbered(data), CachedActivationsCollator(collator, cache)
+        training.remove_unused_columns = False
+    stop = StopOnInterrupt()
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data["eval"],
+        processing_class=tokenizer,
+        compute_metrics=task.metrics(labels) if task.metrics else None,
+        preprocess_logits_for_metrics=task.preprocess_logits,
+        callbacks=[stop],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.interrupted:
+        raise KeyboardInterrupt
+    metrics = {
+        key: value for key, value in trainer.evaluate().items() if not key.endswith(("_second", "runtime", "epoch"))
+    }
+    model.config.knowledge_adapters[name].provenance = {
+        "objective": objective,
+        "corpus": arguments.data,
+        "rows": len(data["train"]),
+        "labels": len(labels),
+        "held_out_rows": len(data["eval"]),
+        "metrics": metrics,
+        "seed": training.seed,
+        "versions": {package: version(package) for package in ("kadapter-hf", "torch", "transformers", "datasets")},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        _draw_losses(trainer.state.log_history, Path(str(training.output_dir), "training.png"))
+    return metrics
+
+
+def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
+    folder = Path(str(training.output_dir))
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    wanted = training.resume_from_checkpoint
+    if wanted is None:
+        if last is not None:
+            raise ValueError(
+                f"'{last}' is from an earlier run: go on from there with --resume_from_checkpoint true, or choose "
+                "another --output_dir."
+            )
+        return None
+    if str(wanted).lower() != "true":
+        return str(wanted)
+    if last is None:
+        logger.warning(f"'{folder}' has no checkpoint to resume from: the training begins anew.")
+    return last
+
+
+def _train_and_eval_rows(task: Objective, arguments: PretrainingArguments, seed: int) -> dict[str, Dataset]:
+    splits = load_rows(arguments.data, task.schema)
+    for name in ("validation", "test"):
+        if name in splits:
+            return {"train": splits["train"], "eval": splits[name]}
+    if len(splits["train"]) < 2:
+        raise ValueError(f"'{arguments.data}' has {len(splits['train'])} rows: too few to learn from.")
+    parts = splits["train"].train_test_split(arguments.eval_size, seed=seed)
+    return {"train": parts["train"], "eval": parts["test"]}
+
+
+def load_rows(data: str, schema: Schema | None) -> DatasetDict:
+    """
+    The rows of a folder or file of Parquet, a file of JSON lines, or a data set on the Hub, checked against a schema.
+
+    Rows that break the schema are left out, counted in a warning.
+
+    Raises:
+        ValueError: a column is missing, there is no split to train on, or no row is left.
+    """
+    path = Path(data)
+    if path.suffix in (".json", ".jsonl") and schema is not None:
+        rows, report = read_jsonl(path, schema)
+        if report.dropped:
+            logger.warning(f"'{data}': rows left out: {report.reasons()}")
+        return DatasetDict(train=rows)
+    if path.suffix in (".json", ".jsonl", ".parquet"):
+        splits = load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=data)
+    else:
+        splits = load_dataset("parquet", data_dir=data) if path.is_dir() else load_dataset(data)
+    if "train" not in splits:
+        raise ValueError(f"'{data}' has no split called train; it has {list(splits)}")
+    if schema is not None:
+        for name, rows in splits.items():
+            check_columns(rows.column_names, schema)
+            splits[name] = _without_problems(rows.select_columns(list(schema.features)), schema, f"{data}, {name}")
+    return splits
+
+
+def _without_problems(rows: Dataset, schema: Schema, name: str) -> Dataset:
+    report, kept = Report(), []
+    for number, row in enumerate(rows):
+        problem = schema.problem(row)
+        if problem:
+            report.drop(problem, f"row {number}")
+        else:
+            kept.append(number)
+    if report.dropped:
+        logger.warning(f"'{name}': rows left out: {report.reasons()}")
+    return rows.select(kept) if report.dropped else rows
+
+
+def _labels(rows: Dataset, schema: Schema) -> Iterator[str]:
+    for value in rows[schema.labels]:
+        yield from [value] if isinstance(value, str) else value
+
+
+def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:
+    """The rows whose labels occur in training; the others, which nothing could predict, are counted in a warning."""
+    unknown = sorted(set(_labels(rows, schema)) - known)
+    if not unknown:
+        return rows
+    kept = [number for number in range(len(rows)) if known.issuperset(_labels(rows.select([number]), schema))]
+    logger.warning(
+        f"{len(rows) - len(kept)} held-out rows have labels that training has not, and are left out: {unknown[:5]}"
+    )
+    return rows.select(kept)
+
+
+def _most_tokens(asked: int | None, tokenizer: PreTrainedTokenizerBase, model: KAdapterPreTrainedModel) -> int:
+    # RoBERTa's positions are counted from behind its pad id on.
+    positions = getattr(model.backbone.config, "max_position_embeddings", 512) - 2
+    known = [positions if tokenizer.model_max_length > 10**6 else tokenizer.model_max_length]
+    return min([*known, asked] if asked else known)
+
+
+def _numbered(data: dict[str, Dataset]) -> dict[str, Dataset]:
+    """The splits with the number that each row has in all of them, one after the other."""
+    numbered, first = {}, 0
+    for name, split in data.items():
+        numbered[name] = split.add_column(ROW, list(range(first, first + len(split))))
+        first += len(split)
+    return numbered
+
+
+def _draw_losses(history: list[dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for key, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def parser(objective: str) -> HfArgumentParser:
+    return HfArgumentParser(
+        (PretrainingArguments, TrainingArguments),  # type: ignore[arg-type]
+        prog=f"kadapter pretrain {objective}",
+        description=f"Trains a knowledge adapter beside a frozen backbone ({objective}). Example: kadapter pretrain "
+        f"{objective} --data corpus --backbone FacebookAI/roberta-large --output_dir {objective}-adapter",
+        allow_abbrev=False,
+    )
+
+
+def main(arguments: Sequence[str]) -> dict[str, float]:
+    """`kadapter pretrain`: the objective's name, then the flags of `PretrainingArguments` and `TrainingArguments`."""
+    objective, *flags = arguments
+    return pretrain(objective, *parser(objective).parse_args_into_dataclasses(args=flags))

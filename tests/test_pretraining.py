@@ -1,0 +1,352 @@
+"""An adapter from rows to a repository: what trains, what is saved, cached activations, interruption and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_weights, contents, small_adapter
+from datasets import Dataset
+from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, TrainerCallback
+
+from kadapter_hf import KAdapterForDependencyParsing, KAdapterForRelationClassification, KAdapterModel, pretraining
+from kadapter_hf.activations import CachedActivationsCollator, cached_activations
+from kadapter_hf.corpora import read_conllu
+from kadapter_hf.pretraining import OBJECTIVES, Objective, load_rows, main
+
+
+DATA = Path(__file__).parent.parent / "examples" / "data"
+SMALL = (
+    *("--adapter_hidden_size", "16", "--adapter_num_attention_heads", "2", "--adapter_intermediate_size", "24"),
+    *("--adapter_num_hidden_layers", "1", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
+    *("--learning_rate", "1e-2", "--dataloader_pin_memory", "false", "--logging_steps", "1"),
+)
+
+
+def fact(subject: str, relation: str, other: str) -> dict:
+    start = len(f"{subject} is {relation} ")
+    spans = {"subject": [0, len(subject)], "object": [start, start + len(other)]}
+    return {"text": f"{subject} is {relation} {other} .", "relation": relation} | spans
+
+
+FACTS = [
+    fact(subject, relation, other)
+    for subject in ("rome", "paris", "vienna", "berlin")
+    for other in ("italy", "france", "austria")
+    for relation in ("by", "in", "of")
+]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory) -> str:
+    return write_rows(tmp_path_factory.mktemp("rows") / "facts.jsonl", FACTS)
+
+
+def run(objective: str, data: str, backbone: str, output: Path, *flags: str) -> dict[str, float]:
+    return main([objective, "--data", data, "--backbone", backbone, "--output_dir", str(output), *SMALL, *flags])
+
+
+def losses(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def factual(facts, backbone, tmp_path_factory) -> Path:
+    """A factual adapter's repository."""
+    output = tmp_path_factory.mktemp("factual")
+    run("factual", facts, backbone, output, "--max_steps", "12")
+    return output
+
+
+# ---- What comes out -------------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_learns_and_the_backbone_stays_as_it_was_bit_for_bit(factual, backbone):
+    model = KAdapterModel.from_pretrained(factual)
+    assert_same_weights(model.backbone, AutoModel.from_pretrained(backbone, add_pooling_layer=False))
+    assert not (factual / "backbone.safetensors").exists()
+    assert sum(losses(factual)[-4:]) < sum(losses(factual)[:4])
+
+
+def test_the_repository_says_where_the_knowledge_came_from(factual, facts):
+    provenance = KAdapterModel.from_pretrained(factual).config.knowledge_adapters["factual"].provenance
+    assert (provenance["objective"], provenance["corpus"]) == ("factual", facts)
+    assert (provenance["rows"], provenance["held_out_rows"], provenance["labels"]) == (32, 4, 3)
+    assert provenance["seed"] == 42 and set(provenance["metrics"]) >= {"eval_micro_f1", "eval_macro_f1", "eval_loss"}
+    assert provenance["versions"]["transformers"] and provenance["command"]
+
+
+def test_the_head_is_there_for_evaluation_and_left_behind_when_the_adapter_is_loaded(factual, build):
+    whole = KAdapterForRelationClassification.from_pretrained(factual)
+    assert whole.config.id2label == {0: "by", 1: "in", 2: "of"}
+    other = build(KAdapterForRelationClassification, adapters=[], num_labels=5)
+    assert other.load_knowledge_adapter(factual) == "factual"
+    assert other.out_proj.out_features == 5
+    assert_same_weights(other.adapters, whole.adapters)
+
+
+def test_beside_the_adapter_are_its_tokenizer_training_curve_and_trainers_state(factual):
+    assert AutoTokenizer.from_pretrained(factual)("rome")["input_ids"]
+    assert (factual / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((factual / "trainer_state.json").read_text())["global_step"] == 12
+
+
+def test_a_linguistic_adapter_learns_heads_and_relations(backbone, tmp_path):
+    trees, _ = read_conllu(DATA / "trees.conllu")
+    trees.select(range(20)).to_parquet(tmp_path / "trees.parquet")
+    metrics = run("linguistic", str(tmp_path / "trees.parquet"), backbone, tmp_path / "out", "--max_steps", "3")
+    assert {"eval_uas", "eval_las"} <= set(metrics)
+    assert KAdapterForDependencyParsing.from_pretrained(tmp_path / "out").config.knowledge_adapters.keys() == {
+        "linguistic"
+    }
+
+
+def test_an_objective_of_ones_own_takes_a_few_lines(facts, backbone, tmp_path, monkeypatch):
+    typed = OBJECTIVES["factual"]
+    own = Objective(
+        typed.features, typed.model_class, DataCollatorWithPadding, schema=typed.schema
+    )  # without a metric
+    monkeypatch.setitem(OBJECTIVES, "geography", own)
+    metrics = run("geography", facts, backbone, tmp_path / "out", "--max_steps", "1", "--name", "maps")
+    assert set(metrics) == {"eval_loss"}
+    assert list(KAdapterModel.from_pretrained(tmp_path / "out").adapters) == ["maps"]
+
+
+# ---- Cached activations ---------------------------------------------------------------------------------------------
+
+
+def test_with_cached_activations_the_losses_are_the_same_and_the_backbone_runs_once(
+    factual, facts, backbone, tmp_path, monkeypatch
+):
+    computed = []
+    forward = pretraining.KAdapterForRelationClassification._run_backbone
+    monkeypatch.setattr(
+        pretraining.KAdapterForRelationClassification,
+        "_run_backbone",
+        lambda self, *args, **kwargs: computed.append(1) or forward(self, *args, **kwargs),
+    )
+    flags = ("--max_steps", "12", "--cache_activations", str(tmp_path / "cache"))
+    run("factual", facts, backbone, tmp_path / "out", *flags)
+    assert losses(tmp_path / "out") == pytest.approx(losses(factual), abs=1e-6)
+    assert not computed
+    before = contents(tmp_path / "cache")
+    run("factual", facts, backbone, tmp_path / "again", *flags)
+    assert contents(tmp_path / "cache") == before
+
+
+@pytest.fixture
+def cached(backbone, build, tokenizer, tmp_path):
+    """`cached(model, texts, dtype)`: a cache of the texts' states, in one folder for all."""
+
+    def make(model, texts, dtype=torch.float32):
+        rows = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in texts]})
+        return cached_activations(model, rows, tokenizer, tmp_path / "cache", dtype)
+
+    return make
+
+
+TEXTS = ["the river", "the city of rome is in italy", "a"]
+
+
+def test_cached_states_are_those_that_the_backbone_gives(build, cached, tokenizer):
+    model = build(KAdapterModel, adapters=["factual"])
+    cache = cached(model, TEXTS)
+    rows = [{"input_ids": tokenizer(text)["input_ids"], "row": row} for row, text in enumerate(TEXTS)]
+    batch = CachedActivationsCollator(DataCollatorWithPadding(tokenizer), cache)(rows)
+    with torch.no_grad():
+        found = model(**batch)
+        batch.pop("backbone_states")
+        expected = model(**batch)
+    mask = batch["attention_mask"].bool()
+    for name in ("last_hidden_state", "backbone_last_hidden_state"):
+        torch.testing.assert_close(found[name][mask], expected[name][mask], rtol=0, atol=1e-6)
+
+
+def test_another_text_backbone_layer_or_dtype_is_another_cache(build, cached, tmp_path):
+    changed = build(KAdapterModel, adapters=["factual"])
+    with torch.no_grad():
+        changed.backbone.embeddings.word_embeddings.weight += 1
+    other_layers = build(KAdapterModel, adapters=[])
+    other_layers.add_knowledge_adapter("factual", small_adapter(backbone_layers=[1]))
+    model = build(KAdapterModel, adapters=["factual"])
+    for number, arguments in enumerate(
+        [(model, TEXTS), (model, TEXTS[::-1]), (changed, TEXTS), (other_layers, TEXTS), (model, TEXTS, torch.bfloat16)]
+    ):
+        cached(*arguments)
+        cached(*arguments)
+        assert len(list((tmp_path / "cache").iterdir())) == number + 1
+
+
+def test_bfloat16_takes_half_the_disk(build, cached):
+    model = build(KAdapterModel, adapters=["factual"])
+    exact, half = (cached(model, TEXTS, dtype).tokens for dtype in (torch.float32, torch.bfloat16))
+    assert exact.nbytes == 2 * half.nbytes
+    torch.testing.assert_close(half.float(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(build, cached, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 100))
+    with pytest.raises(OSError, match="GB left and the backbone's states need .* GB"):
+        cached(build(KAdapterModel, adapters=["factual"]), TEXTS)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_backbone_that_trains_or_an_adapter_that_reads_padding_can_not_be_cached(build, cached):
+    model = build(KAdapterModel, adapters=["factual"])
+    model.unfreeze_backbone()
+    with pytest.raises(ValueError, match="freeze_backbone"):
+        cached(model, TEXTS)
+    model = build(KAdapterModel, adapters=[])
+    model.add_knowledge_adapter("original", small_adapter(attend_to_padding=True))
+    with pytest.raises(ValueError, match="attend_to_padding"):
+        cached(model, TEXTS)
+
+
+def test_backbone_states_of_the_wrong_number_are_refused(build):
+    model = build(KAdapterModel, adapters=["factual"])
+    width = model.config.backbone_config.hidden_size
+    with pytest.raises(ValueError, match="backbone_states must be of shape"):
+        model(torch.ones(1, 3).long(), backbone_states=torch.zeros(1, 9, 3, width))
+
+
+# ---- Interrupted and resumed ----------------------------------------------------------------------------------------
+
+
+class InterruptAtStep(TrainerCallback):
+    """Sends this process what Ctrl-C does, in the middle of the training."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("cache", [False, True], ids=["", "cached"])
+def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_with_the_same_weights(
+    facts, backbone, tmp_path, monkeypatch, cache
+):
+    flags = ("--max_steps", "5", "--save_strategy", "no")
+    flags += ("--cache_activations", str(tmp_path / "cache")) if cache else ()
+    run("factual", facts, backbone, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        init = pretraining.Trainer.__init__
+        patch.setattr(
+            pretraining.Trainer,
+            "__init__",
+            lambda self, *args, callbacks, **kwargs: init(
+                self, *args, callbacks=[*callbacks, InterruptAtStep()], **kwargs
+            ),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run("factual", facts, backbone, tmp_path / "parts", *flags)
+    assert (tmp_path / "parts" / "checkpoint-3").is_dir()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run("factual", facts, backbone, tmp_path / "parts", *flags, "--resume_from_checkpoint", "true")
+    whole, parts = (KAdapterForRelationClassification.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert_same_weights(parts, whole)
+
+
+def test_an_earlier_runs_checkpoint_is_neither_used_nor_replaced_unasked(factual, facts, backbone):
+    before = contents(factual)
+    with pytest.raises(ValueError, match="--resume_from_checkpoint true, or choose another --output_dir"):
+        run("factual", facts, backbone, factual, "--max_steps", "4")
+    assert contents(factual) == before
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+def refused(rows: list[dict], backbone: str, tmp_path: Path, objective: str = "factual") -> str:
+    with pytest.raises(ValueError) as error:
+        run(objective, write_rows(tmp_path / "rows.jsonl", rows), backbone, tmp_path / "out", "--max_steps", "1")
+    assert not (tmp_path / "out" / "config.json").exists()
+    return str(error.value)
+
+
+def test_one_relation_only_is_refused(backbone, tmp_path):
+    rows = [row for row in FACTS if row["relation"] == "in"]
+    assert "only the label ['in']" in refused(rows, backbone, tmp_path)
+
+
+def test_an_empty_corpus_is_refused(backbone, tmp_path):
+    assert "rows.jsonl" in refused([], backbone, tmp_path)
+
+
+def test_an_unknown_objective_is_refused(backbone, tmp_path):
+    assert "there is no objective 'factul'; there are ['factual'" in refused(FACTS, backbone, tmp_path, "factul")
+
+
+def test_a_missing_column_is_named(tmp_path):
+    Dataset.from_list([{"text": "a b", "subject": [0, 1]}]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="missing: object, relation"):
+        load_rows(str(tmp_path / "rows.parquet"), OBJECTIVES["factual"].schema)
+
+
+def test_rows_that_break_the_schema_are_left_out_and_named(tmp_path, caplog):
+    bad = FACTS[0] | {"subject": [0, 999]}
+    Dataset.from_list([*FACTS[:5], bad]).to_parquet(tmp_path / "train.parquet")
+    rows = load_rows(str(tmp_path), OBJECTIVES["factual"].schema)["train"]
+    assert rows["text"][:] == [row["text"] for row in FACTS[:5]]
+
+
+def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, tmp_path):
+    Dataset.from_list(FACTS[:12]).to_parquet(tmp_path / "train.parquet")
+    odd = [row | {"relation": "above"} for row in FACTS[12:15]]
+    Dataset.from_list([*FACTS[12:18], *odd]).to_parquet(tmp_path / "test.parquet")
+    run("factual", str(tmp_path), backbone, tmp_path / "out", "--max_steps", "1")
+    provenance = KAdapterModel.from_pretrained(tmp_path / "out").config.knowledge_adapters["factual"].provenance
+    assert (provenance["rows"], provenance["held_out_rows"]) == (12, 6)
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+
+def kadapter(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from kadapter_hf.cli import app; app(prog_name='kadapter')", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_trains_and_combines_and_both_adapters_give_what_each_gave_alone(
+    factual, facts, backbone, tmp_path
+):
+    flags = ["--data", facts, "--backbone", backbone, "--output_dir", str(tmp_path / "maps"), "--name", "maps"]
+    done = kadapter("pretrain", "factual", *flags, *SMALL, "--max_steps", "2", "--seed", "7")
+    assert done.returncode == 0, done.stderr
+    assert "micro_f1: " in done.stdout
+    done = kadapter("combine", str(factual), str(tmp_path / "maps"), "--output", str(tmp_path / "both"))
+    assert done.returncode == 0, done.stderr
+    both = KAdapterModel.from_pretrained(tmp_path / "both")
+    inputs = {"input_ids": torch.tensor([[0, 7, 8, 9, 2]])}
+    with torch.no_grad():
+        together = both(**inputs).knowledge_states
+        for name, folder in (("factual", factual), ("maps", tmp_path / "maps")):
+            alone = KAdapterModel.from_pretrained(folder)(**inputs).knowledge_states
+            assert torch.equal(together[name], alone[name])
+
+
+def test_help_teaches_with_an_example_and_lists_trainers_flags_for_each_objective():
+    done = kadapter("pretrain", "--help")
+    assert done.returncode == 0 and "Example: kadapter pretrain factual --data" in " ".join(done.stdout.split())
+    done = kadapter("pretrain", "factual", "--help")
+    assert done.returncode == 0 and "--cache_activations" in done.stdout and "--num_train_epochs" in done.stdout
+
+
+def test_wrong_arguments_say_what_was_expected(tmp_path):
+    done = kadapter("pretrain", "factul", "--data", "x", "--output_dir", str(tmp_path))
+    assert done.returncode == 2 and "factual, linguistic, typing" in done.stderr
+    done = kadapter("pretrain", "factual", "--output_dir", str(tmp_path))
+    assert done.returncode == 2 and "--data" in done.stderr
+    done = kadapter("combine", str(tmp_path), "--output", str(tmp_path / "out"))
+    assert done.returncode == 1 and "has no knowledge adapter in it" in done.stderr
