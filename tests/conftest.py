@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForMaskedLM,
@@ -90,6 +92,9 @@ ALL_CLASSES = (
     KAdapterForRelationClassification,
     KAdapterForDependencyParsing,
 )
+# transformers 5.5.0 to 5.5.3 divide every model's gradients, not the loss, by the number of micro-batches once more.
+DIVIDES_GRADIENTS_AGAIN = version.parse(transformers.__version__) < version.parse("5.5.4")
+
 # Real corpora, which are no part of the repository.
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 

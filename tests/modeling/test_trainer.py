@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from conftest import assert_same_weights, batch, inputs_for, labels_for
+from conftest import DIVIDES_GRADIENTS_AGAIN, assert_same_weights, batch, inputs_for, labels_for
 from datasets import Dataset
 from packaging import version
 from peft import LoraConfig
@@ -253,16 +252,12 @@ def test_columns_that_the_head_does_not_take_are_left_out_and_marker_positions_a
 # ---- Gradient accumulation ------------------------------------------------------------------------------------------
 
 
-# transformers 5.5.0 to 5.5.3 divide every model's gradients, not the loss, by the number of micro-batches once more.
-DIVIDED_AGAIN = 4 if version.parse(transformers.__version__) < version.parse("5.5.4") else 1
-
-
 @every_task
 def test_accumulated_gradients_are_those_of_the_one_large_batch(task, build, trainer_for):
     """Also in the last step of an epoch, which has fewer micro-batches."""
     dataset = task.dataset(12)
     runs = []
-    for size, accumulate, scale in ((8, 1, 1), (2, 4, DIVIDED_AGAIN)):
+    for size, accumulate, scale in ((8, 1, 1), (2, 4, 4 if DIVIDES_GRADIENTS_AGAIN else 1)):
         model = without_dropout(task.build(build))
         trainer = trainer_for(
             model,
