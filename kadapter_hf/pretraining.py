@@ -136,6 +136,7 @@ class PretrainingArguments:
     adapter_num_hidden_layers: int = _help(2, "Transformer layers in each of its adapter layers.")
     adapter_num_attention_heads: int = _help(12, "Their attention heads.")
     adapter_intermediate_size: int = _help(3072, "Width of their feed-forward part.")
+    dropout: float = _help(0.1, "In the adapter and in the head.")
 
     def __post_init__(self):
         if not 0 < self.eval_size < 1:
@@ -150,6 +151,8 @@ class PretrainingArguments:
             num_hidden_layers=self.adapter_num_hidden_layers,
             num_attention_heads=self.adapter_num_attention_heads,
             intermediate_size=self.adapter_intermediate_size,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
         )
 
 
@@ -200,7 +203,9 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
     tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
     numbers = {label: number for number, label in enumerate(labels)}
-    fields: dict[str, Any] = {"label2id": numbers, "id2label": dict(enumerate(labels))} if labels else {}
+    fields: dict[str, Any] = {"classifier_dropout": arguments.dropout}
+    if labels:
+        fields |= {"label2id": numbers, "id2label": dict(enumerate(labels))}
     model = task.model_class.from_backbone(arguments.backbone, {name: arguments.adapter_config()}, **fields)
     model.train_knowledge_adapter(name, train_head=True)
     features = partial(task.features, labels=labels) if labels else task.features

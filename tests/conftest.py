@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 from pathlib import Path
 
 
@@ -176,6 +177,13 @@ def contents(folder) -> dict[str, str]:
     """The SHA-256 of every file below a folder, by its path in there."""
     files = (path for path in Path(folder).rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def free_port() -> int:
+    """A port for `accelerate launch`: older versions of torch can't choose one themselves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights, contents, small_adapter
+from conftest import assert_same_weights, contents, free_port, small_adapter
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, TrainerCallback
 
@@ -256,6 +257,58 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_with_the_same_weigh
     run("factual", facts, backbone, tmp_path / "parts", *flags, "--resume_from_checkpoint", "true")
     whole, parts = (KAdapterForRelationClassification.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
     assert_same_weights(parts, whole)
+
+
+def start(data: str, backbone: str, output: Path, *flags: str, command: tuple[str, ...] = ("-c",)) -> subprocess.Popen:
+    """A pre-training in a process of its own, or in several; all of them can be killed together."""
+    script = "import sys; from kadapter_hf.pretraining import main; main(sys.argv[1:])"
+    if command != ("-c",):
+        (output.parent / "pretrain.py").write_text(script)
+        script = str(output.parent / "pretrain.py")
+    arguments = ["factual", "--data", data, "--backbone", backbone, "--output_dir", str(output), *SMALL, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *command, script, *arguments], env=environment, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(facts, backbone, tmp_path):
+    flags = ("--max_steps", "40", "--save_steps", "2")
+    assert start(facts, backbone, tmp_path / "whole", *flags).wait() == 0
+    process = start(facts, backbone, tmp_path / "parts", *flags)
+    while not list((tmp_path / "parts").glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "parts" / "config.json").exists()
+    resumed = start(facts, backbone, tmp_path / "parts", *flags, "--resume_from_checkpoint", "true")
+    assert resumed.wait() == 0
+    whole, parts = (KAdapterForRelationClassification.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert_same_weights(parts, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(facts, backbone, tmp_path):
+    flags = ("--max_steps", "6", "--dropout", "0", "--optim", "sgd", "--learning_rate", "0.1")
+    one = start(facts, backbone, tmp_path / "one", *flags, "--per_device_train_batch_size", "8")
+    assert one.wait() == 0
+    launch = (
+        "-m",
+        "accelerate.commands.launch",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    )
+    launch += ("--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()))
+    two = start(facts, backbone, tmp_path / "two", *flags, "--per_device_train_batch_size", "4", command=launch)
+    assert two.wait() == 0
+    one, two = (KAdapterForRelationClassification.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_an_earlier_runs_checkpoint_is_neither_used_nor_replaced_unasked(factual, facts, backbone):

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights
+from conftest import assert_same_weights, free_port
 
 from kadapter_hf import KAdapterForMaskedLM, KAdapterForSequenceClassification, KAdapterForTokenClassification
 
@@ -26,12 +25,8 @@ HEADS = {
 
 
 def launch() -> tuple[str, ...]:
-    """`accelerate launch` on a port that is free: older versions of torch can't choose one themselves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     return (
-        *("-m", "accelerate.commands.launch", "--num_machines", "1", "--main_process_port", str(port)),
+        *("-m", "accelerate.commands.launch", "--num_machines", "1", "--main_process_port", str(free_port())),
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
     )
 
