@@ -8,6 +8,7 @@ The defaults give the same ids as the original's converters (`examples/utils_glu
 of its scripts). There a marker is a token of its own, and the text between two markers is tokenised apart from the rest.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,8 +44,8 @@ def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer
     dropped = [row for row in range(len(dataset)) if row not in kept]
     if dropped:
         logger.warning(
-            f"{len(dropped)} of {len(dataset)} rows don't fit into the model and are left out; the first of them: "
-            f"{dropped[:5]}. A larger max_length may keep them."
+            f"{len(dropped)} of {len(dataset)} rows don't fit into the model's length (or have a word of which the "
+            f"tokenizer leaves nothing) and are left out; the first of them: {dropped[:5]}."
         )
     if not kept:
         raise ValueError("no row is left: the corpus is empty, or its texts don't fit into max_length tokens.")
@@ -162,28 +163,28 @@ def dependency_features(
         `input_ids`, `attention_mask`, `word_starts` (each word's first token), `head_labels` (0 is the root, else the
         head's number from 1 on), `relation_labels`, and `row`.
     """
-    texts, starts = [], []
+    pieces = []
     for row, tokens in enumerate(batch["tokens"]):
         text = batch["text"][row] if "text" in batch and batch["text"][row] else " ".join(tokens)
-        texts.append(text)
-        place, row_starts = 0, []
+        place = 0
         for token in tokens:
-            place = text.index(token, place)
-            row_starts.append(place)
-            place += len(token)
-        starts.append(row_starts)
+            start = text.index(token, place)
+            # Words are tokenised apart: in one go, "don't" (do + n't) may become "don", "'" and "t".
+            pieces.append(token if start == place > 0 else f" {token}")
+            place = start + len(token)
+    tokenized = iter(_tokenize(pieces, tokenizer))
+    before, after = _specials(tokenizer)
     most = _most_tokens(tokenizer, max_length)
-    encoding = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)
     names = ("input_ids", "attention_mask", "word_starts", "head_labels", "relation_labels", "row")
     encoded: dict[str, list] = {name: [] for name in names}
-    for row, row_starts in enumerate(starts):
-        ids = encoding["input_ids"][row]
-        words = [encoding.char_to_token(row, start) for start in row_starts]
-        # Two words in one token would be one word to the parser.
-        if len(ids) > most or None in words or len(set(words)) < len(words):
+    for row, tokens in enumerate(batch["tokens"]):
+        words = [next(tokenized) for _ in tokens]
+        starts = list(itertools.accumulate(map(len, words[:-1]), initial=len(before)))
+        ids = [*before, *itertools.chain(*words), *after]
+        if len(ids) > most or [] in words:
             continue
         relations = [_index(labels, label, "relation") for label in batch["labels"][row]]
-        for name, value in zip(names, (ids, [1] * len(ids), words, batch["heads"][row], relations, row), strict=True):
+        for name, value in zip(names, (ids, [1] * len(ids), starts, batch["heads"][row], relations, row), strict=True):
             encoded[name].append(value)
     return encoded
 

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kadapter_hf.corpora import read_conllu
 from kadapter_hf.features import (
     dependency_features,
     encode,
@@ -237,14 +238,30 @@ def tree(tokens: list[str], heads: list[int], text: str | None = None) -> dict:
     return {"tokens": tokens, "heads": heads, "labels": ["root" if h == 0 else "dep" for h in heads], "text": text}
 
 
-def test_each_word_is_at_its_first_sub_word(wordpiece):
+def test_each_word_is_at_its_first_sub_word_also_where_words_have_no_space_between_them(wordpiece):
     rows = Dataset.from_list(
-        [tree(["Hydrangeas", "don", "'t", "bite", "."], [4, 4, 4, 0, 4], "Hydrangeas don't bite.")]
+        [tree(["Hydrangeas", "do", "n't", "bite", "."], [4, 4, 4, 0, 4], "Hydrangeas don't bite.")]
     )
     (found,) = encode(rows, dependency_features, wordpiece, labels=["dep", "root"])
     tokens = wordpiece.convert_ids_to_tokens(found["input_ids"])
-    assert [tokens[start] for start in found["word_starts"]] == ["hydra", "don", "'", "bite", "."]
+    assert tokens == ["[CLS]", "hydra", "##nge", "##as", "do", "n", "'", "t", "bite", ".", "[SEP]"]
+    assert found["word_starts"] == [1, 4, 5, 8, 9]
     assert (found["head_labels"], found["relation_labels"]) == ([4, 4, 4, 0, 4], [0, 0, 0, 1, 0])
+
+
+def test_no_sentence_of_a_treebank_is_lost_to_words_without_a_space_between_them(wordpiece, real):
+    trees, _ = read_conllu(real("ud-english-ewt/en_ewt-ud-dev.conllu"))
+    found = encode(
+        trees, dependency_features, wordpiece, labels=sorted({name for row in trees["labels"] for name in row})
+    )
+    assert len(found) == len(trees)
+
+
+def test_roberta_sees_a_space_where_the_sentence_has_one(roberta):
+    rows = Dataset.from_list([tree(["I", "do", "n't", "."], [2, 0, 2, 2], "I don't.")])
+    (found,) = encode(rows, dependency_features, roberta, labels=["dep", "root"])
+    tokens = roberta.convert_ids_to_tokens(found["input_ids"])
+    assert tokens == ["<s>", "ĠI", "Ġdo", "n", "'t", ".", "</s>"]
 
 
 def test_without_a_text_the_words_are_joined_by_spaces(wordpiece):
