@@ -38,7 +38,12 @@ def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer
         return encoded | {"row": [indices[position] for position in kept]}
 
     encoded = dataset.map(
-        numbered, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="Tokenizing"
+        numbered,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        load_from_cache_file=False,  # datasets knows a function of a package by its name, not by what it does
+        desc="Tokenizing",
     )
     kept = set(encoded["row"]) if len(encoded) else set()
     dropped = [row for row in range(len(dataset)) if row not in kept]
