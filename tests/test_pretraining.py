@@ -352,6 +352,7 @@ def test_rows_that_break_the_schema_are_left_out_and_named(tmp_path, caplog):
     Dataset.from_list([*FACTS[:5], bad]).to_parquet(tmp_path / "train.parquet")
     rows = load_rows(str(tmp_path), OBJECTIVES["factual"].schema)["train"]
     assert rows["text"][:] == [row["text"] for row in FACTS[:5]]
+    assert "rows left out: 1 × " in caplog.text and "row 5" in caplog.text
 
 
 def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, tmp_path):
