@@ -57,25 +57,54 @@ def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[in
     if scores.isnan().any():
         raise ValueError("the scores of the arcs are not numbers (nan): has training diverged?")
     words = scores.shape[0]
-    itself = torch.eye(words, dtype=torch.bool)
-    scores[:, 1:][itself] = -torch.inf
+    scores[:, 1:].fill_diagonal_(-torch.inf)
     heads = scores.argmax(-1).tolist() if words else []
-    if not words or _is_tree(heads):
+    if not words or (heads.count(0) == 1 and not _cycle([0, *heads])):
         return heads
-    import networkx
-
     # Each word on the root costs more than all other choices can gain.
-    possible = torch.cat([scores[:, :1], scores[:, 1:][~itself].view(words, -1)], dim=1)
+    possible = scores[scores.isfinite()]
     scores[:, 0] -= (possible.max() - possible.min()) * words + 1
-    graph = networkx.DiGraph()
-    graph.add_weighted_edges_from(
-        (head, word, score)
-        for word, row in enumerate(scores.tolist(), start=1)
-        for head, score in enumerate(row)
-        if head != word
-    )
-    tree = networkx.maximum_spanning_arborescence(graph)
-    return [next(tree.predecessors(word)) for word in range(1, words + 1)]
+    nobody = torch.full((1, words + 1), -torch.inf, dtype=scores.dtype)
+    return _best_heads(torch.cat([nobody, scores]))[1:]
+
+
+def _best_heads(scores: torch.Tensor) -> list[int]:
+    """
+    The spanning tree of the highest sum, of `(nodes, nodes)` scores of each node's heads; node 0 is the root, whose own
+    head is 0. Source: Chu and Liu (1965), Edmonds (1967), as in McDonald et al. (HLT 2005, figure 3).
+    """
+    heads = [0, *scores[1:].argmax(-1).tolist()]
+    cycle = _cycle(heads)
+    if not cycle:
+        return heads
+    # The cycle becomes one node, behind the others. An arc into it replaces the one of the word that it leads to.
+    others = [node for node in range(len(heads)) if node not in cycle]
+    within = scores[cycle, [heads[node] for node in cycle]]
+    best_into = (scores[cycle][:, others] - within[:, None]).max(0)
+    best_from = scores[others][:, cycle].max(1)
+    contracted = scores.new_full([len(others) + 1] * 2, -torch.inf)
+    contracted[:-1, :-1] = scores[others][:, others]
+    contracted[-1, :-1], contracted[:-1, -1] = best_into.values, best_from.values
+    found = _best_heads(contracted)
+    for place, node in enumerate(others[1:], start=1):
+        head = found[place]
+        heads[node] = cycle[int(best_from.indices[place])] if head == len(others) else others[head]
+    heads[cycle[int(best_into.indices[found[-1]])]] = others[found[-1]]
+    return heads
+
+
+def _cycle(heads: list[int]) -> list[int]:
+    """The nodes of a cycle, if there is one; node 0 is the root."""
+    done = {0}
+    for node in range(1, len(heads)):
+        path: list[int] = []
+        while node not in done:
+            if node in path:
+                return path[path.index(node) :]
+            path.append(node)
+            node = heads[node]
+        done.update(path)
+    return []
 
 
 def decode_parse(arc_logits: torch.Tensor, relation_logits: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -88,19 +117,6 @@ def decode_parse(arc_logits: torch.Tensor, relation_logits: torch.Tensor) -> tup
     """
     heads = decode_tree(arc_logits)
     return heads, relation_logits[range(len(heads)), heads].argmax(-1).tolist()
-
-
-def _is_tree(heads: list[int]) -> bool:
-    """Whether exactly one word hangs on the root, and every word, over its heads, on that one."""
-    if heads.count(0) != 1:
-        return False
-    for head in heads:
-        steps = 0
-        while head:
-            head, steps = heads[head - 1], steps + 1
-            if steps > len(heads):
-                return False
-    return True
 
 
 def _can_be_checked(tensor: torch.Tensor) -> bool:

@@ -271,10 +271,19 @@ def test_tree_is_the_best_of_all(words):
         assert decode_tree(scores) == list(best)
 
 
-def test_tree_of_a_long_sentence_has_one_root():
-    scores = torch.randn(40, 41, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("words", [5, 20, 40])
+def test_tree_of_a_long_sentence_has_one_root_and_the_sum_that_another_search_finds(words):
+    scores = torch.randn(words, words + 1, generator=torch.Generator().manual_seed(words), dtype=torch.float64)
     scores[:, 0] += 9  # greedily, each word hangs on the root
-    assert is_tree(decode_tree(scores))
+    graph = networkx.DiGraph()
+    for word, row in enumerate(scores.tolist(), start=1):
+        # The root costs so much that only one word gets it.
+        arcs = enumerate([row[0] - 1000, *row[1:]])
+        graph.add_weighted_edges_from((head, word, score) for head, score in arcs if head != word)
+    best = networkx.maximum_spanning_arborescence(graph)
+    heads = decode_tree(scores)
+    assert is_tree(heads)
+    assert heads == [next(best.predecessors(word)) for word in range(1, words + 1)]
 
 
 def test_tree_takes_lists_leaves_its_argument_alone_and_may_be_empty():

@@ -159,10 +159,10 @@ def test_travelled_code_works_beside_the_installed_package(saved, tmp_path_facto
 
 
 def test_code_imports_nothing_that_a_plain_environment_lacks():
-    """Each module alone: only torch (which needs networkx), transformers, safetensors, huggingface_hub, its siblings."""
+    """Each module alone: only torch, transformers, safetensors, huggingface_hub, its siblings."""
     import ast
 
-    allowed = {"torch", "networkx", "transformers", "safetensors", "huggingface_hub", "peft"} | set(
+    allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "peft"} | set(
         sys.stdlib_module_names
     )
     for name in CODE:

@@ -5,6 +5,7 @@ The settings are JSON; see `SETTINGS`. The first process writes `result.json` an
 """
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def use_fsdp_on_cpu() -> None:
         state.distributed_type = DistributedType.FSDP
 
 
-def main(settings: dict) -> None:
+def main(settings: dict) -> Trainer:
     head, output = HEADS[settings["head"]], Path(settings["output"])
     # First, as scripts do: how many processes there are is known from here on.
     args = TrainingArguments(
@@ -111,8 +112,11 @@ def main(settings: dict) -> None:
         }
         (output / "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    return trainer
 
 
 if __name__ == "__main__":
-    main(SETTINGS | json.loads(sys.argv[1]))
+    trainer = main(SETTINGS | json.loads(sys.argv[1]))
+    # The model is still held and Python's own end is skipped: giving up a gloo group that DDP has used hangs at times.
+    sys.stdout.flush()
+    os._exit(0)
