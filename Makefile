@@ -4,7 +4,8 @@
 #                pass with. For a build without CUDA:
 #                make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 #   PYTHON       the interpreter the environments are made from
-#   ARGS         arguments of `make demo` and `make bench`
+#   ARGS         arguments of `make demo`, `make knowledge` and `make bench`
+#   CORPORA      the folder of real corpora that `make knowledge` learns from; docs/knowledge.md says which
 #   PYTEST_ARGS  further arguments of pytest, for instance PYTEST_ARGS="-k config -x"
 #   JOBS         the number of processes the tests run in
 #
@@ -15,6 +16,7 @@ TORCH ?= torch==2.13.0
 FLOOR_TORCH ?= torch==2.6.0
 JOBS ?= 2
 ARGS ?=
+CORPORA ?= ../shared/data
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -29,16 +31,17 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv versions demo test slow lint bench floor clean
+.PHONY: help venv versions demo knowledge test slow lint bench floor clean
 
 help:
-	@echo "make demo    train adapters on a small model and show what they do (ARGS=... is passed on)"
-	@echo "make test    the tests, without those marked slow or cuda"
-	@echo "make slow    the tests marked slow"
-	@echo "make lint    ruff and mypy"
-	@echo "make bench   every script in benchmarks/"
-	@echo "make floor   the tests, with the oldest supported version of each dependency"
-	@echo "make clean   remove environments, build products and caches"
+	@echo "make demo      train adapters on a small model and show what they do (ARGS=... is passed on)"
+	@echo "make knowledge train adapters on real corpora and measure what they are worth (CORPORA=folder)"
+	@echo "make test      the tests, without those marked slow or cuda"
+	@echo "make slow      the tests marked slow"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     every script in benchmarks/"
+	@echo "make floor     the tests, with the oldest supported version of each dependency"
+	@echo "make clean     remove environments, build products and caches"
 
 # A stamp file stands for each finished step. torch comes first and alone, so that a CPU build stays
 # the one that satisfies everything installed after it.
@@ -77,6 +80,10 @@ versions: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(RUN_ENV) $(VENV)/bin/python examples/demo.py $(ARGS)
+
+knowledge: $(VENV)/.installed
+	$(RUN_ENV) $(VENV)/bin/python examples/knowledge.py --data $(CORPORA) --output_dir knowledge-output $(ARGS)
+	cp knowledge-output/results.md knowledge-output/results.png docs/
 
 test: $(VENV)/.installed
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

@@ -416,7 +416,8 @@ class RepositoryModel(PreTrainedModel):
             if name not in self.all_tied_weights_keys
         }
         head = {name: tensor for name, tensor in found.items() if not name.startswith("fusion.")}
-        dropped = head if saved_class != type(self).__name__ else {}
+        # A class of a user's own keeps the head of the class that it derives from.
+        dropped = {} if saved_class in {kind.__name__ for kind in type(self).__mro__} else head
         if dropped:
             head = {}
         if ignore_mismatched_sizes:

@@ -152,10 +152,17 @@ def conllu(
     """
     with plain_errors():
         if pipeline:
-            made = parse_text(file.read_text(encoding="utf-8").splitlines(), pipeline, strict)
+            made = parse_text(lines_of(file), pipeline, strict)
         else:
             made = read_conllu(file, strict)
         write(*made, output, "labels.json")
+
+
+def lines_of(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8") from None
 
 
 @contextmanager

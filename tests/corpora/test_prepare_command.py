@@ -63,6 +63,13 @@ def test_an_error_is_one_sentence_and_exit_code_1(write_file, tmp_path, argument
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("command", [["fewrel"], ["semeval"], ["conllu"], ["conllu", "--pipeline", "any"]])
+def test_a_file_that_is_not_utf_8_is_named(write_file, tmp_path, command):
+    result = run(*command, write_file(b"caf\xe9", "corpus.txt"), "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "corpus.txt" in result.stderr and "not UTF-8" in result.stderr
+
+
 def test_a_file_that_does_not_exist_is_named(tmp_path):
     result = run("semeval", tmp_path / "nowhere.txt", "--output", tmp_path / "out")
     assert result.exit_code == 2

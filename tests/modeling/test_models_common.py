@@ -141,6 +141,17 @@ def test_head_of_another_class_is_not_taken_over(build, tmp_path):
     assert info["missing_keys"] == info["unexpected_keys"] == {"classifier.weight", "classifier.bias"}
 
 
+def test_a_class_of_ones_own_takes_the_head_of_the_class_that_it_derives_from(build, tmp_path):
+    class Own(KAdapterForSequenceClassification):
+        pass
+
+    model = build(KAdapterForSequenceClassification)
+    model.save_pretrained(tmp_path)
+    own, info = Own.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == info["unexpected_keys"] == set()
+    assert torch.equal(own.classifier.weight, model.classifier.weight)
+
+
 def test_head_with_another_number_of_labels_is_new_on_request_only(build, tmp_path):
     model = build(KAdapterForSequenceClassification, num_labels=3)
     model.save_pretrained(tmp_path)

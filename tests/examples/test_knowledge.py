@@ -1,0 +1,124 @@
+"""examples/knowledge.py: the whole program on tiny corpora, what is kept from the adapter, and the states it trains on."""
+
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
+from kadapter_hf.features import encode, relation_features
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "knowledge.py"
+WORDS = "the river city capital of italy france wrote a book in rome paris".split()
+FEWREL = ("P17", "P206")
+DOCRED = ("P131", "P150", "P17", "P27", "P50", "P527")  # the most frequent first
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The program as a module."""
+    spec = importlib.util.spec_from_file_location("knowledge_example", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> Path:
+    """Tiny corpora in the formats and under the names of the real ones."""
+    folder, words = tmp_path_factory.mktemp("corpora"), random.Random(0)
+
+    def sentence() -> list[str]:
+        return words.choices(WORDS, k=8)
+
+    def write(name: str, content: str) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+    record = {"h": ["", "", [[1]]], "t": ["", "", [[4, 5]]]}
+    fewrel = {name: [record | {"tokens": sentence()} for _ in range(20)] for name in FEWREL}
+    write("fewrel/val_wiki.json", json.dumps(fewrel))
+    documents = []
+    for number in range(100):
+        mentions = [[{"sent_id": 0, "pos": [place, place + 1]}] for place in (1, 4)]
+        labels = [
+            {"h": 0, "t": 1, "r": relation} for place, relation in enumerate(DOCRED) if number % (place + 1) == 0
+        ]
+        document = {"title": f"document{number}", "vertexSet": mentions, "labels": labels}
+        documents.append(document | {"sents": [[f"document{number}", *sentence()]]})
+    write("re-docred/dev_revised.json", json.dumps(documents))
+    tree = "\n".join(
+        f"{n}\t{w}\t_\tX\t_\t_\t{n - 1}\t{'root' if n == 1 else 'dep'}\t_\t_" for n, w in enumerate(WORDS, 1)
+    )
+    for name in ("train", "dev"):
+        write(f"ud-english-ewt/en_ewt-ud-{name}.conllu", f"{tree}\n\n" * 8)
+    for name in ("TRAIN_FILE.TXT", "TEST_FILE_FULL.TXT"):
+        rows = [
+            f'{n}\t"The <e1>river</e1> {words.choice(WORDS)} of <e2>italy</e2>."\n{label}\nComment:\n'
+            for n, label in enumerate(["Other", "Cause-Effect(e1,e2)"] * 10)
+        ]
+        write(f"semeval-2010-task-8/{name}", "\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(example, corpora, backbone):
+    def arguments(folder: Path):
+        quick = {"adapter_size": 64, "pretraining_epochs": 1, "few": 10, "steps": 2, "seeds": 1}
+        return example.Arguments(data=str(corpora), backbone=backbone, output_dir=str(folder), **quick)
+
+    return arguments
+
+
+def test_all_settings_of_both_tasks_are_compared_in_a_page_and_a_figure(example, arguments, tmp_path):
+    args = arguments(tmp_path)
+    example.run(args)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 2 * 2 * 6  # tasks, sizes, settings
+    assert all(0 <= result["score"] <= 1 for result in results)
+    page = (tmp_path / "results.md").read_text()
+    for setting in example.SETTINGS:
+        assert page.count(f"| {setting} | ") == 4
+    assert "SemEval-2010 Task 8, 20 examples" in page and "SemEval-2010 Task 8, 10 examples" in page
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    again = example.Arguments(
+        **vars(args) | {"factual": str(tmp_path / "factual"), "linguistic": str(tmp_path / "linguistic")}
+    )
+    example.run(again)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_the_adapter_sees_neither_the_tasks_relations_nor_its_test_documents(example, arguments, tmp_path):
+    files, (_, task) = example.read_corpora(arguments(tmp_path), tmp_path)
+    learned = [row for split in load_dataset("parquet", data_dir=files["factual"]).values() for row in split]
+    assert set(task.labels) == {"P150", "P50"}  # of those that FewRel has not, each second one
+    assert not set(task.labels) & {row["relation"] for row in learned}
+    tested = {row["text"].split()[0] for row in task.test}
+    assert not tested & {row["text"].split()[0] for row in learned} and not tested & {
+        row["text"].split()[0] for row in task.train
+    }
+
+
+@torch.no_grad()
+def test_the_head_on_states_gives_what_the_whole_model_gives(example, arguments, backbone, tmp_path):
+    args = arguments(tmp_path)
+    _, (task, _) = example.read_corpora(args, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    rows = encode(task.test, relation_features, tokenizer, labels=task.labels, markers=task.markers)
+    adapters = {name: args.adapter_config() for name in ("one", "two")}
+    model = KAdapterForRelationClassification.from_backbone(backbone, adapters, num_labels=2).eval()
+    model.save_pretrained(tmp_path / "model")
+    states = example.states_at_markers(KAdapterModel.from_pretrained(tmp_path / "model"), rows, tokenizer)
+    given = torch.stack([states[name] for name in ("", "one", "two")], dim=1)
+    markers = {"subject_start": torch.zeros(len(rows)).long(), "object_start": torch.ones(len(rows)).long()}
+    head = example.OnStates.from_pretrained(tmp_path / "model").eval()
+    wanted = model(**DataCollatorWithPadding(tokenizer)(rows.to_list())).logits
+    torch.testing.assert_close(head(states=given, **markers).logits, wanted)
