@@ -22,7 +22,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 FLOOR := .venv-floor
 # The top-level folders that are installed as kadapter_hf.<folder>.
-MAPPED := modeling
+MAPPED := conversion modeling
 
 # What every test run sets: no network, and one thread for each process that runs side by side.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
@@ -88,7 +88,12 @@ knowledge: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-slow: $(VENV)/.installed
+# Ray, too large for each test run, is for one slow test.
+$(VENV)/.ray: $(VENV)/.installed
+	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet "datatrove[ray]"
+	@touch $@
+
+slow: $(VENV)/.ray
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) -m "slow and not cuda" $(PYTEST_ARGS)
 
 floor: $(FLOOR)/.installed

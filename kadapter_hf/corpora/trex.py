@@ -8,6 +8,7 @@ Two stages, each a datatrove pipeline, so that they run on one machine, a Slurm 
 """
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +127,12 @@ def _executor(kind: str, partition: str, time: str) -> tuple[Any, Callable[[str]
         return SlurmPipelineExecutor, lambda name: {"job_name": name, **cluster}
     # What datatrove writes to standard error would tear the progress bar; what fails is raised.
     logger.disable("datatrove")
-    return {"local": QuietExecutor, "ray": RayPipelineExecutor}[kind], lambda name: {}
+    if kind == "ray":
+        try:
+            import ray  # noqa: F401
+        except ImportError:
+            raise ImportError('the executor ray needs Ray: pip install "datatrove[ray]"') from None
+    return {"local": QuietExecutor, "ray": QuietRayExecutor}[kind], lambda name: {}
 
 
 class QuietExecutor(LocalPipelineExecutor):
@@ -135,6 +141,35 @@ class QuietExecutor(LocalPipelineExecutor):
     def _run_for_rank(self, *args: Any, **kwargs: Any) -> Any:
         logger.disable("datatrove")
         return super()._run_for_rank(*args, **kwargs)
+
+
+class QuietRayExecutor(RayPipelineExecutor):
+    """
+    As quiet as that, and raises what a task raised, as it does.
+
+    datatrove's own only logs it, and what depends on the task then waits for ever. So a task leaves its error as a text.
+    """
+
+    def run(self) -> None:
+        errors = Path(self.logging_dir.path, "errors")
+        shutil.rmtree(errors, ignore_errors=True)
+        if not self.skip_completed:  # else a task that was complete once would seem so
+            shutil.rmtree(errors.with_name("completions"), ignore_errors=True)
+        super().run()
+        for rank in self.get_incomplete_ranks(skip_completed=True):
+            error = errors / f"{rank:05d}"
+            if error.exists():
+                raise ValueError(error.read_text(encoding="utf-8"))
+            raise ChildProcessError(f"Ray lost task {rank} without an error: see its own logs")
+
+    def _run_for_rank(self, rank: int, *args: Any, **kwargs: Any) -> Any:
+        logger.disable("datatrove")
+        try:
+            return super()._run_for_rank(rank, *args, **kwargs)
+        except Exception as error:
+            with self.logging_dir.open(f"errors/{rank:05d}", "w", encoding="utf-8") as file:
+                file.write(str(error))
+            raise
 
 
 @contextmanager

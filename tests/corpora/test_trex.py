@@ -1,15 +1,18 @@
 """The T-REx pipeline, on documents of its own and on the real sample."""
 
+import gc
+import importlib.util
 import json
 import os
+import tempfile
 from collections import Counter
 
 import pytest
 from datasets import load_dataset
 
 from kadapter_hf.corpora import RELATION, Report, relation_problem
-from kadapter_hf.corpora.trex import prepare_trex
-from kadapter_hf.corpora.trex_steps import document_examples, in_test
+from kadapter_hf.corpora.trex import QuietRayExecutor, prepare_trex
+from kadapter_hf.corpora.trex_steps import document_examples, file_examples, in_test
 
 
 TEXT = "Turin is big. Rome is in Italy. It was."
@@ -190,6 +193,34 @@ def test_broken_files_are_counted_and_named(write_file, tmp_path):
     )
 
 
+def test_half_of_a_surrogate_pair_costs_only_its_document(write_file, tmp_path):
+    whole, broken = document(triple(), name="Q1"), document(triple(), name="Q2") | {"text": TEXT + "\ud800"}
+    path = write_file([whole, broken, document(triple(), name="Q3")], "trex/a.json")
+    assert b"\\ud800" in path.read_bytes()
+    report = Report()
+    assert [name for name, _ in file_examples(path, report)] == ["Q1#0", "Q3#0"]
+    assert report.first_dropped == {"the document is incomplete": ["Q2"]}
+
+
+def test_what_only_json_takes_is_read(tmp_path):
+    content = json.dumps([document(triple()) | {"confidence": float("nan")}])
+    for encoding in ("utf-8-sig", "utf-16"):
+        path = tmp_path / f"{encoding}.json"
+        path.write_text(content, encoding=encoding)
+        assert [name for name, _ in file_examples(path, Report())] == ["Q1#0"]
+
+
+def test_the_garbage_collector_pauses_while_a_file_is_read(write_file):
+    path = write_file([document(triple(), triple())], "trex/a.json")
+    examples = file_examples(path, Report())
+    next(examples)
+    assert not gc.isenabled()
+    examples.close()
+    assert gc.isenabled()
+    list(file_examples(path, Report()))
+    assert gc.isenabled()
+
+
 def test_strict_names_the_file_also_after_a_run_that_was_not(write_file, tmp_path):
     folder = corpus(write_file, files=1)
     write_file([document(triple(sentence=7))], "trex/bad.json")
@@ -285,12 +316,53 @@ def test_slurm_gets_a_job_for_each_stage(write_file, tmp_path, monkeypatch):
     assert not (out / "report.json").exists()
 
 
-def test_without_ray_the_error_says_so(write_file, tmp_path, monkeypatch):
-    pytest.importorskip("datatrove")
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="ray"):
-            prepare_trex([corpus(write_file)], tmp_path / "out", executor="ray")
-    else:
-        pytest.skip("Ray is installed")
+def has_ray():
+    return importlib.util.find_spec("ray") is not None
+
+
+@pytest.mark.skipif(has_ray(), reason="Ray is installed")
+def test_without_ray_the_error_says_so(write_file, tmp_path):
+    with pytest.raises(ImportError, match=r'needs Ray: pip install "datatrove\[ray\]"'):
+        prepare_trex([corpus(write_file)], tmp_path / "out", executor="ray")
+
+
+@pytest.fixture
+def cluster():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_ray_makes_what_one_process_makes_and_raises_what_it_raises(write_file, tmp_path, cluster):
+    folder = corpus(write_file)
+    reports = [prepare_trex([folder], tmp_path / kind, min_examples=2, executor=kind) for kind in ("local", "ray")]
+    assert reports[0] == reports[1]
+    for name in ("train.parquet", "test.parquet", "relations.json", "report.json"):
+        assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
+    # Both stages, the second one after it was complete once.
+    with pytest.raises(ValueError, match="the most frequent, P17, has 120 examples, 500 are asked for"):
+        prepare_trex([folder], tmp_path / "ray", min_examples=500, executor="ray")
+    write_file([document(triple(sentence=7))], "trex/bad.json")
+    with pytest.raises(ValueError, match=r"bad.json: 1 × no such sentence \(Q1 triple 0\)"):
+        prepare_trex([folder], tmp_path / "strict", strict=True, executor="ray")
+
+
+class Failing:
+    """A step of a pipeline that fails for the second task."""
+
+    def __call__(self, data, rank, world_size):
+        if rank == 1:
+            raise OSError("no space")
+        return ()
+
+
+def test_what_a_task_on_ray_raises_is_left_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for datatrove's logs
+    executor = QuietRayExecutor([Failing()], tasks=2, logging_dir=str(tmp_path))
+    executor._run_for_rank(0)
+    with pytest.raises(OSError, match="no space"):
+        executor._run_for_rank(1)
+    assert os.listdir(tmp_path / "completions") == ["00000"]
+    assert (tmp_path / "errors" / "00001").read_text() == "no space"
