@@ -330,7 +330,12 @@ class KAdapterPreTrainedModel(RepositoryModel):
 
     def _check_trained_on_this(self, config: KnowledgeAdapterConfig, path: Path, ignore: bool) -> None:
         wanted, here = config.backbone_fingerprint, self.backbone_fingerprint()
-        if wanted is None or wanted == here:
+        if wanted is None:
+            logger.warning(
+                f"the knowledge adapter in '{path}' does not say which weights its backbone had: that it was trained on "
+                f"'{self.config.backbone_name_or_path}' could not be verified."
+            )
+        if wanted in (None, here):
             return
         message = (
             f"the knowledge adapter in '{path}' was trained on the backbone '{config.backbone_name_or_path}' with "
@@ -364,7 +369,8 @@ class KAdapterPreTrainedModel(RepositoryModel):
         for name, adapter in self.config.knowledge_adapters.items():
             part = f"adapters.{name}"
             changed = fingerprint(part_of(state_dict, part).values()) != self._noted.get(part)
-            if changed or adapter.backbone_fingerprint is None:
+            # One that was loaded without a fingerprint keeps none: nobody knows which backbone it was trained on.
+            if changed or (adapter.backbone_fingerprint is None and part not in self._sources):
                 adapter.backbone_fingerprint = self.backbone_fingerprint(state_dict)
                 adapter.backbone_name_or_path = self.config.backbone_name_or_path
 

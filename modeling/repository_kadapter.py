@@ -351,6 +351,11 @@ class RepositoryModel(PreTrainedModel):
             )
         live = None if is_opaque(loaded.base_model) else fingerprint(loaded.base_model.state_dict().values())
         found = live if given is not None or stored is None else fingerprint(stored.values())
+        if expected is None:
+            logger.warning(
+                f"'{config.name_or_path}' does not say which weights its backbone had: that '{name}' is the one it was trained "
+                "on could not be verified."
+            )
         if expected is not None and found != expected:
             state = {f"backbone.{key}": tensor for key, tensor in loaded.base_model.state_dict().items()}
             found = fingerprint_if_as_named(loaded.base_model, state, config, **hub_kwargs) or found

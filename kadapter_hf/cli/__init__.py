@@ -3,6 +3,7 @@
 import typer
 
 from .combine import combine
+from .convert import convert
 from .prepare import prepare
 from .pretrain import pretrain
 
@@ -19,6 +20,7 @@ app.add_typer(prepare, name="prepare")
 flags = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=flags)(pretrain)
 app.command(no_args_is_help=True)(combine)
+app.command(no_args_is_help=True)(convert)
 
 
 @app.callback()

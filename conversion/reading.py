@@ -1,0 +1,147 @@
+"""
+Reading a PyTorch checkpoint that nobody vouches for: its tensors and nothing else.
+
+A checkpoint is a pickle, inside a zip archive or, as torch wrote it until 2020, followed by the tensors' bytes. Before
+torch sees it, the pickle is run through with stand-ins that do nothing, to know what it names and how much memory it asks
+for; then torch loads it with its own restricted unpickler.
+"""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.serialization import MAGIC_NUMBER
+
+from ..modeling.storage_kadapter import KAdapterLoadError
+
+
+LEGACY_START = pickle.dumps(MAGIC_NUMBER, protocol=2)
+# Bytes of an element, by the name of the storage class that a checkpoint has for it.
+STORAGES = {
+    "FloatStorage": 4,
+    "DoubleStorage": 8,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "LongStorage": 8,
+    "IntStorage": 4,
+    "ShortStorage": 2,
+    "CharStorage": 1,
+    "ByteStorage": 1,
+    "BoolStorage": 1,
+}
+REBUILDERS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"}
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a state dict by name, on the CPU; mapped into memory if the file is a zip archive, else read.
+
+    Raises:
+        KAdapterLoadError: the file is missing, damaged, or not just a state dict; asks for code to be run; or describes
+            more tensors than fit into it.
+    """
+    if not path.is_file():
+        raise KAdapterLoadError(f"'{path}' is {'a folder, not a checkpoint' if path.is_dir() else 'missing'}.")
+    zipped = _check(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise KAdapterLoadError(f"'{path}' holds something that torch does not load from a file like this.") from error
+    except Exception as error:  # torch raises this or that
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict) or not content:
+        raise KAdapterLoadError(f"'{path}' is no state dict: it holds {type(content).__name__}.")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise KAdapterLoadError(f"'{path}' is no state dict: under {str(name)[:80]!r} it has no tensor.")
+    return dict(content)
+
+
+def _damaged(path: Path, error: Exception) -> KAdapterLoadError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return KAdapterLoadError(f"'{path}' is damaged or incomplete ({reason}); download it again.")
+
+
+def _check(path: Path) -> bool:
+    """Whether the file is a zip archive; raises `KAdapterLoadError` if it is nothing that torch should see."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LEGACY_START))
+            if start[:4] == b"PK\x03\x04":
+                _check_archive(path, size)
+                return True
+            if start != LEGACY_START:
+                raise KAdapterLoadError(f"'{path}' is no checkpoint of PyTorch's.")
+            for _ in range(2):  # the protocol's version, the machine's sizes
+                _Rehearsal(path, file).load()
+            _rehearse(path, file, size)
+            return False
+    except KAdapterLoadError:
+        raise
+    except Exception as error:  # a pickle that is cut off or no pickle breaks in many ways
+        raise _damaged(path, error) from error
+
+
+def _check_archive(path: Path, size: int) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        # torch compresses nothing, so no entry is larger than the file: one that says so is a bomb.
+        odd = next((entry for entry in entries if entry.compress_type or entry.flag_bits & 1), None)
+        if odd is not None:
+            raise KAdapterLoadError(f"'{path}' has the compressed entry '{odd.filename}', which no checkpoint has.")
+        if sum(entry.file_size for entry in entries) > size:
+            largest = max(entries, key=lambda entry: entry.file_size)
+            raise KAdapterLoadError(
+                f"'{path}' is {size:,} bytes long, and its entry '{largest.filename}' claims {largest.file_size:,}."
+            )
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise KAdapterLoadError(f"'{path}' has two entries of one name, which no checkpoint has.")
+        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise KAdapterLoadError(f"'{path}' is a zip archive, but no checkpoint of PyTorch's.")
+        with archive.open(pickles[0]) as file:
+            _rehearse(path, file, size)
+
+
+def _rehearse(path: Path, file: Any, size: int) -> None:
+    rehearsal = _Rehearsal(path, file)
+    rehearsal.load()
+    claimed = sum(rehearsal.storages.values())
+    if claimed > size:
+        raise KAdapterLoadError(
+            f"'{path}' is {size:,} bytes long and describes {claimed:,} bytes of tensors: it is cut off or forged."
+        )
+
+
+class _Rehearsal(pickle._Unpickler):  # in Python: the one in C reserves memory for whatever number it reads
+    """Goes through a pickle without doing what it says, and notes the bytes of each storage."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        super().__init__(file)
+        self.path = path
+        self.storages: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in STORAGES:
+            return name
+        if module == "torch._utils" and name in REBUILDERS:
+            return _nothing
+        raise KAdapterLoadError(
+            f"'{self.path}' asks for {module}.{name}, which no tensor needs: it is not safe to load. Nothing was run."
+        )
+
+    def persistent_load(self, saved: Any) -> None:
+        kind, storage, key, _, count = saved[:5]
+        if kind != "storage" or not isinstance(count, int) or count < 0:
+            raise KAdapterLoadError(f"'{self.path}' describes a tensor in a way that torch does not.")
+        self.storages[key] = max(self.storages.get(key, 0), count * STORAGES[storage])
+
+
+def _nothing(*args: Any) -> None:
+    """Stands where a pickle has a function."""

@@ -1,0 +1,282 @@
+"""From the original's checkpoints to a K-Adapter repository, without the backbone's weights if they are not at hand."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, initialization as init
+
+from ..modeling.backbone_kadapter import commit_of, load_backbone, quiet
+from ..modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KAdapterConfigError
+from ..modeling.storage_kadapter import (
+    BACKBONE_FILE,
+    BackboneMismatchError,
+    KAdapterLoadError,
+    check_tensors,
+    equal_bits,
+    file_of,
+    fingerprint,
+    part_of,
+    read_tensors,
+    replace_files,
+)
+from .original import (
+    Parts,
+    Source,
+    holds_backbone,
+    is_kadapter,
+    read_backbone,
+    read_kadapter,
+    read_pretrained,
+)
+from .reading import read_checkpoint
+
+
+ORIGIN = "microsoft/K-Adapter"
+LAYERS = (0, 11, 22)
+HEADS = 12
+
+
+@dataclass
+class Conversion:
+    """
+    What `convert` did.
+
+    Args:
+        output: the folder that was written.
+        model_class: the class that it is a repository of.
+        sources: each file that was read; its `targets` say what became of its tensors, and `left_out` why not.
+        backbone_known: whether the output has the backbone's fingerprint, as its weights were at hand.
+    """
+
+    output: Path
+    model_class: str
+    sources: list[Source]
+    backbone_known: bool
+
+    @property
+    def files(self) -> dict[str, int]:
+        """The weight files that were written, with their sizes in bytes."""
+        paths = sorted(self.output.rglob("*.safetensors"))
+        return {path.relative_to(self.output).as_posix(): path.stat().st_size for path in paths}
+
+
+def convert(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    name: str | None = None,
+    layers: Sequence[int] = LAYERS,
+    heads: int = HEADS,
+    backbone: str | os.PathLike = DEFAULT_BACKBONE,
+    with_head: bool = False,
+    backbone_weights: str | os.PathLike | None = None,
+) -> Conversion:
+    """
+    Writes a K-Adapter repository from a checkpoint of microsoft/K-Adapter.
+
+    Kind and sizes are read from the tensors; what they don't tell are arguments. The same input gives the same bytes.
+
+    Args:
+        checkpoint: a pre-trained adapter's `pytorch_model.bin`; or a fine-tuned model's (`pytorch_task_model.bin` for
+            FIGER), which has adapters, fusion and task head in it.
+        output: a folder, which must be new or empty.
+        name: what to call a pre-trained adapter; by default `factual` or `linguistic`, as its head tells.
+        layers: the backbone states that the adapters read, the original's `adapter_list`.
+        heads: attention heads in the adapters' transformer layers.
+        backbone: repository or folder of the backbone that the adapters were trained on. Its configuration is enough
+            (roberta-large's is known); with weights at hand, their fingerprint is noted too.
+        with_head: keep the relation head that a factual adapter was pre-trained with.
+        backbone_weights: the changed backbone that was saved beside a fine-tuned model.
+
+    Raises:
+        KAdapterLoadError: a file is missing, damaged, unsafe or of something else; a tensor is missing, unknown or of an
+            impossible shape; or `output` has files in it.
+        KAdapterConfigError: an argument that does not fit the tensors or the backbone.
+    """
+    output = Path(output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise KAdapterLoadError(f"'{output}' exists and is not empty; choose another folder.")
+    layers = list(layers)
+    source = _read(checkpoint)
+    if is_kadapter(source):
+        if name is not None:
+            raise KAdapterConfigError(
+                f"'{source.path}' has several adapters, whose names are fixed: leave out the name."
+            )
+        parts = read_kadapter(source, layers, heads)
+        weights = _backbone_source(source, backbone_weights)
+    else:
+        if backbone_weights is not None:
+            raise KAdapterConfigError(f"'{source.path}' is one adapter, which has no backbone of its own.")
+        parts = read_pretrained(source, name, with_head, layers, heads)
+        weights = None
+    model = _empty_model(parts, backbone)
+    sources = [source] if weights is None or weights is source else [source, weights]
+    if weights is not None:
+        parts.state |= read_backbone(weights, model.backbone.state_dict())
+    for read in sources:
+        read.check_all_known()
+        read.tensors.clear()  # what is left out needs no memory any more
+    _add_new_fusion(parts)
+    _describe(model.config, parts, source, weights)
+    _write(model, parts.state, source.path, output)
+    return Conversion(output, type(model).__name__, sources, model.config.backbone_fingerprint is not None)
+
+
+def verify(conversion: Conversion) -> int:
+    """
+    Reads the files that were converted and those that were written, and compares all tensors that were used, bit for bit.
+
+    Returns:
+        The number of tensors that were compared.
+
+    Raises:
+        KAdapterLoadError: a file can't be read, or a tensor is not the same.
+    """
+    written: dict[str, torch.Tensor] = {}
+    for file in conversion.files:
+        written |= read_tensors(conversion.output / file)[0]
+    count = 0
+    for source in conversion.sources:
+        tensors = read_checkpoint(source.path)
+        for name, targets in source.targets.items():
+            found = [written[target] for target in targets if target in written]
+            # The only tensor that becomes several is a matrix, cut into columns.
+            same = len(found) == len(targets) and found[0].dtype == tensors[name].dtype
+            if not same or not equal_bits({name: torch.cat(found, dim=-1)}, {name: tensors[name]}):
+                raise KAdapterLoadError(
+                    f"'{conversion.output}': tensor '{targets[0]}' is not '{name}' of '{source.path}'."
+                )
+            count += 1
+    return count
+
+
+def _read(path: str | os.PathLike) -> Source:
+    path = Path(path)
+    return Source(path, read_checkpoint(path))
+
+
+def _backbone_source(source: Source, backbone_weights: str | os.PathLike | None) -> Source:
+    """Where a K-Adapter's backbone is: in the same file, or in the one that is given."""
+    inside = holds_backbone(source)
+    if inside and backbone_weights is not None:
+        raise KAdapterConfigError(f"'{source.path}' has a backbone in it: leave out '{backbone_weights}'.")
+    if not inside and backbone_weights is None:
+        raise KAdapterLoadError(
+            f"'{source.path}' is a fine-tuned model without its backbone, which the original saved beside it as "
+            "pytorch_pretrained_model.bin: give that file with --backbone-weights."
+        )
+    return source if backbone_weights is None else _read(backbone_weights)
+
+
+def _empty_model(parts: Parts, backbone: str | os.PathLike) -> Any:
+    """A model of the right class and configuration, whose tensors have shapes and no memory."""
+    fields: dict[str, Any] = {} if parts.num_labels is None else {"num_labels": parts.num_labels}
+    config = KAdapterConfig(
+        backbone_name_or_path=os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone),
+        backbone_config=_backbone_config(backbone),
+        knowledge_adapters=parts.configs,
+        frozen_knowledge_adapters=list(parts.configs),
+        fusion=parts.fusion,
+        **fields,
+    )
+    if config.hidden_size != parts.width:
+        raise KAdapterConfigError(
+            f"the adapters are for a backbone of width {parts.width}, and that of '{backbone}' is {config.hidden_size}."
+        )
+    with torch.device("meta"), init.no_init_weights():
+        return parts.model_class(config)
+
+
+def _backbone_config(backbone: str | os.PathLike) -> PreTrainedConfig | None:
+    if os.fspath(backbone) == DEFAULT_BACKBONE:
+        return None  # KAdapterConfig knows it
+    try:
+        return AutoConfig.from_pretrained(backbone)
+    except Exception as error:  # whatever a foreign configuration class refuses with
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise KAdapterLoadError(f"the configuration of the backbone '{backbone}' can't be read: {reason}") from error
+
+
+def _describe(config: KAdapterConfig, parts: Parts, source: Source, weights: Source | None) -> None:
+    """
+    Notes in the configuration which backbone this is for, and where each adapter came from.
+
+    A backbone that is, bit for bit, the named one is taken out of what is to be stored.
+    """
+    name = config.backbone_name_or_path or ""
+    reference = _backbone_at_hand(name, config.backbone_config)
+    own = part_of(parts.state, "backbone")
+    named = None if reference is None else fingerprint(reference.values())
+    if weights is not None and reference is not None and equal_bits(own, reference):
+        same = [tensor for tensor in weights.targets if tensor.startswith("model.")]
+        weights.leave(same, f"bit for bit that of '{name}', which is not stored twice")
+        parts.state = {tensor: value for tensor, value in parts.state.items() if tensor not in own}
+        own = {}
+    config.backbone_fingerprint = fingerprint(own.values()) if own else named
+    config.backbone_revision = None if named is None else commit_of(name)
+    sha256 = _sha256(source.path)
+    for adapter, adapter_config in (config.knowledge_adapters or {}).items():
+        adapter_config.backbone_name_or_path = name
+        # Beside a backbone that was changed, an adapter may have been trained on it before or after that.
+        adapter_config.backbone_fingerprint = None if own else named
+        adapter_config.provenance = {
+            "origin": ORIGIN,
+            "kind": parts.kinds[adapter],
+            "file": source.path.name,
+            "sha256": sha256,
+        }
+
+
+def _backbone_at_hand(name: str, expected: PreTrainedConfig) -> dict[str, torch.Tensor] | None:
+    """The tensors of the backbone of this name, if they are on this machine."""
+    try:
+        with quiet():
+            named = load_backbone(name, expected=expected, local_files_only=True)
+    except BackboneMismatchError:
+        raise
+    except KAdapterLoadError:
+        return None
+    return {f"backbone.{tensor}": value for tensor, value in named.state_dict().items()}
+
+
+def _add_new_fusion(parts: Parts) -> None:
+    """What the checkpoint does not have of a fusion passes the backbone's state on, as a new one does."""
+    if parts.fusion != "concat":
+        return
+    width, dtype = parts.width, next(iter(parts.state.values())).dtype
+    new = {"fusion.bias": torch.zeros(width, dtype=dtype)}
+    for name in parts.configs:
+        new[f"fusion.states.{name}.weight"] = torch.zeros(width, 2 * width, dtype=dtype)
+        new[f"fusion.states.{name}.weight"].fill_diagonal_(1)
+        new[f"fusion.states.{name}.bias"] = torch.zeros(width, dtype=dtype)
+        new[f"fusion.mix.{name}.weight"] = torch.zeros(width, width, dtype=dtype).fill_diagonal_(0.5)
+    parts.state = new | parts.state
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(model: Any, state: dict[str, torch.Tensor], path: Path, output: Path) -> None:
+    """As `save_pretrained`, but from these tensors; the model itself is empty."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    stored = part_of(state, "backbone")
+    check_tensors(
+        {name: shape for name, shape in expected.items() if stored or file_of(name) != BACKBONE_FILE}, state, path
+    )
+    model.config.architectures = [type(model).__name__]
+    own = next(tensor for name, tensor in state.items() if name not in stored)
+    model.config.dtype = str(own.dtype).removeprefix("torch.")
+    model.backbone.to(next(iter(stored.values()), own).dtype)
+    with replace_files(output) as staging:
+        model._write_files(staging, state)
