@@ -137,6 +137,11 @@ class PretrainingArguments:
     adapter_num_attention_heads: int = _help(12, "Their attention heads.")
     adapter_intermediate_size: int = _help(3072, "Width of their feed-forward part.")
     dropout: float = _help(0.1, "In the adapter and in the head.")
+    fusion: str = _help(
+        "add",
+        "How the head sees the adapter beside the backbone: add or concat, the original's. With concat, part of what is "
+        "learned ends up in the fusion, which is thrown away with the head.",
+    )
 
     def __post_init__(self):
         if not 0 < self.eval_size < 1:
@@ -203,7 +208,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
     tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
     numbers = {label: number for number, label in enumerate(labels)}
-    fields: dict[str, Any] = {"classifier_dropout": arguments.dropout}
+    fields: dict[str, Any] = {"classifier_dropout": arguments.dropout, "fusion": arguments.fusion}
     if labels:
         fields |= {"label2id": numbers, "id2label": dict(enumerate(labels))}
     model = task.model_class.from_backbone(arguments.backbone, {name: arguments.adapter_config()}, **fields)

@@ -78,30 +78,38 @@ def arguments(example, corpora, backbone):
     return arguments
 
 
-def test_all_settings_of_both_tasks_are_compared_in_a_page_and_a_figure(example, arguments, tmp_path):
+def test_all_settings_of_all_tasks_are_compared_in_a_page_and_a_figure(example, arguments, tmp_path):
     args = arguments(tmp_path)
     example.run(args)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == 2 * 2 * 6  # tasks, sizes, settings
+    assert len(results) == 3 * 2 * 6  # tasks, sizes, settings
     assert all(0 <= result["score"] <= 1 for result in results)
     page = (tmp_path / "results.md").read_text()
     for setting in example.SETTINGS:
-        assert page.count(f"| {setting} | ") == 4
+        assert page.count(f"| {setting} | ") == 6
     assert "SemEval-2010 Task 8, 20 examples" in page and "SemEval-2010 Task 8, 10 examples" in page
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-    again = example.Arguments(
-        **vars(args) | {"factual": str(tmp_path / "factual"), "linguistic": str(tmp_path / "linguistic")}
-    )
-    example.run(again)
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+@pytest.mark.slow
+def test_adapters_that_are_there_already_are_not_trained_again(example, arguments, tmp_path):
+    args = arguments(tmp_path / "first")
+    example.run(args)
+    args.factual, args.linguistic = (str(tmp_path / "first" / name) for name in ("factual", "linguistic"))
+    args.output_dir = str(tmp_path / "again")
+    example.run(args)
+    assert not (tmp_path / "again" / "factual" / "config.json").exists()
+    first, again = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "again"))
+    assert again == first
 
 
 def test_the_adapter_sees_neither_the_tasks_relations_nor_its_test_documents(example, arguments, tmp_path):
-    files, (_, task) = example.read_corpora(arguments(tmp_path), tmp_path)
+    files, (_, task, control) = example.read_corpora(arguments(tmp_path), tmp_path)
     learned = [row for split in load_dataset("parquet", data_dir=files["factual"]).values() for row in split]
     assert set(task.labels) == {"P150", "P50"}  # of those that FewRel has not, each second one
     assert not set(task.labels) & {row["relation"] for row in learned}
-    tested = {row["text"].split()[0] for row in task.test}
+    assert not set(task.labels) & set(control.labels)
+    tested = {row["text"].split()[0] for row in [*task.test, *control.test]}
     assert not tested & {row["text"].split()[0] for row in learned} and not tested & {
         row["text"].split()[0] for row in task.train
     }
@@ -110,7 +118,7 @@ def test_the_adapter_sees_neither_the_tasks_relations_nor_its_test_documents(exa
 @torch.no_grad()
 def test_the_head_on_states_gives_what_the_whole_model_gives(example, arguments, backbone, tmp_path):
     args = arguments(tmp_path)
-    _, (task, _) = example.read_corpora(args, tmp_path)
+    _, (task, *_) = example.read_corpora(args, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     rows = encode(task.test, relation_features, tokenizer, labels=task.labels, markers=task.markers)
     adapters = {name: args.adapter_config() for name in ("one", "two")}
