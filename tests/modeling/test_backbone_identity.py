@@ -75,7 +75,7 @@ def refusal(error, function, *args, **kwargs) -> str:
 
 # ---- It can't be found --------------------------------------------------------------------------------------------------
 
-NOT_THERE = ("nobody/no-such-model", "/no/such/folder", "a/b/c/d", "../x", "")
+NOT_THERE = ("nobody/no-such-model", "/no/such/folder", "a/b/c/d", "../no-such-folder", "")
 
 
 @pytest.mark.parametrize("name", NOT_THERE)
