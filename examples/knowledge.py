@@ -78,11 +78,11 @@ class Arguments:
     linguistic: str | None = flag(None, "A linguistic one.")
     adapter_size: int = flag(192, "Width of the adapters' transformer layers, a multiple of 64.")
     adapter_depth: int = flag(1, "Transformer layers in each adapter layer.")
-    pretraining_epochs: float = flag(4, "Epochs of each adapter's own training.")
+    pretraining_epochs: float = flag(3, "Epochs of each adapter's own training.")
     factual_learning_rate: float = flag(5e-4, "Peak learning rate of the factual one.")
     linguistic_learning_rate: float = flag(1e-3, "Peak learning rate of the linguistic one.")
     few: int = flag(600, "How many examples are few.")
-    steps: int = flag(600, "Training steps on a task, whatever its size.")
+    steps: int = flag(400, "Training steps on a task, whatever its size.")
     learning_rate: float = flag(3e-3, "Peak learning rate on a task.")
     fusion: str = flag("concat", "How the backbone's and the adapters' states become one: concat or add.")
     seeds: int = flag(
