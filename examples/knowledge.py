@@ -85,9 +85,7 @@ class Arguments:
     steps: int = flag(400, "Training steps on a task, whatever its size.")
     learning_rate: float = flag(3e-3, "Peak learning rate on a task.")
     fusion: str = flag("concat", "How the backbone's and the adapters' states become one: concat or add.")
-    seeds: int = flag(
-        3, "How often each task is repeated, with other examples, a new head and new untrained adapters."
-    )
+    seeds: int = flag(3, "How often each task is repeated, with a new head and, of few, other examples.")
     max_rows: int | None = flag(None, "Rows of each corpus at most, for a quick look.")
 
     def adapter_config(self) -> KnowledgeAdapterConfig:

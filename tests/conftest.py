@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -179,11 +180,24 @@ def contents(folder) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def assert_as_the_original(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Within 1e-5 of the array's largest value."""
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 def free_port() -> int:
     """A port for `accelerate launch`: older versions of torch can't choose one themselves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def arrays() -> dict[str, torch.Tensor]:
+    """What the original computed, by name (fixtures/reference/README.md)."""
+    with np.load(Path(__file__).parent / "fixtures" / "reference" / "reference_outputs.npz") as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
 @pytest.fixture(scope="session")
