@@ -1,10 +1,13 @@
 """Tiny models that the tests share, built once per session with random weights, and where files come from."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import socket
+import sys
 from pathlib import Path
+from types import ModuleType
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -184,6 +187,15 @@ def assert_as_the_original(found: torch.Tensor, wanted: torch.Tensor) -> None:
     """Within 1e-5 of the array's largest value."""
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def load_script(path: Path) -> ModuleType:
+    """A program as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def free_port() -> int:

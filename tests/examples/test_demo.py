@@ -1,6 +1,5 @@
 """examples/demo.py: the whole program on a tiny backbone, what it feeds the models, and what it says about the scores."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_script
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kadapter_hf import KAdapterForEntityTyping
@@ -43,11 +43,7 @@ def printed(output_dir, backbone) -> str:
 @pytest.fixture(scope="module")
 def demo():
     """The program as a module."""
-    spec = importlib.util.spec_from_file_location("demo_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def cells(printed: str, first: str) -> list[str]:

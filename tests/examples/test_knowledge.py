@@ -1,13 +1,12 @@
 """examples/knowledge.py: the whole program on tiny corpora, what is kept from the adapter, and the states it trains on."""
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_script
 from datasets import load_dataset
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
@@ -24,11 +23,7 @@ DOCRED = ("P131", "P150", "P17", "P27", "P50", "P527")  # the most frequent firs
 @pytest.fixture(scope="module")
 def example():
     """The program as a module."""
-    spec = importlib.util.spec_from_file_location("knowledge_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
