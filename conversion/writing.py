@@ -22,7 +22,6 @@ from ..modeling.storage_kadapter import (
     fingerprint,
     part_of,
     read_tensors,
-    replace_files,
 )
 from .original import (
     Parts,
@@ -278,5 +277,4 @@ def _write(model: Any, state: dict[str, torch.Tensor], path: Path, output: Path)
     own = next(tensor for name, tensor in state.items() if name not in stored)
     model.config.dtype = str(own.dtype).removeprefix("torch.")
     model.backbone.to(next(iter(stored.values()), own).dtype)
-    with replace_files(output) as staging:
-        model._write_files(staging, state)
+    model._write_repository(output, state)

@@ -44,6 +44,7 @@ from .modeling.heads_kadapter import (
     KAdapterForEntityTyping,
     KAdapterForRelationClassification,
 )
+from .modeling.hub_kadapter import push_folder
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
@@ -137,6 +138,8 @@ class PretrainingArguments:
     adapter_num_attention_heads: int = _help(12, "Their attention heads.")
     adapter_intermediate_size: int = _help(3072, "Width of their feed-forward part.")
     dropout: float = _help(0.1, "In the adapter and in the head.")
+    language: str | None = _help(None, "The corpus's language (en, …), for the model card.")
+    license: str | None = _help(None, "The adapter's licence (apache-2.0, cc-by-sa-4.0, …), for the model card.")
     fusion: str = _help(
         "add",
         "How the head sees the adapter beside the backbone: add or concat, the original's. With concat, part of what is "
@@ -219,11 +222,11 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         data = {split: encode(split_rows, features, tokenizer, max_length=most) for split, split_rows in rows.items()}
     collator = task.collator(tokenizer)
     if arguments.cache_activations is not None:
-        folder, dtype = arguments.cache_activations, getattr(torch, arguments.activations_dtype)
+        dtype = getattr(torch, arguments.activations_dtype)
         all_rows = concatenate_datasets([split.select_columns("input_ids") for split in data.values()])
         model.to(training.device)
         with training.main_process_first(desc="activations"):
-            cache = cached_activations(model, all_rows, tokenizer, folder, dtype)
+            cache = cached_activations(model, all_rows, tokenizer, arguments.cache_activations, dtype)
         data, collator = _numbered(data), CachedActivationsCollator(collator, cache)
         training.remove_unused_columns = False
     stop = StopOnInterrupt()
@@ -241,24 +244,41 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
         raise KeyboardInterrupt
-    metrics = {
-        key: value for key, value in trainer.evaluate().items() if not key.endswith(("_second", "runtime", "epoch"))
+    metrics = _quality(trainer.evaluate())
+    described = {
+        "dataset": None if Path(arguments.data).exists() else arguments.data,
+        "language": arguments.language,
+        "license": arguments.license,
     }
     model.config.knowledge_adapters[name].provenance = {
         "objective": objective,
         "corpus": arguments.data,
+        **{key: value for key, value in described.items() if value},
         "rows": len(data["train"]),
         "labels": len(labels),
         "held_out_rows": len(data["eval"]),
         "metrics": metrics,
+        "training": _course(trainer.state.log_history),
         "seed": training.seed,
         "versions": {package: version(package) for package in ("kadapter-hf", "torch", "transformers", "datasets")},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+    pushes = training.push_to_hub
+    training.push_to_hub = False  # Trainer's own model card would take the place of the K-Adapter's
     trainer.save_model()
     trainer.save_state()
+    folder = Path(str(training.output_dir))
     if trainer.is_world_process_zero():
-        _draw_losses(trainer.state.log_history, Path(str(training.output_dir), "training.png"))
+        _draw_losses(trainer.state.log_history, folder / "training.png")
+        if pushes:
+            push_folder(
+                folder,
+                trainer.hub_model_id,
+                commit_message=f"Upload the {name} knowledge adapter",
+                private=training.hub_private_repo,
+                token=training.hub_token,
+                revision=training.hub_revision,
+            )
     return metrics
 
 
@@ -363,6 +383,24 @@ def _numbered(data: dict[str, Dataset]) -> dict[str, Dataset]:
         numbered[name] = split.add_column(ROW, list(range(first, first + len(split))))
         first += len(split)
     return numbered
+
+
+def _course(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The losses and metrics at each evaluation."""
+    rows, loss = [], {}
+    for entry in history:
+        if "loss" in entry:
+            loss = {"loss": entry["loss"]}
+        if "eval_loss" in entry:
+            measured = {key: value for key, value in entry.items() if key.startswith("eval_")}
+            found = {"epoch": entry["epoch"], "step": entry["step"], **loss, **_quality(measured)}
+            rows.append(found)
+    return rows
+
+
+def _quality(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics without those of speed."""
+    return {key: value for key, value in metrics.items() if not key.endswith(("_second", "runtime", "epoch"))}
 
 
 def _draw_losses(history: list[dict[str, float]], path: Path) -> None:

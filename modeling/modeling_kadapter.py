@@ -1,12 +1,15 @@
 """K-Adapter: a frozen backbone, knowledge adapters beside it, and their fusion."""
 
+import copy
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedModel, initialization as init
 from transformers.modeling_outputs import BaseModelOutput
@@ -15,12 +18,14 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer, KnowledgeFusion
 from .backbone_kadapter import drop_pooler, new_backbone
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig, check_adapter_name
+from .hub_kadapter import push_folder
 from .repository_kadapter import (
     RepositoryModel,
     check_says_of_peft,
     load_peft_adapter,
     peft_parameters,
     plain_state_dict,
+    push_kwargs,
 )
 from .storage_kadapter import (
     BackboneMismatchError,
@@ -253,6 +258,35 @@ class KAdapterPreTrainedModel(RepositoryModel):
         self._update_fingerprints(state)
         write_adapter(path, name, self.config.knowledge_adapters[name], part_of(state, f"adapters.{name}"))
         return path
+
+    def push_knowledge_adapter_to_hub(self, name: str, repo_id: str, **kwargs) -> CommitInfo:
+        """
+        Uploads one adapter and no other weights, as a repository of its own: `load_knowledge_adapter(repo_id)` reads it,
+        and `AutoModel.from_pretrained(repo_id)` gives it beside the backbone that it was trained on.
+
+        Args:
+            repo_id: the repository; made if needed. One that holds another model is left as it is.
+            kwargs: as in `push_to_hub`.
+
+        Raises:
+            KAdapterLoadError: the repository holds more than an adapter of this name.
+            BackboneMismatchError: the adapter was trained on a backbone that exists in this model alone; push the whole
+                model with `push_to_hub`, which takes the backbone along.
+            HfHubHTTPError: the Hub refused.
+        """
+        self._check_known(name)
+        state = plain_state_dict(self)
+        self._update_fingerprints(state)
+        trained_on = self.config.knowledge_adapters[name].backbone_fingerprint
+        if trained_on == self.backbone_fingerprint(state):
+            if self._backbone_trained or self._fingerprint_if_as_named(part_of(state, "backbone")) is None:
+                raise BackboneMismatchError(
+                    f"the knowledge adapter '{name}' was trained on a backbone that differs from "
+                    f"'{self.config.backbone_name_or_path}' and would be of no use without it: push both with push_to_hub."
+                )
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter_repository(Path(folder), name, self.config, part_of(state, f"adapters.{name}"))
+            return push_folder(Path(folder), repo_id, adapter=name, **push_kwargs(kwargs))
 
     def delete_knowledge_adapter(self, name: str) -> None:
         """Removes an adapter and its part of the fusion; the others' weights stay as they are."""
@@ -518,7 +552,7 @@ class KAdapterPreTrainedModel(RepositoryModel):
                 f"backbone_states must be of shape (batch, {len(read) + 1}, length, width), the states {read} and the "
                 f"backbone's last; not {tuple(given.shape)}."
             )
-        given = given.to(next(self.fusion.parameters(), given).dtype)
+        given = given.to(self._own_dtype())
         output = BaseModelOutput(last_hidden_state=given[:, -1])
         return {layer: given[:, place] for place, layer in enumerate(read)}, output
 
@@ -603,3 +637,34 @@ class KAdapterModel(KAdapterPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.get("attentions"),
         )
+
+
+def write_adapter_repository(
+    folder: Path, name: str, config: KAdapterConfig, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """
+    Writes a repository with one adapter and no other weights, without the backbone's.
+
+    Args:
+        config: of a K-Adapter with this adapter in it.
+        tensors: the adapter's, with names that begin with `adapters.<name>.`.
+    """
+    adapter = config.knowledge_adapters[name]
+    backbone = adapter.backbone_name_or_path or config.backbone_name_or_path
+    alone = KAdapterConfig(
+        backbone_name_or_path=backbone,
+        backbone_revision=config.backbone_revision if backbone == config.backbone_name_or_path else None,
+        backbone_fingerprint=adapter.backbone_fingerprint,
+        backbone_config=copy.deepcopy(config.backbone_config),
+        knowledge_adapters={name: adapter},
+        frozen_knowledge_adapters=[name],
+        fusion="add",  # which has no weights: what is loaded is all trained
+        architectures=[KAdapterModel.__name__],
+        dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+    )
+    with torch.device("meta"), init.no_init_weights():
+        model = KAdapterModel(alone)
+    dtype = config.backbone_config.dtype
+    if dtype is not None:
+        model.backbone.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model._write_repository(folder, dict(tensors))

@@ -5,14 +5,16 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization as init
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -34,7 +36,9 @@ from .backbone_kadapter import (
     stored_backbone,
     without_load_report,
 )
+from .card_kadapter import CARD_FILE, card_text
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
+from .hub_kadapter import push_folder
 from .storage_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
@@ -527,7 +531,7 @@ class RepositoryModel(PreTrainedModel):
             is_main_process: others than the main process do nothing.
             state_dict: what to save instead of the model's own, as sharded training gathers it.
             push_to_hub: also upload the folder, to `repo_id` (by default the folder's name); `commit_message`,
-                `private`, `token`, `revision` and `create_pr` as in `PreTrainedModel.save_pretrained`.
+                `private`, `token`, `revision`, `create_pr` and `tags` as in `push_to_hub`.
             kwargs: those of the Hub; `max_shard_size`, `variant` and the like don't apply.
 
         Raises:
@@ -560,14 +564,50 @@ class RepositoryModel(PreTrainedModel):
         self.config.dtype = next((str(tensor.dtype) for tensor in own.values()), str(self.dtype)).removeprefix(
             "torch."
         )
-        with replace_files(folder) as staging:
-            self._write_files(staging, saved)
-            if getattr(self, "_hf_peft_config_loaded", False):
-                super().save_pretrained(staging, state_dict=state_dict)
+        self._write_repository(folder, saved, state_dict)
         self._backbone_stored = named is None
         self._note_weights("backbone", *(f"adapters.{name}" for name in self.adapters), state_dict=state)
         if push_to_hub:
-            self._push_folder(folder, **kwargs)
+            push_folder(folder, kwargs.get("repo_id") or folder.name, **push_kwargs(kwargs))
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """
+        Uploads the K-Adapter as one commit: its adapters, fusion, head, configuration, code and model card, and its backbone
+        only if that is not the one that the configuration names. Files that the Hub has already are not sent again, and
+        what a user has changed in the model card there stays.
+
+        Args:
+            repo_id: the repository; made if needed.
+            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision` (a branch, made if needed),
+                `create_pr` and `tags`, as in `PreTrainedModel.push_to_hub`.
+
+        Raises:
+            KAdapterLoadError: the repository is the backbone's own, or others kept pushing at the same time.
+            HfHubHTTPError: the Hub refused.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(Path(folder), repo_id, **push_kwargs(kwargs))
+
+    def _write_repository(
+        self, folder: Path, state: dict[str, torch.Tensor], peft_state: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Puts the files of a repository with these tensors into a folder, in place of those that are there."""
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            # To push a checkpoint, Trainer copies its weights into the folder above, where it expects their folders to be.
+            (folder.parent / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
+        with replace_files(folder) as staging:
+            self._write_files(staging, state)
+            card = card_text(
+                self.config,
+                None,
+                backbone_stored=any(file_of(name) == BACKBONE_FILE for name in state),
+                earlier=[folder / CARD_FILE],
+            )
+            if card is not None:
+                (staging / CARD_FILE).write_text(card, encoding="utf-8")
+            if getattr(self, "_hf_peft_config_loaded", False):
+                super().save_pretrained(staging, state_dict=peft_state)
 
     def _write_files(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         files: dict[str, dict[str, torch.Tensor]] = {}
@@ -605,15 +645,15 @@ class RepositoryModel(PreTrainedModel):
         classes |= {name: name for name in CLASSIFIERS + OWN_NAMES_ONLY}
         return {auto: f"{ENTRY_MODULE}.{name}" for auto, name in classes.items()}
 
-    def _push_folder(self, folder: Path, repo_id: str | None = None, private: bool | None = None, **kwargs) -> None:
-        token = kwargs.get("token")
-        repo_id = HfApi(token=token).create_repo(repo_id or folder.name, private=private, exist_ok=True).repo_id
-        arguments = {key: kwargs[key] for key in ("commit_message", "revision", "create_pr") if key in kwargs}
-        HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder, **arguments)
-
     def _fingerprint_if_as_named(self, state: dict[str, torch.Tensor]) -> str | None:
         kwargs = getattr(self, "_backbone_kwargs", {})
         return fingerprint_if_as_named(self.backbone, state, self.config, local_files_only=True, **kwargs)
+
+
+def push_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `push_to_hub` that a repository of ours has a use for: all but `max_shard_size`."""
+    names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+    return {key: kwargs[key] for key in names if kwargs.get(key) is not None}
 
 
 def _fill(module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -9,6 +9,7 @@ A repository, a local folder and a Trainer checkpoint are the same thing:
     head.safetensors               fusion and task head
     backbone.safetensors           only a backbone that differs from the one that config.json names
     *.py                           the code of this folder
+    README.md                      the model card
 """
 
 import contextlib
@@ -465,6 +466,12 @@ def _flush(path: Path) -> None:
 def code_files() -> list[Path]:
     """The modules that travel with every repository: this one and its siblings."""
     return sorted(Path(__file__).parent.glob("*_kadapter.py"))
+
+
+def is_own_file(file: str) -> bool:
+    """Whether a repository's file of this name is one that a K-Adapter's weights or code are in."""
+    code = "/" not in file and file.endswith("_kadapter.py")
+    return code or file in (HEAD_FILE, BACKBONE_FILE, *PEFT_FILES) or _ADAPTER_FILE.fullmatch(file) is not None
 
 
 @contextlib.contextmanager

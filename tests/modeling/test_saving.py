@@ -163,6 +163,7 @@ def test_the_folder_holds_what_the_design_says(once):
         FACTUAL,
         "adapters/linguistic.safetensors",
         "head.safetensors",
+        "README.md",
     }
     own_code = {path.name: path.read_bytes() for path in MODULES if path.name != "__init__.py"}
     assert {path.name: path.read_bytes() for path in folder.glob("*.py")} == own_code
@@ -218,7 +219,7 @@ def test_saving_over_an_earlier_save_leaves_nothing_of_it(folder, build):
 
 
 def test_saving_leaves_other_people_s_files_alone(folder, build):
-    others = {"README.md": b"# Mine", "tokenizer.json": b"{}", "adapters/notes.txt": b"x", "runs/events": b"y"}
+    others = {"tokenizer.json": b"{}", "adapters/notes.txt": b"x", "runs/events": b"y"}
     for name, content in others.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
