@@ -245,14 +245,15 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     if stop.interrupted:
         raise KeyboardInterrupt
     metrics = _quality(trainer.evaluate())
+    local = Path(arguments.data).exists()
     described = {
-        "dataset": None if Path(arguments.data).exists() else arguments.data,
+        "dataset": None if local else arguments.data,
         "language": arguments.language,
         "license": arguments.license,
     }
     model.config.knowledge_adapters[name].provenance = {
         "objective": objective,
-        "corpus": arguments.data,
+        "corpus": Path(arguments.data).resolve().name if local else arguments.data,
         **{key: value for key, value in described.items() if value},
         "rows": len(data["train"]),
         "labels": len(labels),
@@ -391,10 +392,9 @@ def _course(history: list[dict[str, float]]) -> list[dict[str, float]]:
     for entry in history:
         if "loss" in entry:
             loss = {"loss": entry["loss"]}
-        if "eval_loss" in entry:
+        if "eval_loss" in entry and (not rows or rows[-1]["step"] != entry["step"]):
             measured = {key: value for key, value in entry.items() if key.startswith("eval_")}
-            found = {"epoch": entry["epoch"], "step": entry["step"], **loss, **_quality(measured)}
-            rows.append(found)
+            rows.append({"epoch": entry["epoch"], "step": entry["step"], **loss, **_quality(measured)})
     return rows
 
 

@@ -133,9 +133,9 @@ def card_text(
         backbone_stored: whether the repository has a backbone of its own.
         earlier: cards to keep a user's parts of, if they are there: first the local one, then the one on the Hub. If both
             have the same part changed, the later one's is kept.
-        tags: more tags for it.
+        tags: to be added to those of the card.
     """
-    made = make_card(config, repo_id, backbone_stored, tags)
+    made = make_card(config, repo_id, backbone_stored)
     text = _with_hashes(made)
     for path in earlier:
         if path.is_file():
@@ -144,12 +144,10 @@ def card_text(
             except ValueError as error:  # not UTF-8, or metadata that are not YAML
                 logger.warning(f"the model card '{path}' can't be read and stays as it is: {error}")
                 return None
-    return text
+    return _with_tags(text, tags) if tags else text
 
 
-def make_card(
-    config: KAdapterConfig, repo_id: str | None, backbone_stored: bool, tags: Sequence[str] | None = None
-) -> str:
+def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool) -> str:
     """The card as it is without a user's edits."""
     adapters = config.knowledge_adapters or {}
     told = {adapter: _provenance(adapter_config) for adapter, adapter_config in adapters.items()}
@@ -163,7 +161,7 @@ def make_card(
         base_model=backbone if on_hub else None,
         base_model_relation=("finetune" if backbone_stored else "adapter") if on_hub else None,
         library_name="transformers",
-        tags=["k-adapter", "knowledge-adapter", *(f"{adapter}-knowledge" for adapter in adapters), *(tags or ())],
+        tags=["k-adapter", "knowledge-adapter", *(f"{adapter}-knowledge" for adapter in adapters)],
         language=_all_of(told, "language"),
         license=_only_of(told, "license"),
         datasets=_all_of(told, "dataset"),
@@ -235,7 +233,9 @@ def _epochs(provenance: Mapping[str, Any]) -> list[dict[str, str]]:
     rows = provenance.get("training")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return []
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    first = ("epoch", "step", "loss", "eval_loss")
+    keys = {key for row in rows for key in row}
+    columns = [*(key for key in first if key in keys), *sorted(keys.difference(first))]
     return [
         {
             _cell(key.removeprefix("eval_").replace("_", " ") if key != "eval_loss" else "held-out loss"): _cell(
@@ -362,6 +362,14 @@ def _split(card: str) -> tuple[dict[str, Any], dict[str, str]]:
                 key += "'"
         sections[key] = sections.get(key, "") + line
     return data, sections
+
+
+def _with_tags(card: str, tags: Sequence[str]) -> str:
+    """With more tags, as if a user had written them into the card."""
+    data, _ = _split(card)
+    there = data["tags"] if isinstance(data.get("tags"), list) else []
+    text = REGEX_YAML_BLOCK.sub("", card, count=1)
+    return f"---\n{yaml_dump(data | {'tags': list(dict.fromkeys([*there, *tags]))}).strip()}\n---\n{text}"
 
 
 def _with_hashes(made: str) -> str:
