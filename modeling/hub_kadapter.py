@@ -16,6 +16,7 @@ from .storage_kadapter import (
     PEFT_FILES,
     KAdapterLoadError,
     is_own_file,
+    patiently,
     read_config_dict,
     read_file,
     read_index,
@@ -25,7 +26,7 @@ from .storage_kadapter import (
 
 logger = logging.get_logger(__name__)
 
-ATTEMPTS = 3  # at a commit, when others push at the same time
+RACES = 3  # at a commit, when others push at the same time
 PICKLES = (".bin", ".pkl", ".pt", ".pth")
 
 
@@ -67,11 +68,11 @@ def push_folder(
             "only with backbone=…"
         )
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    repo_id = patiently(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    for attempt in range(ATTEMPTS):
-        head = api.model_info(repo_id, revision=revision)
+        patiently(api.create_branch, repo_id, branch=revision, exist_ok=True)
+    for attempt in range(RACES):
+        head = patiently(api.model_info, repo_id, revision=revision)
         there = {file.rfilename for file in head.siblings or ()}
         if adapter is not None:
             _check_is_only(adapter, repo_id, there, head.sha, token)
@@ -85,7 +86,8 @@ def push_folder(
         )
         obsolete = sorted(file for file in there - files if is_own_file(file))
         try:
-            return api.create_commit(
+            return patiently(
+                api.create_commit,
                 repo_id,
                 operations=[
                     *([CommitOperationAdd(CARD_FILE, card.encode())] if card else []),
@@ -101,7 +103,7 @@ def push_folder(
         except HfHubHTTPError as error:
             if error.response is None or error.response.status_code != 412:
                 raise
-            logger.warning(f"'{repo_id}' has changed meanwhile (attempt {attempt + 1} of {ATTEMPTS}).")
+            logger.warning(f"'{repo_id}' has changed meanwhile (attempt {attempt + 1} of {RACES}).")
     raise KAdapterLoadError(f"'{repo_id}' changed each time that this was about to be committed: push again later.")
 
 
@@ -141,4 +143,4 @@ def _check_is_only(adapter: str, repo_id: str, there: set[str], revision: str | 
 
 
 def _downloaded(file: str, repo_id: str, revision: str | None, token: Any) -> Path:
-    return Path(hf_hub_download(repo_id, file, revision=revision, token=token))
+    return Path(patiently(hf_hub_download, repo_id, file, revision=revision, token=token))

@@ -18,13 +18,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
@@ -44,6 +45,10 @@ OBSOLETE = "obsolete.json"
 # What PEFT adds to the repository of a model that it has changed.
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+# How often a request to the Hub is made, and for how many seconds the Hub may ask to wait between.
+ATTEMPTS, LONGEST_WAIT = 5, 300
+T = TypeVar("T")
 
 _ADAPTER_FILE = re.compile(rf"{ADAPTER_FOLDER}/[A-Za-z0-9_-]+\.safetensors")
 _MAX_JSON_BYTES = 64 * 2**20
@@ -105,12 +110,32 @@ def equal_bits(tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torc
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
+def patiently(call: Callable[..., T], *args, **kwargs) -> T:
+    """Calls the Hub's client, again after a while if the Hub says that there were too many requests."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return call(*args, **kwargs)
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code != 429:
+                raise
+            asked = error.response.headers.get("Retry-After", "")
+            seconds = int(asked) if asked.isdigit() else 2**attempt
+            if seconds > LONGEST_WAIT:
+                raise
+            logger.warning(f"the Hub has too many requests from here: trying again in {seconds} s.")
+            time.sleep(seconds)
+    return call(*args, **kwargs)
+
+
 def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_kwargs) -> Path:
     """
     The folder of a repository: `source` itself if it is one, else its snapshot in the Hub's cache, downloaded if needed.
 
+    What was downloaded is compared with the hashes that the Hub gives for it.
+
     Raises:
-        KAdapterLoadError: no such folder, repository or revision, or it can't be reached and is not in the cache.
+        KAdapterLoadError: no such folder, repository or revision, or it can't be reached and is not in the cache; or a file
+            came with other bytes than the Hub announced.
     """
     source = os.fspath(source)
     if os.path.isdir(source):
@@ -119,13 +144,45 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
     patterns = [CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, HEAD_FILE, BACKBONE_FILE, f"{ADAPTER_FOLDER}/*.safetensors"]
     kwargs = {key: value for key, value in hub_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
     kwargs.pop("proxies", None)
+    started = time.time() - 1  # a file system's clock may be behind
     try:
-        folder = snapshot_download(source, allow_patterns=[prefix + pattern for pattern in patterns], **kwargs)
+        wanted = [prefix + pattern for pattern in patterns]
+        folder = patiently(snapshot_download, source, allow_patterns=wanted, **kwargs)
     except (OSError, HFValidationError, ValueError) as error:
         raise KAdapterLoadError(
             f"'{source}' is neither a folder here nor a repository that can be loaded from the Hub or its cache: {error}"
         ) from error
+    for path in Path(folder, subfolder).rglob("*"):
+        if path.is_file() and path.stat().st_mtime >= started:
+            _check_download(path, f"{path.relative_to(folder).as_posix()} of '{source}'")
     return Path(folder, subfolder)
+
+
+def _check_download(path: Path, name: str) -> None:
+    """
+    The Hub's cache names a file's content by its hash: SHA-256, or for small files git's or the SHA-1 of some mirrors. The
+    client itself compares sizes only, and a fingerprint looks at a sample of the values.
+    """
+    blob = path.resolve()
+    header = b"blob %d\0" % blob.stat().st_size
+    if len(blob.name) == 64:
+        digests = [hashlib.sha256()]
+    elif len(blob.name) == 40:
+        digests = [hashlib.sha1(start, usedforsecurity=False) for start in (header, b"")]
+    else:  # a file system without links, where nothing keeps the hash
+        return
+    with open(blob, "rb") as file:
+        while block := file.read(2**20):
+            for digest in digests:
+                digest.update(block)
+    found = [digest.hexdigest() for digest in digests]
+    if blob.name not in found:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise KAdapterLoadError(
+            f"{name} did not come with the bytes that the Hub announced (their hash is "
+            f"{found[0][:12]}…, not {blob.name[:12]}…). What came was removed: load it again."
+        )
 
 
 def locate(folder: Path, name: str) -> Path:

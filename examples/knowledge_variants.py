@@ -1,0 +1,271 @@
+"""
+Why does the factual adapter help as little, or as much, as it does? Its training again, with one thing changed each time.
+
+Every variant is trained as `kadapter pretrain factual` does it and then judged by linear probes: a logistic regression
+reads the states at the two markers, those of the backbone beside those of the adapter, and nothing else trains. What a
+probe gets right is in these states, so no fusion, head or learning rate of a task stands between. The probes are asked
+for the relations that the adapter has learned (in rows and documents that it has not seen), for relations that it has
+not learned, and for those of another task.
+
+    python examples/knowledge_variants.py --data DIR --output_dir knowledge-output/variants
+
+DIR is that of knowledge.py. What was measured is kept in results.json: a run that was cut off goes on where it stopped.
+"""
+
+import json
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset, load_dataset
+from knowledge_corpora import DEFAULT_BACKBONE, Task, default_backbone, machine, read_corpora, some, states_at_markers
+from rich.console import Console
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from kadapter_hf import KAdapterForRelationClassification, KAdapterModel, KnowledgeAdapterConfig
+from kadapter_hf.corpora import read_fewrel
+from kadapter_hf.features import encode, relation_features
+from kadapter_hf.pretraining import PretrainingArguments, pretrain
+
+
+UNTRAINED = "untrained adapter"
+REFERENCE = "as in knowledge.py"
+BACKBONE = "the whole backbone in place of the adapter"
+# What each changes: flags of `kadapter pretrain`, of Trainer, or the rows ("rows": a part of them, or whose relations).
+VARIANTS: dict[str, dict[str, Any]] = {
+    REFERENCE: {},
+    "seed 1": {"seed": 1},
+    "seed 2": {"seed": 2},
+    "1 epoch": {"num_train_epochs": 1},
+    "9 epochs": {"num_train_epochs": 9},
+    "learning rate 1e-4": {"learning_rate": 1e-4},
+    "learning rate 2e-3": {"learning_rate": 2e-3},
+    "twice as wide": {"adapter_hidden_size": 384},
+    "two transformer layers": {"adapter_num_hidden_layers": 2},
+    "reads layers 0 to 6": {"adapter_layers": [0, 1, 2, 3, 4, 5, 6]},
+    "reads layer 3 alone": {"adapter_layers": [3]},
+    "fusion concat": {"fusion": "concat"},
+    "a quarter of the rows": {"rows": 0.25},
+    "FewRel's relations alone": {"rows": "fewrel"},
+    "Re-DocRED's other relations alone": {"rows": "docred"},
+    BACKBONE: {},
+}
+
+
+console = Console()
+
+
+@dataclass
+class Arguments:
+    data: str = field(metadata={"help": "The folder of the corpora."})
+    backbone: str | None = field(
+        default=None, metadata={"help": f"A repository or folder; by default {DEFAULT_BACKBONE}."}
+    )
+    output_dir: str = field(default="knowledge-output/variants", metadata={"help": "Where adapters and results go."})
+    variants: list[str] | None = field(default=None, metadata={"help": "Some of them, by name; by default all."})
+    few: int = field(default=600, metadata={"help": "How many examples are few."})
+    draws: int = field(default=3, metadata={"help": "How often few are drawn."})
+    max_rows: int | None = field(default=None, metadata={"help": "Rows of each corpus at most, for a quick look."})
+
+
+def rows_to_learn(folder: Path, facts: Path, data: str, which: Any) -> str:
+    """The training rows that `which` asks for, with the same held-out rows beside them."""
+    if which is None:
+        return str(facts)
+    rows = load_dataset("parquet", data_dir=str(facts))
+    if isinstance(which, float):
+        rows["train"] = rows["train"].shuffle(seed=0).select(range(round(which * len(rows["train"]))))
+    else:
+        fewrel = set(read_fewrel(Path(data) / "fewrel" / "val_wiki.json")[0]["relation"])
+        rows = rows.filter(lambda row: (row["relation"] in fewrel) == (which == "fewrel"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in rows.items():
+        part.to_parquet(folder / f"{name}.parquet")
+    return str(folder)
+
+
+def train_adapter(change: dict[str, Any], facts: Path, args: Arguments, folder: Path) -> str:
+    change = dict(change)
+    adapter: dict[str, Any] = {
+        "data": rows_to_learn(folder / "rows", facts, args.data, change.pop("rows", None)),
+        "backbone": args.backbone,
+        "cache_activations": f"{args.output_dir}/activations",
+        "activations_dtype": "bfloat16",
+        "adapter_hidden_size": 192,
+        "adapter_num_hidden_layers": 1,
+    }
+    training = training_arguments(folder)
+    for name, value in change.items():
+        if hasattr(training, name):
+            setattr(training, name, value)
+        else:
+            adapter[name] = value
+    width = adapter["adapter_hidden_size"]
+    adapter |= {"adapter_num_attention_heads": width // 64, "adapter_intermediate_size": 4 * width}
+    pretrain("factual", PretrainingArguments(**adapter), training)
+    return str(folder)
+
+
+def training_arguments(folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=5e-4,
+        num_train_epochs=3,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=32,
+        warmup_steps=0.1,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def train_backbone(facts: Path, args: Arguments, folder: Path) -> str:
+    """All the backbone's weights learn the same rows, and no adapter does: what these rows are worth at best."""
+    set_seed(0)
+    rows = load_dataset("parquet", data_dir=str(facts))
+    labels = sorted(set(rows["train"]["relation"]))
+    tokenizer = AutoTokenizer.from_pretrained(args.backbone)
+    data = encode(rows["train"], relation_features, tokenizer, labels=labels)
+    model = KAdapterForRelationClassification.from_backbone(args.backbone, num_labels=len(labels))
+    model.unfreeze_backbone()
+    training = training_arguments(folder)
+    training.learning_rate = 1e-4
+    Trainer(model, training, train_dataset=data, data_collator=DataCollatorWithPadding(tokenizer)).train()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+# ---- Probes ---------------------------------------------------------------------------------------------------------
+
+
+class Probes:
+    """The tasks' rows and what a linear probe reads of them."""
+
+    def __init__(self, tasks: list[Task], args: Arguments):
+        self.args = args
+        self.cache = f"{args.output_dir}/activations"
+        self.tasks = tasks
+        self.tokenizer = AutoTokenizer.from_pretrained(args.backbone)
+        self.rows: list[dict[str, Dataset]] = [
+            {
+                name: encode(rows, relation_features, self.tokenizer, labels=task.labels, markers=task.markers)
+                for name, rows in (("train", task.train), ("test", task.test))
+            }
+            for task in tasks
+        ]
+
+    def measure(self, model: KAdapterModel) -> dict[str, list[float]]:
+        """For each task and size the shares of right answers, one for each draw of the training examples."""
+        scores: dict[str, list[float]] = {}
+        for task, rows in zip(self.tasks, self.rows, strict=True):
+            states = {name: states_at_markers(model, part, self.tokenizer, self.cache) for name, part in rows.items()}
+            read = {name: torch.cat([*found.values()], dim=-1).flatten(1).numpy() for name, found in states.items()}
+            scale = StandardScaler().fit(read["train"])
+            read = {name: scale.transform(values) for name, values in read.items()}
+            labels = {name: torch.tensor(part["labels"][:]).numpy() for name, part in rows.items()}
+            for size in sorted({len(labels["train"]), min(self.args.few, len(labels["train"]))}, reverse=True):
+                draws = self.args.draws if size < len(labels["train"]) else 1
+                for draw in range(draws):
+                    generator = torch.Generator().manual_seed(draw)
+                    chosen = torch.randperm(len(labels["train"]), generator=generator)[:size].numpy()
+                    probe = LogisticRegression(C=0.01, max_iter=300)
+                    probe.fit(read["train"][chosen], labels["train"][chosen])
+                    score = float(probe.score(read["test"], labels["test"]))
+                    scores.setdefault(f"{task.name}, {size:,}", []).append(score)
+        return scores
+
+
+def run(args: Arguments) -> None:
+    args.backbone = args.backbone or default_backbone()
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "results.json"
+    results: dict[str, dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    corpora, tasks = read_corpora(Path(args.data), folder, args.max_rows)
+    facts = Path(corpora["factual"])
+    held_out = load_dataset("parquet", data_dir=str(facts))["validation"].train_test_split(0.5, seed=0)
+    own = Task("held-out rows", "micro_f1", held_out["train"], held_out["test"])
+    semeval, unseen, seen = tasks
+    semeval = replace(semeval, train=some(semeval.train, 3000), test=some(semeval.test, 1500))
+    probes = Probes([own, seen, unseen, semeval], args)
+    untrained = KnowledgeAdapterConfig(
+        hidden_size=192, num_hidden_layers=1, num_attention_heads=3, intermediate_size=768
+    )
+    for variant in args.variants or [UNTRAINED, *VARIANTS]:
+        if variant in results:
+            continue
+        started = time.monotonic()
+        place = folder / variant.replace(" ", "-").replace("'", "")
+        told: dict[str, Any] = {}
+        if variant == UNTRAINED:
+            model = KAdapterModel.from_backbone(args.backbone, {"factual": untrained})
+        elif variant == BACKBONE:
+            model = KAdapterModel.from_pretrained(train_backbone(facts, args, place))
+            model.freeze_backbone()
+            model.add_knowledge_adapter("factual", untrained)
+        else:
+            model = KAdapterModel.from_pretrained(train_adapter(VARIANTS[variant], facts, args, place))
+            told = model.config.knowledge_adapters["factual"].provenance["metrics"]
+        minutes = (time.monotonic() - started) / 60
+        results[variant] = {"pretraining": told, "minutes": minutes, "probes": probes.measure(model)}
+        kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        console.print(f"{variant}: {(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
+    page = report(results, args)
+    (folder / "variants.md").write_text(page, encoding="utf-8")
+    console.print(page, markup=False, highlight=False)
+
+
+def report(results: dict[str, dict[str, Any]], args: Arguments) -> str:
+    """What each variant's states give a probe beyond those of an untrained adapter, as a page of Markdown."""
+    lines = [
+        "# The factual adapter, varied",
+        "",
+        "Made by `make knowledge-variants`. Right answers of a linear probe in percent: with",
+    ]
+    lines += ["an untrained adapter, and what each variant adds to that.", ""]
+    columns = list(next(iter(results.values()))["probes"])
+    lines += [f"| | its own micro-F1 | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    baseline = results.get(UNTRAINED)
+    for variant, result in results.items():
+        own = result["pretraining"].get("eval_micro_f1")
+        cells = [f"{100 * own:.1f}" if own else ""]
+        for column in columns:
+            value = 100 * statistics.mean(result["probes"][column])
+            if baseline is None or variant == UNTRAINED:
+                cells.append(f"{value:.1f}")
+            else:
+                cells.append(f"{value - 100 * statistics.mean(baseline['probes'][column]):+.1f}")
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    lines += ["", f"- {machine()}", f"- few: the mean of {args.draws} draws"]
+    lines += [f"- {sum(result['minutes'] for result in results.values()):.0f} minutes of training in all", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = HfArgumentParser(Arguments, description=__doc__, allow_abbrev=False)
+    (args,) = parser.parse_args_into_dataclasses()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"knowledge_variants.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
