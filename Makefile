@@ -91,7 +91,7 @@ knowledge-variants: $(VENV)/.installed
 	cp knowledge-output/variants/variants.md docs/
 
 test: $(VENV)/.installed
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 # Ray, too large for each test run, is for one slow test.
 $(VENV)/.ray: $(VENV)/.installed
@@ -99,10 +99,10 @@ $(VENV)/.ray: $(VENV)/.installed
 	@touch $@
 
 slow: $(VENV)/.ray
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) -m "slow and not cuda" $(PYTEST_ARGS)
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "slow and not cuda" $(PYTEST_ARGS)
 
 floor: $(FLOOR)/.installed
-	$(TEST_ENV) $(FLOOR)/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(TEST_ENV) $(FLOOR)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 # mypy can't follow the import hook of an editable install, so it gets the installed layout as a tree of links.
 lint: $(VENV)/.lint

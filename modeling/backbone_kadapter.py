@@ -4,7 +4,9 @@ import contextlib
 import inspect
 import os
 import re
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,14 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
-from .storage_kadapter import HUB_ARGUMENTS, BackboneMismatchError, KAdapterLoadError, equal_bits, fingerprint
+from .storage_kadapter import (
+    HUB_ARGUMENTS,
+    BackboneMismatchError,
+    KAdapterLoadError,
+    check_downloads,
+    equal_bits,
+    fingerprint,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -151,7 +160,7 @@ def load_backbone(
         KAdapterConfigError: it can't be a backbone.
     """
     hub_kwargs = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "subfolder", "trust_remote_code") if key in kwargs}
-    config = kwargs.pop("config", None)
+    config, started = kwargs.pop("config", None), time.time()
     if config is None:
         try:
             config = AutoConfig.from_pretrained(name, **hub_kwargs)
@@ -171,6 +180,9 @@ def load_backbone(
         raise
     except Exception as error:  # its files', for which there are many errors
         raise _not_loaded(name, error) from error
+    snapshot = _snapshot(name, **hub_kwargs)
+    if snapshot is not None:
+        check_downloads(snapshot, os.fspath(name), started)
     prefix = f"{loaded.base_model_prefix}." if with_lm_head else ""
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
     if missing:
@@ -295,12 +307,23 @@ def _check_sizes(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], pla
 
 def commit_of(name: str | os.PathLike, **kwargs) -> str | None:
     """The commit of the Hub repository that a just-loaded backbone came from; None for a folder."""
+    snapshot = _snapshot(name, **kwargs)
+    match = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})$", str(snapshot))
+    return match.group(1) if match else None
+
+
+def _snapshot(name: str | os.PathLike, **kwargs) -> Path | None:
+    """Where the Hub's cache has the files of a just-loaded backbone; None for a folder."""
     if os.path.isdir(name):
         return None
-    hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key) is not None}
+    names = ("cache_dir", "revision", "token")
     try:
-        path = cached_file(name, CONFIG_NAME, local_files_only=True, **hub_kwargs)
+        path = cached_file(
+            name,
+            CONFIG_NAME,
+            local_files_only=True,
+            **{key: kwargs[key] for key in names if kwargs.get(key) is not None},
+        )
     except OSError:
         return None
-    match = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]", str(path))
-    return match.group(1) if match else None
+    return Path(path).parent if path else None

@@ -1,6 +1,8 @@
 """K-Adapter repositories to the Hub: one commit with what has changed, the model card merged with the one that is there."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,19 @@ RACES = 3  # at a commit, when others push at the same time
 PICKLES = (".bin", ".pkl", ".pt", ".pth")
 
 
+@contextlib.contextmanager
+def _advice_to_log_in() -> Iterator[None]:
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            error.append_to_message(
+                "\nLog in with `hf auth login`, or give a token that may write there with token=…."
+            )
+        raise
+
+
+@_advice_to_log_in()
 def push_folder(
     folder: Path,
     repo_id: str,

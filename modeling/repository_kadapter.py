@@ -18,7 +18,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
-    find_adapter_config_file,
     is_peft_available,
     logging,
 )
@@ -44,6 +43,7 @@ from .storage_kadapter import (
     BACKBONE_FILE,
     HEAD_FILE,
     HUB_ARGUMENTS,
+    PEFT_CONFIG,
     BackboneMismatchError,
     KAdapterLoadError,
     SavedAdapter,
@@ -215,7 +215,7 @@ class RepositoryModel(PreTrainedModel):
                 None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
             )
         hub_kwargs = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "subfolder") if key in kwargs}
-        source, peft_source = _without_peft(pretrained_model_name_or_path, kwargs, hub_kwargs)
+        source, folder, peft_source = _find(pretrained_model_name_or_path, kwargs, hub_kwargs)
         for unused in (
             "_from_auto",
             "_from_pipeline",
@@ -227,7 +227,6 @@ class RepositoryModel(PreTrainedModel):
             kwargs.pop(unused, None)
         dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
         kwargs.pop("dtype", None)
-        folder = repository_folder(source, **hub_kwargs)
         check_peft_settled(folder)
         config, saved_class, kwargs = cls._read_config(folder, config, kwargs)
         in_config = kwargs.pop("dtype", None)
@@ -760,26 +759,21 @@ def _peft_hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in names if key in kwargs}
 
 
-def _without_peft(
+def _find(
     source: str | os.PathLike, kwargs: dict[str, Any], hub_kwargs: dict[str, Any]
-) -> tuple[str | os.PathLike, str | os.PathLike | None]:
-    """The K-Adapter to load and, if `source` holds a PEFT adapter for it, where that is."""
-    adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
-    if "_adapter_model_path" in adapter_kwargs:  # AutoModel has looked already
-        return source, adapter_kwargs["_adapter_model_path"]
-    if not is_peft_available():
-        return source, None
-    try:
-        found = find_adapter_config_file(source, **_peft_hub_kwargs(hub_kwargs))
-    except (OSError, ValueError):  # no such repository: what is said about that is said of the K-Adapter itself
-        return source, None
-    if found is None:
-        return source, None
-    if os.path.isdir(source) and not os.path.exists(os.path.join(source, CONFIG_NAME)):
-        content = read_json(Path(found))
+) -> tuple[str | os.PathLike, Path, str | os.PathLike | None]:
+    """The K-Adapter to load, its folder and, if `source` holds a PEFT adapter for it, where that is."""
+    peft_source = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")  # AutoModel may have looked
+    folder = repository_folder(source, **hub_kwargs)
+    if peft_source is not None or not is_peft_available() or not (folder / PEFT_CONFIG).is_file():
+        return source, folder, peft_source
+    if not (folder / CONFIG_NAME).exists():
+        content = read_json(folder / PEFT_CONFIG)
         base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-        return base or source, source
-    return source, source
+        if base:
+            hub_kwargs = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
+            return base, repository_folder(base, **hub_kwargs), source
+    return source, folder, source
 
 
 def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
@@ -43,7 +43,8 @@ FORMAT_VERSION = 1
 STAGING = ".kadapter-saving"
 OBSOLETE = "obsolete.json"
 # What PEFT adds to the repository of a model that it has changed.
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PEFT_CONFIG = "adapter_config.json"
+PEFT_FILES = (PEFT_CONFIG, "adapter_model.safetensors")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 # How often a request to the Hub is made, and for how many seconds the Hub may ask to wait between.
@@ -115,10 +116,12 @@ def patiently(call: Callable[..., T], *args, **kwargs) -> T:
     for attempt in range(1, ATTEMPTS):
         try:
             return call(*args, **kwargs)
-        except HfHubHTTPError as error:
-            if error.response is None or error.response.status_code != 429:
+        except OSError as error:
+            # snapshot_download takes it for a lost connection.
+            response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+            if response is None or response.status_code != 429:
                 raise
-            asked = error.response.headers.get("Retry-After", "")
+            asked = response.headers.get("Retry-After", "")
             seconds = int(asked) if asked.isdigit() else 2**attempt
             if seconds > LONGEST_WAIT:
                 raise
@@ -142,9 +145,10 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
         return Path(source, subfolder)
     prefix = f"{subfolder}/" if subfolder else ""
     patterns = [CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, HEAD_FILE, BACKBONE_FILE, f"{ADAPTER_FOLDER}/*.safetensors"]
+    patterns.append(PEFT_CONFIG)
     kwargs = {key: value for key, value in hub_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
     kwargs.pop("proxies", None)
-    started = time.time() - 1  # a file system's clock may be behind
+    started = time.time()
     try:
         wanted = [prefix + pattern for pattern in patterns]
         folder = patiently(snapshot_download, source, allow_patterns=wanted, **kwargs)
@@ -152,37 +156,48 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
         raise KAdapterLoadError(
             f"'{source}' is neither a folder here nor a repository that can be loaded from the Hub or its cache: {error}"
         ) from error
-    for path in Path(folder, subfolder).rglob("*"):
-        if path.is_file() and path.stat().st_mtime >= started:
-            _check_download(path, f"{path.relative_to(folder).as_posix()} of '{source}'")
+    check_downloads(Path(folder), source, started)
     return Path(folder, subfolder)
 
 
-def _check_download(path: Path, name: str) -> None:
+def check_downloads(folder: Path, source: str, since: float) -> None:
     """
-    The Hub's cache names a file's content by its hash: SHA-256, or for small files git's or the SHA-1 of some mirrors. The
-    client itself compares sizes only, and a fingerprint looks at a sample of the values.
+    Compares the files of a snapshot in the Hub's cache that came after `since` with the hashes that the Hub gave for them.
+
+    The cache names a file's content by its hash: SHA-256, or for small files git's or the SHA-1 of some mirrors. The client
+    itself compares sizes only, and a fingerprint looks at a sample of the values.
+
+    Raises:
+        KAdapterLoadError: a file has other bytes; all such files are removed.
     """
-    blob = path.resolve()
+    # A file system's clock may be behind.
+    new = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mtime >= since - 1]
+    damaged = [path for path in new if not _has_its_hash(path.resolve())]
+    for path in damaged:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink()
+    if damaged:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in damaged)
+        raise KAdapterLoadError(
+            f"'{source}': not the bytes that the Hub announced came for {names} (their hash is another one). What came was "
+            "removed: load it again."
+        )
+
+
+def _has_its_hash(blob: Path) -> bool:
+    """Whether a file of the Hub's cache is what its name says; one whose name is no hash may be anything."""
     header = b"blob %d\0" % blob.stat().st_size
     if len(blob.name) == 64:
         digests = [hashlib.sha256()]
     elif len(blob.name) == 40:
         digests = [hashlib.sha1(start, usedforsecurity=False) for start in (header, b"")]
     else:  # a file system without links, where nothing keeps the hash
-        return
+        return True
     with open(blob, "rb") as file:
         while block := file.read(2**20):
             for digest in digests:
                 digest.update(block)
-    found = [digest.hexdigest() for digest in digests]
-    if blob.name not in found:
-        path.unlink()
-        blob.unlink(missing_ok=True)
-        raise KAdapterLoadError(
-            f"{name} did not come with the bytes that the Hub announced (their hash is "
-            f"{found[0][:12]}…, not {blob.name[:12]}…). What came was removed: load it again."
-        )
+    return blob.name in [digest.hexdigest() for digest in digests]
 
 
 def locate(folder: Path, name: str) -> Path:

@@ -194,6 +194,8 @@ def load_script(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
+    if str(path.parent) not in sys.path:  # as Python itself does for a program
+        sys.path.append(str(path.parent))
     spec.loader.exec_module(module)
     return module
 
@@ -299,3 +301,13 @@ def write_file(tmp_path):
         return path
 
     return write_file
+
+
+@pytest.fixture
+def hub():
+    """A Hub of its own for each test (hub/hub_server.py); what it can't answer fails the test."""
+    from hub_server import HubServer  # pytest finds it for the tests beside it
+
+    with HubServer() as server:
+        yield server
+    assert not server.errors

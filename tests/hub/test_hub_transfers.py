@@ -1,0 +1,422 @@
+"""K-Adapters go to a Hub and come back from it: in fresh processes, with empty caches, and when something goes wrong."""
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL_ADAPTER
+from hub_server import MAIN, HubServer, Repository
+
+
+# All in one process, as they share what was pushed.
+pytestmark = pytest.mark.xdist_group("hub transfers")
+
+BACKBONE, MODEL, PRIVATE, WIDE = "user/tiny-backbone", "user/model", "user/private-model", "user/wide-model"
+FACTUAL = "adapters/factual.safetensors"
+INDEX = "model.safetensors.index.json"
+CHUNK = 10 * 2**20  # the client keeps what it has received in steps of this size
+WIDE_ADAPTER = SMALL_ADAPTER | {"hidden_size": 320, "intermediate_size": 1280}  # its file is larger than that
+AGAIN = {"Retry-After": "1"}
+
+WITHOUT = {"adapter": FACTUAL, "head": "head.safetensors", "index": INDEX, "config": "config.json"}
+# By name of the repository: the file of which other bytes are served, and the one byte that is changed, if not all are.
+DAMAGES = {
+    "config": ("config.json", None),
+    "index": (INDEX, None),
+    "adapter": (FACTUAL, None),
+    "adapter-header": (FACTUAL, 100),
+    "adapter-byte": (FACTUAL, -1),
+    "unsampled-byte": (FACTUAL, 8 * 2**20),
+    "head-byte": ("head.safetensors", -1),
+    "backbone-weights": ("model.safetensors", -1),
+    "backbone-unsampled": ("model.safetensors", 4000),  # in the tensor of its word embeddings
+    "backbone-config": ("config.json", None),
+    "card": ("README.md", None),
+}
+
+# Every program begins with this and sets `answer`.
+BEGIN = """
+import json, sys, time
+import torch
+
+def output(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(5, 17).view(2, 6)).last_hidden_state.flatten().tolist()
+
+def attempt(function, *arguments, **kwargs):
+    # What it returns, or the class and the text of its error.
+    try:
+        return function(*arguments, **kwargs)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+"""
+
+PUSH = """
+from kadapter_hf import KAdapterModel, KnowledgeAdapterConfig
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+torch.manual_seed(0)
+folder, backbone, small, wide = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+for auto_class in (AutoModelForMaskedLM, AutoTokenizer):
+    auto_class.from_pretrained(folder).push_to_hub(backbone)
+
+def build(names, fields):
+    model = KAdapterModel.from_backbone(backbone, {name: KnowledgeAdapterConfig(**fields) for name in names})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    return model
+
+model = build(["factual", "linguistic"], small)
+first = {"output": output(model), "oid": model.push_to_hub("user/model").oid}
+for parameter in model.adapters["factual"].parameters():
+    parameter.data.normal_(std=0.1)
+second = {"output": output(model), "oid": model.push_to_hub("user/model").oid}
+model.push_to_hub("user/private-model", private=True)
+large = build(["factual"], wide)
+large.push_to_hub("user/wide-model")
+answer = [first, second, output(large)]
+"""
+
+PULL = """
+from kadapter_hf import KAdapterModel
+
+backbone, first = sys.argv[1:]
+model = KAdapterModel.from_pretrained("user/model")
+answer = {"model": output(model), "backbone": [model.config.backbone_name_or_path, model.config.backbone_revision]}
+answer["first"] = output(KAdapterModel.from_pretrained("user/model", revision=first))
+other = KAdapterModel.from_backbone(backbone)
+other.load_knowledge_adapter("user/model", "factual")
+same = [torch.equal(*pair) for pair in zip(other.adapters.factual.parameters(), model.adapters.factual.parameters())]
+answer["adapter"] = len(same) > 10 and all(same)
+"""
+
+
+def ask(hub: HubServer, code: str, home: Path, *arguments: str, token: str | None = None, **environment: str) -> Any:
+    """What a new process with this Hub sets `answer` to."""
+    done = hub.run(["-c", f"{BEGIN}{code}\nprint(json.dumps(answer))", *arguments], home, token, **environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@dataclass
+class Pushed:
+    repositories: dict[str, Repository]
+    first: dict[str, Any]
+    second: dict[str, Any]
+    wide: list[float]
+
+
+@pytest.fixture(scope="module")
+def pushed(backbone, tmp_path_factory) -> Pushed:
+    """What a user has on the Hub after pushing the backbone, a model twice and once privately, and a wide one."""
+    with HubServer() as hub:
+        home = tmp_path_factory.mktemp("pushing")
+        fields = [json.dumps(SMALL_ADAPTER), json.dumps(WIDE_ADAPTER)]
+        answer = ask(hub, PUSH, home, backbone, BACKBONE, *fields, token="token")
+        assert not hub.errors
+        return Pushed(hub.repositories, *answer)
+
+
+@pytest.fixture
+def filled(hub, pushed) -> HubServer:
+    """A Hub with that on it."""
+    hub.repositories = copy.deepcopy(pushed.repositories)
+    return hub
+
+
+@pytest.fixture(scope="module")
+def pulled(pushed, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    """What a process with an empty cache found in the models, and its cache; the backbone has changed since they were made."""
+    home = tmp_path_factory.mktemp("pulling")
+    with HubServer() as hub:
+        hub.repositories = copy.deepcopy(pushed.repositories)
+        hub.put(BACKBONE, {"config.json": b"{}"})
+        backbone = pushed.repositories[BACKBONE].refs[MAIN]
+        code = PULL.replace("from_backbone(backbone)", f"from_backbone(backbone, revision='{backbone}')")
+        answer = ask(hub, code, home, BACKBONE, pushed.first["oid"])
+        assert not hub.errors
+    return answer, home
+
+
+# ---- What was pushed comes back -----------------------------------------------------------------------------------------
+
+
+def test_a_pushed_model_comes_back_in_a_process_with_an_empty_cache(pushed, pulled):
+    assert pulled[0]["model"] == pushed.second["output"]
+
+
+def test_the_backbone_comes_from_the_commit_that_the_model_was_made_with(pushed, pulled):
+    assert pulled[0]["backbone"] == [BACKBONE, pushed.repositories[BACKBONE].refs[MAIN]]
+
+
+def test_a_revision_chooses_an_earlier_push(pushed, pulled):
+    assert pushed.first["output"] != pushed.second["output"]
+    assert pulled[0]["first"] == pushed.first["output"]
+
+
+def test_an_adapter_is_loaded_into_another_model(pulled):
+    assert pulled[0]["adapter"]
+
+
+def test_a_pushed_model_comes_back_where_the_package_is_not_installed(filled, pushed, tmp_path):
+    code = """
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "kadapter_hf":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("user/model", trust_remote_code=True)
+answer = [output(model), type(model).__module__.split(".")[0], "kadapter_hf" in sys.modules]
+"""
+    assert ask(filled, code, tmp_path) == [pushed.second["output"], "transformers_modules", False]
+
+
+@pytest.mark.parametrize(
+    "settings", [pytest.param({"HF_HUB_OFFLINE": "1"}, id="offline"), pytest.param({}, id="no connection")]
+)
+def test_a_pulled_model_is_loaded_from_the_cache_alone(pushed, pulled, settings, tmp_path):
+    with HubServer() as hub:
+        hub.stop()
+    code = """
+from kadapter_hf import KAdapterModel
+answer = output(KAdapterModel.from_pretrained("user/model"))
+"""
+    assert ask(hub, code, pulled[1], **settings) == pushed.second["output"]
+
+
+# ---- What breaks off is taken up again ----------------------------------------------------------------------------------
+
+
+def test_a_broken_download_goes_on_where_it_stopped(filled, pushed, tmp_path):
+    size = len(filled.files(WIDE)[FACTUAL])
+    filled.break_download(f"{WIDE}/.*{FACTUAL}", after=CHUNK + 2**20)
+    code = f"""
+from kadapter_hf import KAdapterModel
+answer = output(KAdapterModel.from_pretrained("{WIDE}"))
+"""
+    assert ask(filled, code, tmp_path) == pushed.wide
+    requests = filled.logged("GET", f"^/cdn/{WIDE}/.*{FACTUAL}")
+    assert size > CHUNK + 2**20
+    assert [(r.headers.get("range"), r.status) for r in requests] == [(None, 200), (f"bytes={CHUNK}-", 206)]
+
+
+# Where the Hub asks to wait, by name of the repository: method and path of the request.
+BUSY_DOWNLOADS = {
+    "revision": ("GET", "/api/models/{}/revision/"),
+    "tree": ("GET", "/api/models/{}/tree/"),
+    "metadata": ("HEAD", "/{}/resolve/[0-9a-f]*/config.json"),
+    "file": ("GET", "/{}/resolve/[0-9a-f]*/config.json"),
+    "object": ("GET", "/cdn/{}/.*factual"),
+}
+BUSY_UPLOADS = {
+    "create": ("POST", "/api/repos/create"),
+    "info": ("GET", "/api/models/{}$"),
+    "preupload": ("POST", "/api/models/{}/preupload/"),
+    "batch": ("POST", "/{}.git/info/lfs/objects/batch"),
+    "put": ("PUT", "/upload/{}/"),
+    "verify": ("POST", "/{}.git/info/lfs/objects/verify"),
+    "commit": ("POST", "/api/models/{}/commit/"),
+}
+
+
+@pytest.fixture(scope="module")
+def busy(pushed, tmp_path_factory) -> dict[str, Any]:
+    """What loading from, and pushing to, a Hub leads to that first says 429 at one of its places."""
+    with HubServer() as hub:
+        hub.repositories = copy.deepcopy(pushed.repositories)
+        for places in (BUSY_DOWNLOADS, BUSY_UPLOADS):
+            for place, (method, path) in places.items():
+                repo = f"user/busy-{place}"
+                if places is BUSY_DOWNLOADS:
+                    hub.repositories[repo] = copy.deepcopy(pushed.repositories[PRIVATE])
+                hub.fail(method, path.format(repo), 429, headers=AGAIN)
+        code = """
+from kadapter_hf import KAdapterModel
+answer = {place: attempt(lambda: output(KAdapterModel.from_pretrained(f"user/busy-{place}"))) for place in sys.argv[1].split()}
+model = KAdapterModel.from_pretrained("user/private-model")
+for place in sys.argv[2].split():
+    with torch.no_grad():
+        next(model.adapters.factual.parameters()).add_(1)  # else the Hub would have it already
+    answer[place] = attempt(lambda: model.push_to_hub(f"user/busy-{place}").oid)
+"""
+        home = tmp_path_factory.mktemp("busy")
+        answer = ask(hub, code, home, " ".join(BUSY_DOWNLOADS), " ".join(BUSY_UPLOADS), token="token")
+        assert sum(request.status == 429 for request in hub.log) == len(BUSY_DOWNLOADS) + len(BUSY_UPLOADS)
+        answer["oids"] = {repo: repository.refs[MAIN] for repo, repository in hub.repositories.items()}
+        assert not hub.errors
+        return answer
+
+
+@pytest.mark.parametrize("place", BUSY_DOWNLOADS)
+def test_a_download_waits_when_it_is_told_to(busy, pushed, place):
+    assert busy[place] == pushed.second["output"]
+
+
+@pytest.mark.parametrize("place", BUSY_UPLOADS)
+def test_an_upload_waits_when_it_is_told_to(busy, place):
+    assert busy[place] == busy["oids"].get(f"user/busy-{place}")
+
+
+# ---- What can't be had is named -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def refusals(pushed, tmp_path_factory) -> dict[str, Any]:
+    """The errors of one process that asks for what it can't have, and at last for what it can."""
+    with HubServer() as hub:
+        hub.tokens["other"] = "somebody"
+        hub.repositories = copy.deepcopy(pushed.repositories)
+        for name, missing in WITHOUT.items():
+            repository = hub.repositories[f"user/without-{name}"] = copy.deepcopy(pushed.repositories[MODEL])
+            files = repository.commits[repository.refs[MAIN]].files
+            repository.commit(MAIN, {path: file for path, file in files.items() if path != missing}, "less", None)
+        hub.repositories["user/gated"] = copy.deepcopy(pushed.repositories[MODEL])
+        hub.repositories["user/gated"].readers = set()
+        config = json.loads(hub.files(MODEL)["config.json"]) | {"backbone_name_or_path": "user/gone"}
+        hub.put("user/orphan", hub.files(MODEL) | {"config.json": json.dumps(config).encode()})
+        code = """
+from kadapter_hf import KAdapterModel
+
+def load(*arguments, **kwargs):
+    return output(KAdapterModel.from_pretrained(*arguments, **kwargs))
+
+model = KAdapterModel.from_backbone("user/tiny-backbone")
+answer = {
+    "private": attempt(load, "user/private-model"),
+    "private, stranger": attempt(load, "user/private-model", token="other"),
+    "private, wrong token": attempt(load, "user/private-model", token="wrong"),
+    "private adapter": attempt(model.load_knowledge_adapter, "user/private-model", "factual"),
+    "unknown": attempt(load, "user/unknown"),
+    "unknown, token": attempt(load, "user/unknown", token="token"),
+    "unknown adapter": attempt(model.load_knowledge_adapter, "user/unknown", "factual"),
+    "unknown backbone": attempt(KAdapterModel.from_backbone, "user/unknown"),
+    "unknown revision": attempt(load, "user/model", revision="nowhere"),
+    "gated": attempt(load, "user/gated"),
+    "orphan": attempt(load, "user/orphan"),
+}
+for name in sys.argv[1:]:
+    answer[f"without {name}"] = attempt(load, f"user/without-{name}")
+answer["private, token"] = attempt(load, "user/private-model", token="token")
+"""
+        answer = ask(hub, code, tmp_path_factory.mktemp("refusals"), *WITHOUT)
+        assert not hub.errors
+        return answer
+
+
+def test_a_private_model_is_loaded_with_a_token(refusals, pushed):
+    assert refusals["private, token"] == pushed.second["output"]
+
+
+@pytest.mark.parametrize(
+    "name, repo, way_out",
+    [
+        ("private", PRIVATE, "private or gated repo, make sure you are authenticated"),
+        ("private, stranger", PRIVATE, "your token has the required permissions"),
+        ("private, wrong token", PRIVATE, "Invalid credentials"),
+        ("private adapter", PRIVATE, "private or gated repo, make sure you are authenticated"),
+        ("unknown", "user/unknown", "correct `repo_id`"),
+        ("unknown, token", "user/unknown", "correct `repo_id`"),
+        ("unknown adapter", "user/unknown", "correct `repo_id`"),
+        ("unknown backbone", "user/unknown", "token=<your_token>"),
+        ("unknown revision", MODEL, "Invalid rev id: nowhere"),
+        ("gated", "user/gated", "Ask for access"),
+        ("orphan", "user/gone", "backbone=<folder or model>"),
+    ],
+)
+def test_what_can_not_be_reached_is_named_with_a_way_out(refusals, name, repo, way_out):
+    error, message = refusals[name]
+    assert error == "KAdapterLoadError" and f"'{repo}'" in message and way_out in message
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_file_that_the_repository_lacks_is_named_with_a_way_out(refusals, name):
+    error, message = refusals[f"without {name}"]
+    assert error == "KAdapterLoadError" and WITHOUT[name] in message and "ownload" in message
+    assert f"models--user--without-{name}" in message  # its place in the cache
+
+
+# ---- What arrives damaged is refused ------------------------------------------------------------------------------------
+
+
+def place_of(tensor: str, content: bytes) -> int:
+    """Where in a safetensors file a tensor begins."""
+    header = int.from_bytes(content[:8], "little")
+    return 8 + header + json.loads(content[8 : 8 + header])[tensor]["data_offsets"][0]
+
+
+@pytest.fixture(scope="module")
+def damages(pushed, tmp_path_factory) -> dict[str, Any]:
+    """What loading leads to when other bytes are served than the Hub has."""
+    with HubServer() as hub:
+        hub.repositories = copy.deepcopy(pushed.repositories)
+        for name, (file, at) in DAMAGES.items():
+            source = BACKBONE if name.startswith("backbone") else WIDE if name == "unsampled-byte" else MODEL
+            if name == "backbone-unsampled":
+                at = place_of("roberta.embeddings.word_embeddings.weight", hub.files(BACKBONE)[file]) + at
+            hub.repositories[f"user/{name}"] = copy.deepcopy(pushed.repositories[source])
+            hub.corrupt(f"/user/{name}/.*{re.escape(file)}$", at)
+        for repo, files in {"user/once": [FACTUAL], "user/twice": [FACTUAL, "head.safetensors"]}.items():
+            hub.repositories[repo] = copy.deepcopy(pushed.repositories[MODEL])
+            for file in files:
+                hub.corrupt(f"/{repo}/.*{file}$", -1, times=1)
+        code = """
+from kadapter_hf import KAdapterModel
+
+def load(*arguments, **kwargs):
+    return output(KAdapterModel.from_pretrained(*arguments, **kwargs))
+
+answer = {}
+for name in sys.argv[1:]:
+    if name.startswith("backbone"):
+        answer[name] = attempt(load, "user/model", backbone=f"user/{name}")
+    elif name == "card":
+        answer[name] = attempt(load, f"user/{name}")
+        model = KAdapterModel.from_pretrained("user/model")
+        answer["push"] = attempt(lambda: model.push_to_hub(f"user/{name}", tags=["new"]).oid)
+    else:
+        answer[name] = attempt(load, f"user/{name}")
+for name in ("once", "twice"):
+    answer[name] = []
+    for _ in range(3):
+        answer[name].append(attempt(load, f"user/{name}"))
+        time.sleep(2)  # as a user needs to read the message
+"""
+        answer = ask(hub, code, tmp_path_factory.mktemp("damages"), *DAMAGES, token="token")
+        answer["pushed card"], answer["card there"] = (
+            hub.files(r)["README.md"].decode() for r in ("user/card", MODEL)
+        )
+        answer["pushed oid"] = hub.repositories["user/card"].refs[MAIN]
+        assert not hub.errors
+        return answer
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGES if name != "card"])
+def test_a_damaged_download_is_refused_and_named(damages, name):
+    error, message = damages[name]
+    assert error in ("KAdapterLoadError", "BackboneMismatchError")
+    assert Path(DAMAGES[name][0]).name in message or name.startswith("backbone") and f"user/{name}" in message
+
+
+def test_a_damaged_download_does_not_stay_in_the_cache(damages, pushed):
+    first, second, third = damages["once"]
+    assert first[0] == "KAdapterLoadError"
+    assert second == third == pushed.second["output"]
+
+
+def test_two_damaged_downloads_do_not_stay_in_the_cache(damages, pushed):
+    first, second, third = damages["twice"]
+    assert first[0] == "KAdapterLoadError" and FACTUAL in first[1] and "head.safetensors" in first[1]
+    assert second == third == pushed.second["output"]
+
+
+def test_a_damaged_card_does_not_matter_to_a_model_and_stays_when_it_is_pushed(damages, pushed):
+    assert damages["card"] == pushed.second["output"]
+    assert damages["push"] == damages["pushed oid"]
+    assert damages["pushed card"] == damages["card there"]
