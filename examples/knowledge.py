@@ -70,9 +70,10 @@ class Arguments:
     linguistic: str | None = flag(None, "A linguistic one.")
     adapter_size: int = flag(192, "Width of the adapters' transformer layers, a multiple of 64.")
     adapter_depth: int = flag(1, "Transformer layers in each adapter layer.")
-    pretraining_epochs: float = flag(3, "Epochs of each adapter's own training.")
-    factual_learning_rate: float = flag(5e-4, "Peak learning rate of the factual one.")
-    linguistic_learning_rate: float = flag(1e-3, "Peak learning rate of the linguistic one.")
+    factual_epochs: float = flag(9, "Epochs of the factual adapter's own training.")
+    factual_learning_rate: float = flag(5e-4, "Its peak learning rate.")
+    linguistic_epochs: float = flag(3, "Epochs of the linguistic adapter's own training.")
+    linguistic_learning_rate: float = flag(1e-3, "Its peak learning rate.")
     few: int = flag(600, "How many examples are few.")
     steps: int = flag(400, "Training steps on a task, whatever its size.")
     learning_rate: float = flag(3e-3, "Peak learning rate on a task.")
@@ -92,7 +93,7 @@ class Arguments:
 # ---- Adapters -------------------------------------------------------------------------------------------------------
 
 
-def pretrain_adapter(objective: str, data: str, learning_rate: float, args: Arguments, folder: Path) -> str:
+def pretrain_adapter(objective: str, data: str, args: Arguments, folder: Path) -> str:
     """As `kadapter pretrain` does it."""
     output = folder / objective
     arguments = PretrainingArguments(
@@ -107,8 +108,8 @@ def pretrain_adapter(objective: str, data: str, learning_rate: float, args: Argu
     )
     training = TrainingArguments(
         output_dir=str(output),
-        learning_rate=learning_rate,
-        num_train_epochs=args.pretraining_epochs,
+        learning_rate=getattr(args, f"{objective}_learning_rate"),
+        num_train_epochs=getattr(args, f"{objective}_epochs"),
         per_device_train_batch_size=32,
         per_device_eval_batch_size=32,
         warmup_steps=0.1,
@@ -300,11 +301,7 @@ def run(args: Arguments) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     corpora, tasks = read_corpora(Path(args.data), folder, args.max_rows)
-    files = {
-        name: getattr(args, name)
-        or pretrain_adapter(name, corpora[name], getattr(args, f"{name}_learning_rate"), args, folder)
-        for name in corpora
-    }
+    files = {name: getattr(args, name) or pretrain_adapter(name, corpora[name], args, folder) for name in corpora}
     tokenizer = AutoTokenizer.from_pretrained(args.backbone)
     untrained = {name: args.adapter_config() for name in SETTINGS[BASELINES[2]]}
     learned = {

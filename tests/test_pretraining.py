@@ -400,7 +400,7 @@ def test_help_teaches_with_an_example_and_lists_trainers_flags_for_each_objectiv
 
 def test_wrong_arguments_say_what_was_expected(tmp_path):
     done = kadapter("pretrain", "factul", "--data", "x", "--output_dir", str(tmp_path))
-    assert done.returncode == 2 and "factual, linguistic, typing" in done.stderr
+    assert done.returncode == 2 and "'factul' is not one of factual, linguistic" in done.stderr
     done = kadapter("pretrain", "factual", "--output_dir", str(tmp_path))
     assert done.returncode == 2 and "--data" in done.stderr
     done = kadapter("combine", str(tmp_path), "--output", str(tmp_path / "out"))

@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from ..modeling.heads_kadapter import KAdapterModel
+from ..modeling.storage_kadapter import KAdapterLoadError, adapter_file, read_adapter
+from ._common import AsJson, plain_errors, print_json
+
 
 def combine(
     sources: Annotated[list[str], typer.Argument(help="Adapter repositories, folders or .safetensors files.")],
@@ -12,23 +16,21 @@ def combine(
     backbone: Annotated[
         str | None, typer.Option(help="The backbone's repository or folder; by default what the first adapter names.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """
     Join knowledge adapters that were trained apart into one K-Adapter, ready to be fine-tuned.
 
     Example: `kadapter combine factual-adapter linguistic-adapter --output both`
     """
-    from ..modeling.configuration_kadapter import KAdapterConfigError
-    from ..modeling.modeling_kadapter import KAdapterModel
-    from ..modeling.storage_kadapter import KAdapterLoadError, adapter_file, read_adapter
-
-    try:
+    with plain_errors():
         backbone = backbone or read_adapter(adapter_file(sources[0], None)).config.backbone_name_or_path
         if backbone is None:
             raise KAdapterLoadError(f"'{sources[0]}' does not name its backbone: say which with --backbone.")
         model = KAdapterModel.from_backbone(backbone, adapters=sources)
         model.save_pretrained(output)
-    except (KAdapterConfigError, OSError) as error:
-        typer.echo(f"kadapter combine: {error}", err=True)
-        raise typer.Exit(1) from error
-    typer.echo(model.knowledge_summary())
+    if as_json:
+        names = model.active_knowledge_adapters
+        print_json({"output": str(output), "backbone": model.config.backbone_name_or_path, "adapters": names})
+    else:
+        typer.echo(model.knowledge_summary())

@@ -1,7 +1,7 @@
 """`kadapter convert`: the original release's checkpoints to K-Adapter repositories."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 from ..conversion import Conversion, convert as run, verify as compare
 from ..conversion.original import Source
 from ..modeling.storage_kadapter import file_of
-from .prepare import plain_errors
+from ._common import AsJson, plain_errors, print_json
 
 
 NAMES_SHOWN = 20
@@ -47,6 +47,7 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything again afterwards, and compare all tensors.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Convert checkpoints of microsoft/K-Adapter. No code in them is run.
@@ -66,9 +67,13 @@ def convert(
             with_head=with_head,
             backbone_weights=backbone_weights,
         )
-        show(made)
-        if verify:
-            Console().print(f"Verified: {compare(made):,} tensors are those of the checkpoint, bit for bit.")
+        if not as_json:
+            show(made)
+        verified = compare(made) if verify else None
+    if as_json:
+        print_json(described(made, verified))
+    elif verified is not None:
+        Console().print(f"Verified: {verified:,} tensors are those of the checkpoint, bit for bit.")
 
 
 def numbers(layers: str) -> list[int]:
@@ -76,6 +81,20 @@ def numbers(layers: str) -> list[int]:
         return [int(layer) for layer in layers.split(",")]
     except ValueError:
         raise ValueError(f"--layers takes numbers with commas between, such as 0,11,22, not '{layers}'") from None
+
+
+def described(made: Conversion, verified: int | None) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "output": str(made.output),
+        "class": made.model_class,
+        "files": made.files,
+        "backbone_known": made.backbone_known,
+        "sources": [
+            {"file": str(source.path), "used": source.targets, "left_out": source.left_out} for source in made.sources
+        ],
+        "verified": verified,
+    }
 
 
 def show(made: Conversion) -> None:

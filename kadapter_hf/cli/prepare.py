@@ -1,8 +1,6 @@
 """`kadapter prepare`: a corpus to Parquet files, the list of its labels and a report on what was left out."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from ..corpora import parse_text, read_conllu, read_docred, read_fewrel, read_semeval, read_tacred
 from ..corpora.schema import Report, write_json
+from ._common import plain_errors
 
 
 ROWS_SHOWN = 20
@@ -163,16 +162,6 @@ def lines_of(file: Path) -> list[str]:
         return file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not UTF-8") from None
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Ends the command with one sentence and exit code 1 where the data or the machine is at fault."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"Error: {error}", markup=False, highlight=False)
-        raise typer.Exit(1) from None
 
 
 def write(dataset: Dataset, report: Report, output: Path, labels: str) -> None:

@@ -1,9 +1,10 @@
 """`kadapter pretrain`: a knowledge adapter from rows of a schema, with the stock Trainer."""
 
-import sys
 from typing import Annotated
 
 import typer
+
+from ._common import plain_errors
 
 
 def pretrain(
@@ -20,17 +21,15 @@ def pretrain(
     if objective in ("", "-h", "--help"):  # behind an objective, --help is about all of its flags
         typer.echo(context.get_help())
         raise typer.Exit(0 if objective else 2)
-    from ..pretraining import OBJECTIVES, main
+    from ..pretraining import OBJECTIVES, main  # Trainer, which the other commands need not wait for
 
     if objective not in OBJECTIVES:
-        typer.echo(f"kadapter pretrain: '{objective}' is not one of the objectives {', '.join(OBJECTIVES)}.", err=True)
-        raise typer.Exit(2)
+        raise typer.BadParameter(f"'{objective}' is not one of {', '.join(OBJECTIVES)}.", param_hint="OBJECTIVE")
     try:
-        for key, value in main([objective, *context.args]).items():
-            typer.echo(f"{key.removeprefix('eval_')}: {value:.4f}")
+        with plain_errors():
+            metrics = main([objective, *context.args])
     except KeyboardInterrupt:
         typer.echo("Stopped, with a checkpoint. To go on from it, add --resume_from_checkpoint true.", err=True)
-        sys.exit(130)
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"kadapter pretrain: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(130) from None
+    for key, value in metrics.items():
+        typer.echo(f"{key.removeprefix('eval_')}: {value:.4f}")

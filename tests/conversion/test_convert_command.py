@@ -351,6 +351,19 @@ def test_the_head_is_found_by_the_class_that_has_it(save, tmp_path, backbone, ca
     assert "new and untrained" not in caplog.text
 
 
+def test_json_names_each_tensor_and_what_became_of_it(save, tmp_path, config_only):
+    path = save(factual())
+    result = run(path, "--output", tmp_path / "out", "--backbone", config_only, "--verify", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    [source] = found["sources"]
+    assert (found["class"], found["output"], source["file"]) == ("KAdapterModel", str(tmp_path / "out"), str(path))
+    assert source["used"].keys() | source["left_out"].keys() == factual().keys()
+    assert found["verified"] == len(source["used"]) and "--with-head" in " ".join(source["left_out"].values())
+    assert found["files"].keys() == {"adapters/factual.safetensors", "head.safetensors"} and not found["backbone_known"]
+    assert all(size == (tmp_path / "out" / file).stat().st_size for file, size in found["files"].items())
+
+
 def test_help_says_what_the_files_do_not_tell_and_has_an_example():
     text = words(CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200"}).output)
     assert "0,11,22" in text and "0,11,23" in text

@@ -67,7 +67,7 @@ def corpora(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def arguments(example, corpora, backbone):
     def arguments(folder: Path):
-        quick = {"adapter_size": 64, "pretraining_epochs": 1, "few": 10, "steps": 2, "seeds": 1}
+        quick = {"adapter_size": 64, "factual_epochs": 1, "linguistic_epochs": 1, "few": 10, "steps": 2, "seeds": 1}
         return example.Arguments(data=str(corpora), backbone=backbone, output_dir=str(folder), **quick)
 
     return arguments

@@ -1,0 +1,474 @@
+"""The command `kadapter`: info, push, pull, combine, and what all commands have in common."""
+
+import hashlib
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from conftest import POSITIONS, SIZES, contents
+from huggingface_hub import CommitInfo, constants
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM, RobertaConfig
+from typer.testing import CliRunner
+
+from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
+from kadapter_hf.cli import _common, app
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PROVENANCE = {"objective": "factual", "corpus": "fewrel", "metrics": {"micro_f1": 0.75}, "training": [{"epoch": 1}]}
+
+
+def run(*arguments, **environment):
+    environment = {"COLUMNS": "500"} | environment
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment, prog_name="kadapter")
+
+
+def printed(*arguments) -> dict:
+    """What a command prints with --json."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def refused(*arguments) -> str:
+    """The one sentence with which a command fails."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture
+def folder(build, tmp_path) -> Path:
+    """A K-Adapter with two adapters and a head."""
+    model = build(KAdapterForRelationClassification, num_labels=3)
+    model.config.knowledge_adapters["factual"].provenance = PROVENANCE
+    model.freeze_knowledge_adapters("linguistic")
+    model.save_pretrained(tmp_path / "both")
+    return tmp_path / "both"
+
+
+@pytest.fixture
+def file(folder, tmp_path) -> Path:
+    """One adapter on its own."""
+    return Path(shutil.copy(folder / "adapters" / "factual.safetensors", tmp_path / "alone.safetensors"))
+
+
+@pytest.fixture
+def cached(folder, tmp_path, monkeypatch) -> Path:
+    """The same K-Adapter as the repository owner/both in the Hub's cache."""
+    repository = tmp_path / "cache" / "models--owner--both"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return repository / "snapshots" / COMMIT
+
+
+@pytest.fixture
+def pushed(monkeypatch) -> list:
+    """What `push` would send: a copy of the arguments, and the files in the folder."""
+    calls = []
+
+    def push_folder(folder, repo, **kwargs):
+        calls.append((repo, kwargs, contents(folder), KAdapterModel.from_pretrained(folder)))
+        return CommitInfo(
+            commit_url=f"https://huggingface.co/{repo}/commit/{COMMIT}",
+            commit_message="",
+            commit_description="",
+            oid=COMMIT,
+        )
+
+    # By its name, as the attribute `push` of the package is the command.
+    monkeypatch.setattr(importlib.import_module("kadapter_hf.cli.push"), "push_folder", push_folder)
+    return calls
+
+
+def backbone_of(folder: Path, **sizes) -> Path:
+    """A new tiny RoBERTa, with weights of its own."""
+    AutoModelForMaskedLM.from_config(RobertaConfig(**SIZES | POSITIONS | sizes)).save_pretrained(folder)
+    return folder
+
+
+def rewrite(file: Path, change) -> None:
+    """Changes an adapter file's metadata, or its tensors in place."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["kadapter"])
+    change(metadata, tensors)
+    save_file(tensors, file, metadata={"kadapter": json.dumps(metadata)})
+
+
+# ---- info -----------------------------------------------------------------------------------------------------------
+
+
+def test_info_of_a_file_says_all_that_is_known_of_the_adapter(file, backbone):
+    found = printed("info", file)
+    assert (found["from"], found["commit"], len(found["adapters"])) == ("file", None, 1)
+    adapter = found["adapters"][0]
+    tensors = load_file(file)
+    config = KAdapterModel.from_backbone(backbone, adapters=str(file)).config
+    assert adapter == {
+        "name": "factual",
+        "file": "alone.safetensors",
+        "backbone_layers": [0, 1, 2],
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "dtype": "float32",
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "fingerprint": adapter["fingerprint"],
+        "backbone": {
+            "name": backbone,
+            "revision": None,
+            "fingerprint": config.backbone_fingerprint,
+            "hidden_size": 32,
+        },
+        "provenance": PROVENANCE,
+    }
+
+
+def test_info_of_a_folder_says_what_else_is_in_it(folder, backbone):
+    found = printed("info", folder)
+    assert [adapter["name"] for adapter in found["adapters"]] == ["factual", "linguistic"]
+    assert found["class"] == "KAdapterForRelationClassification"
+    assert (found["fusion"], found["has_head"], found["has_backbone"]) == ("concat", True, False)
+    assert (found["active_adapters"], found["frozen_adapters"]) == (["factual", "linguistic"], ["linguistic"])
+    assert found["backbone"]["name"] == backbone and found["backbone"]["num_hidden_layers"] == 4
+    assert found["other_files"]["head.safetensors"] == (folder / "head.safetensors").stat().st_size
+    assert "adapters/factual.safetensors" not in found["other_files"]
+
+
+def test_a_fusion_is_no_head_and_a_trained_backbone_is_in_the_folder(build, tmp_path):
+    model = build()
+    model.unfreeze_backbone()
+    model.train()
+    model.save_pretrained(tmp_path / "trained")
+    found = printed("info", tmp_path / "trained")
+    assert (found["has_head"], found["has_backbone"]) == (False, True)
+
+
+def test_info_of_a_folder_with_nothing_but_an_adapter(build, tmp_path):
+    build().save_knowledge_adapter(tmp_path / "alone", "linguistic")
+    found = printed("info", tmp_path / "alone")
+    assert [adapter["file"] for adapter in found["adapters"]] == ["adapters/linguistic.safetensors"]
+    assert "class" not in found
+
+
+def test_the_tables_have_it_too_and_leave_the_terminal_alone(folder, build, tmp_path):
+    text = run("info", folder).stdout
+    sha256 = hashlib.sha256((folder / "adapters" / "factual.safetensors").read_bytes()).hexdigest()
+    for said in ("KAdapterForRelationClassification", "adapter linguistic", "0, 1, 2", sha256, "micro_f1 0.75"):
+        assert said in text
+    model = build(adapters=["odd"])
+    model.config.knowledge_adapters["odd"].provenance = {"corpus": "\x1b[2J[bold]mine[/bold]\ud800"}
+    model.save_knowledge_adapter(tmp_path / "odd.safetensors", "odd")
+    text = run("info", tmp_path / "odd.safetensors").stdout
+    assert "\x1b" not in text and "[bold]mine[/bold]" in text
+
+
+def test_info_without_a_network_shows_what_the_cache_has(cached):
+    found = printed("info", "owner/both")
+    assert (found["from"], found["commit"]) == ("cache", COMMIT)
+    assert [adapter["name"] for adapter in found["adapters"]] == ["factual", "linguistic"]
+    assert "this is what its cache has" in run("info", "owner/both").stdout
+    assert "with the revision v2" in refused("info", "owner/both", "--revision", "v2")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "owner/nowhere", "./no/where", "nowhere.safetensors"])
+def test_a_source_that_is_nowhere_is_named_with_the_way_out(source, cached):
+    said = refused("info", source)
+    assert f"'{source}' is neither a file nor a folder here" in said
+    assert "check the name and the network" in said or "owner/name" in said
+
+
+def test_another_model_is_no_kadapter_nor_is_an_empty_folder(backbone, tmp_path):
+    assert "holds a 'roberta' model, not a K-Adapter" in refused("info", backbone)
+    assert "neither config.json nor adapters/<name>.safetensors" in refused("info", tmp_path)
+
+
+def test_changed_metadata_and_changed_weights_are_refused(file):
+    shutil.copy(file, file.with_name("weights.safetensors"))
+    rewrite(file, lambda metadata, tensors: metadata["config"].update(provenance={"corpus": "better"}))
+    assert "its metadata was changed" in refused("info", file)
+    rewrite(file.with_name("weights.safetensors"), lambda metadata, tensors: next(iter(tensors.values())).zero_())
+    assert "does not hold what was saved" in refused("info", file.with_name("weights.safetensors"))
+
+
+# ---- info --backbone ------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_fits_the_backbone_it_was_trained_on(folder, backbone):
+    found = printed("info", folder, "--backbone", backbone)
+    assert (found["fits"], found["compared_with"]) == (True, backbone)
+    assert [adapter["fits"] for adapter in found["adapters"]] == [True, True]
+    assert f"fits {backbone}" in run("info", folder, "--backbone", backbone).stdout
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({}, "this backbone has other weights"),
+        ({"hidden_size": 16}, "was trained on a backbone of width 32, and this one's is 16"),
+        ({"num_hidden_layers": 1}, "reads the state of layer 2, and this backbone has 1 layers"),
+        ({"is_decoder": True}, "must be an encoder"),
+    ],
+    ids=["weights", "width", "depth", "kind"],
+)
+def test_an_adapter_does_not_fit_another_backbone(file, tmp_path, sizes, reason):
+    result = run("info", file, "--backbone", backbone_of(tmp_path / "other", **sizes), "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["fits"]) == (1, False)
+    assert reason in found["reason"] and found["reason"].startswith("factual: ")
+
+
+def test_sizes_are_compared_without_the_backbones_weights(file, tmp_path):
+    for name, width in (("right", 32), ("wrong", 16)):
+        RobertaConfig(**SIZES | POSITIONS | {"hidden_size": width}).save_pretrained(tmp_path / name)
+    found = printed("info", file, "--backbone", tmp_path / "right")
+    assert found["fits"] is None and "not on this machine" in found["reason"]
+    assert run("info", file, "--backbone", tmp_path / "wrong").exit_code == 1
+
+
+def test_whether_it_fits_can_not_be_told_of_what_is_not_known(file, backbone, build, tmp_path):
+    found = printed("info", file, "--backbone", "owner/nowhere")
+    assert found["fits"] is None and "the configuration of 'owner/nowhere' can't be read" in found["reason"]
+    model = build()
+    model.save_knowledge_adapter(file, "factual")
+    rewrite(file, forget_backbone)
+    found = printed("info", file, "--backbone", backbone)
+    assert found["fits"] is None and "does not say which weights" in found["reason"]
+
+
+def forget_backbone(metadata, tensors):
+    metadata["config"]["backbone_fingerprint"] = None
+    del metadata["checksum"]
+    metadata["checksum"] = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+# ---- push -----------------------------------------------------------------------------------------------------------
+
+
+def test_push_sends_a_folder_as_it_is(folder, pushed):
+    flags = ["--private", "--revision", "v2", "--create-pr", "--message", "Better", "--token", "hf_secret"]
+    result = run("push", folder, "owner/both", *flags)
+    assert result.exit_code == 0 and "hf_secret" not in result.output
+    [(repo, arguments, files, _)] = pushed
+    assert (repo, files) == ("owner/both", contents(folder))
+    assert arguments == {
+        "adapter": None,
+        "commit_message": "Better",
+        "private": True,
+        "token": "hf_secret",
+        "revision": "v2",
+        "create_pr": True,
+    }
+
+
+def test_push_prints_the_commit_and_what_was_sent(folder, pushed):
+    url = f"https://huggingface.co/owner/both/commit/{COMMIT}"
+    found = printed("push", folder, "owner/both")
+    assert (found["repo_id"], found["commit"], found["url"], found["pr_url"]) == ("owner/both", COMMIT, url, None)
+    assert set(found["files"]) == contents(folder).keys()
+    text = run("push", folder, "owner/both").stdout
+    assert url in text and "adapters/factual.safetensors" in text
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["its file", "its folder"])
+def test_push_sends_one_adapter_as_a_repository_of_its_own(folder, file, pushed, alone):
+    files = printed("push", *([file] if alone else [folder, "--adapter", "factual"]), "owner/factual")["files"]
+    [(_, arguments, sent, model)] = pushed
+    assert arguments["adapter"] == "factual" and sent.keys() == set(files)
+    assert [name for name in files if name.endswith(".safetensors")] == ["adapters/factual.safetensors"]
+    assert sent["adapters/factual.safetensors"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    whole = KAdapterModel.from_pretrained(folder)
+    inputs = {"input_ids": torch.tensor([[0, 7, 8, 2]])}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).knowledge_states["factual"], whole(**inputs).knowledge_states["factual"])
+
+
+def test_push_refuses_what_is_not_there_or_not_whole(folder, file, pushed):
+    assert "there is no 'maths'" in refused("push", folder, "owner/x", "--adapter", "maths")
+    assert "has the adapter 'factual', not 'maths'" in refused("push", file, "owner/x", "--adapter", "maths")
+    rewrite(folder / "adapters" / "factual.safetensors", lambda _, tensors: next(iter(tensors.values())).zero_())
+    assert "does not hold what was saved" in refused("push", folder, "owner/x")
+    assert not pushed
+
+
+def test_push_refuses_an_adapter_without_the_backbone_that_only_its_folder_has(build, tmp_path, pushed):
+    model = build()
+    model.unfreeze_backbone()
+    model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(tmp_path / "trained")
+    said = refused("push", tmp_path / "trained", "owner/x", "--adapter", "factual")
+    assert "would be of no use without it" in said and not pushed
+
+
+def test_push_says_that_there_is_no_network(folder):
+    result = run("push", folder, "owner/both")
+    assert result.exit_code == 1 and "offline mode is enabled" in result.stderr and "Traceback" not in result.output
+
+
+# ---- pull -----------------------------------------------------------------------------------------------------------
+
+
+def test_pull_into_the_cache_says_where_it_is_and_how_to_load_it(cached, backbone):
+    found = printed("pull", "owner/both")
+    assert (found["commit"], found["path"]) == (COMMIT, str(cached))
+    assert found["backbone"] == {"name": backbone, "revision": None, "included": False}
+    names: dict = {}
+    exec(found["load"], names)
+    assert isinstance(names["model"], KAdapterForRelationClassification)
+    text = run("pull", "owner/both").stdout
+    assert str(cached) in text and backbone in text and found["load"] in text
+
+
+def test_pull_into_a_folder_leaves_real_files(cached, tmp_path):
+    (tmp_path / "out").mkdir()
+    (cached / "optimizer.pt").write_bytes(b"a pickle")
+    found = printed("pull", "owner/both", "--output", tmp_path / "out")
+    assert found["path"] == str(tmp_path / "out") and "optimizer.pt" not in found["files"]
+    (cached / "optimizer.pt").unlink()
+    assert contents(tmp_path / "out") == contents(cached)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert found["load"].endswith(f"from_pretrained('{tmp_path / 'out'}')")
+
+
+def test_pull_of_one_adapter_is_one_file(cached, tmp_path, build):
+    found = printed("pull", "owner/both", "--adapter", "factual", "--output", tmp_path / "new" / "out")
+    path = tmp_path / "new" / "out" / "factual.safetensors"
+    assert found["path"] == str(path) and found["load"] == f"model.load_knowledge_adapter('{path}')"
+    assert contents(path.parent) == {path.name: contents(cached)["adapters/factual.safetensors"]}
+    model = build(adapters=["other"])
+    exec(found["load"], {"model": model})
+    assert "factual" in model.adapters
+
+
+def test_pull_refuses_a_folder_with_files_in_it(cached, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "is not empty" in refused("pull", "owner/both", "--output", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_pull_leaves_nothing_of_a_repository_that_is_not_whole(cached, tmp_path):
+    rewrite(cached / "adapters" / "factual.safetensors", lambda _, tensors: next(iter(tensors.values())).zero_())
+    before = set(tmp_path.iterdir())
+    for flags in ([], ["--adapter", "factual"]):
+        said = refused("pull", "owner/both", "--output", tmp_path / "out", *flags)
+        assert "does not hold what was saved" in said
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_pull_leaves_nothing_when_the_disk_is_full(cached, tmp_path, monkeypatch):
+    def copytree(source, target, **kwargs):
+        target.mkdir()
+        (target / "config.json").write_text("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", copytree)
+    before = set(tmp_path.iterdir())
+    assert "No space left" in refused("pull", "owner/both", "--output", tmp_path / "out")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_pull_refuses_another_model_and_what_is_not_in_the_cache(cached):
+    (cached / "config.json").write_text('{"model_type": "roberta"}')
+    assert "holds a 'roberta' model, not a K-Adapter" in refused("pull", "owner/both")
+    assert "'owner/nowhere' is not whole in the Hub's cache" in refused("pull", "owner/nowhere")
+    assert "can't name a knowledge adapter" in refused("pull", "owner/both", "--adapter", "../config")
+
+
+# ---- combine --------------------------------------------------------------------------------------------------------
+
+
+def test_combine_prints_json_too(folder, file, backbone, tmp_path):
+    shutil.copy(folder / "adapters" / "linguistic.safetensors", tmp_path / "other.safetensors")
+    found = printed("combine", file, tmp_path / "other.safetensors", "--output", tmp_path / "out")
+    assert found == {"output": str(tmp_path / "out"), "backbone": backbone, "adapters": ["factual", "linguistic"]}
+
+
+# ---- All commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["combine", "convert", "info", "pretrain", "pull", "push"])
+def test_help_has_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0 and f"Example: kadapter {command} " in " ".join(result.stdout.split())
+
+
+def test_a_command_that_does_not_exist_gets_the_nearest_one_suggested():
+    result = run("inof", "x")
+    assert result.exit_code == 2 and "info" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["push", "nowhere", "owner/x"], "'nowhere' does not exist"),
+        (["push", ".", "a/b/c"], "'a/b/c' can't be a repository on the Hub, which is called owner/name"),
+        (["pull", "a/b/c"], "'a/b/c' can't be a repository on the Hub, which is called owner/name"),
+        (["pretrain", "factul"], "'factul' is not one of factual, linguistic, typing"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(arguments, said):
+    result = run(*arguments)
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("token", ["", "hf_secret\n", "hf_sécret"])
+def test_what_can_not_be_a_token_is_refused_and_not_shown(token):
+    result = run("pull", "owner/x", "--token", token)
+    assert result.exit_code == 2 and "that is not a token" in result.stderr and "cret" not in result.output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands_and_options(shell):
+    def completed(words: str) -> str:
+        number = str(len(words.split()) - 1)
+        environment = {"_KADAPTER_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": number}
+        environment |= {"_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        return run(**environment).stdout
+
+    assert "info" in completed("kadapter in") and "push" not in completed("kadapter in")
+    assert "--backbone" in completed("kadapter info --ba")
+
+
+def test_completion_can_be_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # else the shell in use is looked for
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run("--install-completion", "bash")
+    assert result.exit_code == 0, result.output
+    assert "_KADAPTER_COMPLETE" in (tmp_path / ".bash_completions" / "kadapter.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a\nb"),
+        OSError("a\nb"),
+        MemoryError("a\nb"),
+        torch.OutOfMemoryError("a\nb"),
+        _common.HTTPError("a\nb"),
+        _common.SafetensorsParsingError("a\nb"),
+        _common.DatasetsError("a\nb"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_faults_of_data_machine_and_hub_are_one_line(error, capsys):
+    with pytest.raises(typer.Exit) as ended, _common.plain_errors():
+        raise error
+    said = capsys.readouterr().err
+    assert ended.value.exit_code == 1 and said.startswith("Error: ") and "a b" in said and said.count("\n") == 1
