@@ -275,12 +275,14 @@ def report(results: list[dict[str, Any]], adapters: dict[str, Any], settings: di
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each task and size, in it a bar for each setting and a dot for each seed."""
+    """A column for each task, a panel in it for each size; in that a bar for each setting and a dot for each seed."""
     found = groups(results)
-    figure = matplotlib.figure.Figure(figsize=(3.2 * len(found), 3.6), layout="constrained")
-    for axes, ((task, metric, examples), group) in zip(
-        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
-    ):
+    columns = [[key for key in found if key[0] == task] for task in dict.fromkeys(task for task, *_ in found)]
+    height = max(map(len, columns))
+    figure = matplotlib.figure.Figure(figsize=(4 * len(columns), 3.6 * height), layout="constrained")
+    panels = figure.subplots(height, len(columns), squeeze=False)
+    for key, axes in ((key, panels[row, place]) for place, keys in enumerate(columns) for row, key in enumerate(keys)):
+        (task, metric, examples), group = key, found[key]
         for place, setting in enumerate(SETTINGS):
             scores = scores_of(group, setting)
             color = "0.75" if setting in BASELINES else f"C{place - len(BASELINES)}"

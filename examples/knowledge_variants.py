@@ -39,15 +39,15 @@ from kadapter_hf.pretraining import PretrainingArguments, pretrain
 
 
 UNTRAINED = "untrained adapter"
-REFERENCE = "as in knowledge.py"
+REFERENCE = "3 epochs"
 BACKBONE = "the whole backbone in place of the adapter"
-# What each changes: flags of `kadapter pretrain`, of Trainer, or the rows ("rows": a part of them, or whose relations).
+# What each changes of the first: flags of `kadapter pretrain`, of Trainer, or the rows ("rows": a part of them, or whose relations).
 VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
     "seed 1": {"seed": 1},
     "seed 2": {"seed": 2},
     "1 epoch": {"num_train_epochs": 1},
-    "9 epochs": {"num_train_epochs": 9},
+    "9 epochs, as in knowledge.py": {"num_train_epochs": 9},
     "learning rate 1e-4": {"learning_rate": 1e-4},
     "learning rate 2e-3": {"learning_rate": 2e-3},
     "twice as wide": {"adapter_hidden_size": 384},
