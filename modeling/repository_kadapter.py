@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization as init
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -592,7 +591,7 @@ class RepositoryModel(PreTrainedModel):
         self, folder: Path, state: dict[str, torch.Tensor], peft_state: dict[str, torch.Tensor] | None = None
     ) -> None:
         """Puts the files of a repository with these tensors into a folder, in place of those that are there."""
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if folder.name.startswith("checkpoint-"):
             # To push a checkpoint, Trainer copies its weights into the folder above, where it expects their folders to be.
             (folder.parent / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
         with replace_files(folder) as staging:
