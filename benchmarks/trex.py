@@ -1,6 +1,6 @@
 """
 How long it takes to find the examples in T-REx documents: by looking words up, as the package does, and by going through
-all words of the document for every triple, as the original does; and to read and find: the package with orjson and the
+all words of the document for every triple, as the original does; and to read and find: the package with msgspec and the
 garbage collector paused, the original with json.
 
     python benchmarks/trex.py [FOLDER of T-REx's JSON files, or such a file]
@@ -19,12 +19,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import orjson
 from _common import print_table
 
 from kadapter_hf.corpora.schema import Report
 from kadapter_hf.corpora.trex import corpus_files
-from kadapter_hf.corpora.trex_steps import document_examples, document_name, file_examples, no_garbage_collection
+from kadapter_hf.corpora.trex_steps import (
+    DECODER,
+    TrexDocument,
+    document_examples,
+    file_examples,
+    no_garbage_collection,
+)
 
 
 DOCUMENTS = 200  # that are timed; a corpus of fewer is repeated
@@ -37,11 +42,11 @@ def read_with_json(file: Path) -> list[dict]:
         return json.load(opened)
 
 
-def by_lookup(documents: list[dict]) -> list:
+def by_lookup(documents: list[TrexDocument]) -> list:
     """As `file_examples` does, also without the garbage collector."""
     report = Report()
     with no_garbage_collection():
-        return [row for document in documents for _, row in document_examples(document, report)]
+        return [document_examples(document, report) for document in documents]
 
 
 def by_scanning(documents: list[dict]) -> list[dict]:
@@ -105,7 +110,7 @@ def as_the_original(document: dict, number: int, row: dict) -> dict:
     starts = {start - first: place for place, (start, _) in enumerate(words)}
     ends = {end - first: place for place, (_, end) in enumerate(words)}
     return {
-        "docid": document_name(document),
+        "docid": document["docid"].split("/")[-1],
         "token": [document["text"][start:end] for start, end in words],
         "relation": row["relation"],
         "subj_start": starts[row["subject"][0]],
@@ -121,9 +126,10 @@ def apart(example: dict) -> bool:
     return example["subj_end"] < example["obj_start"] or example["obj_end"] < example["subj_start"]
 
 
-def check(documents: list[dict]) -> None:
-    for document in documents:
-        ours = [as_the_original(document, *found) for found in document_examples(document, Report())]
+def check(file: Path) -> None:
+    typed = DECODER.decode(file.read_bytes())
+    for document, same in zip(read_with_json(file), typed, strict=True):
+        ours = [as_the_original(document, *found) for found in document_examples(same, Report())]
         assert ours == [example for example in scan(document) if apart(example)], document["docid"]
 
 
@@ -189,11 +195,11 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         file = Path(folder, "documents.json")
         file.write_text(json.dumps(documents), encoding="utf-8")
-        check(read_with_json(file))
+        check(file)
         rows = [
             (
                 "finding the examples, ms",
-                seconds(by_lookup, lambda: orjson.loads(file.read_bytes())),
+                seconds(by_lookup, lambda: DECODER.decode(file.read_bytes())),
                 seconds(by_scanning, lambda: read_with_json(file)),
             ),
             (
@@ -203,7 +209,7 @@ def main() -> None:
             ),
         ]
     print_table(
-        [f"T-REx, {len(documents)} documents, {triples:,} triples", "lookup, orjson", "scanning, json", "ratio"],
+        [f"T-REx, {len(documents)} documents, {triples:,} triples", "lookup, msgspec", "scanning, json", "ratio"],
         [[name, f"{ours * 1e3:.0f}", f"{theirs * 1e3:.0f}", f"{theirs / ours:.1f}"] for name, ours, theirs in rows],
     )
 

@@ -41,7 +41,7 @@ from kadapter_hf.pretraining import PretrainingArguments, pretrain
 UNTRAINED = "untrained adapter"
 REFERENCE = "3 epochs"
 BACKBONE = "the whole backbone in place of the adapter"
-# What each changes of the first: flags of `kadapter pretrain`, of Trainer, or the rows ("rows": a part of them, or whose relations).
+# What each changes of the first: flags of `kadapter pretrain` or of Trainer, or the rows (a part, or whose relations).
 VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
     "seed 1": {"seed": 1},

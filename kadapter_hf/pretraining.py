@@ -404,20 +404,17 @@ def _quality(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _draw_losses(history: list[dict[str, float]], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
     for key, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
     axes.set(xlabel="step", ylabel="loss")
     axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
+    figure.savefig(path, dpi=150)
 
 
 def parser(objective: str) -> HfArgumentParser:

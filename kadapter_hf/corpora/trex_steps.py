@@ -21,7 +21,7 @@ from .schema import MALFORMED, RELATION, Report, Row, write_json
 
 try:
     import matplotlib.figure
-    import orjson
+    import msgspec
     from datatrove.data import Document
     from datatrove.pipeline.base import PipelineStep
     from datatrove.pipeline.writers.parquet import ParquetWriter
@@ -37,74 +37,95 @@ COLUMNS = RELATION.features.arrow_schema
 SHARD = pa.schema([pa.field("id", pa.string()), *COLUMNS])
 
 
-def document_examples(document: dict[str, Any], report: Report) -> Iterator[tuple[int, Row]]:
+class Entity(msgspec.Struct, gc=False):
+    boundaries: tuple[int, int] | None
+
+
+class Predicate(msgspec.Struct, gc=False):
+    uri: str
+
+
+class Triple(msgspec.Struct, gc=False):
+    sentence_id: int
+    predicate: Predicate
+    subject: Entity
+    object: Entity
+
+
+class TrexDocument(msgspec.Struct, gc=False):
+    """What is used of a document; boundaries are `[start, end)` in characters of the text. A broken triple is None."""
+
+    docid: str
+    text: str
+    sentences_boundaries: list[tuple[int, int]]
+    words_boundaries: list[tuple[int, int]] | None
+    triples: list[Triple | None]
+
+    @property
+    def name(self) -> str:
+        """The last part of the document's address, its Wikidata number."""
+        return self.docid.rpartition("/")[2]
+
+
+DECODER = msgspec.json.Decoder(list[TrexDocument])
+NO_WORDS = "subject or object is not made of words of the sentence"
+INCOMPLETE = "the document is incomplete"
+
+
+def document_examples(document: TrexDocument, report: Report) -> list[tuple[int, Row]]:
     """
     The examples of one T-REx document: the triple's number and a row of the relation schema, its text the sentence.
 
     A triple is usable if both entities have boundaries in the text and begin and end with words of the triple's sentence.
     Words are looked up by where they start and end, so a document takes time in proportion to words plus triples.
     """
-    name = document_name(document)
-    try:
-        text, sentences, triples = document["text"], document["sentences_boundaries"], list(document["triples"])
-        text.encode()  # JSON can hold half of a surrogate pair, Parquet can't
-        words = document["words_boundaries"] or ()
-        starts, ends = {start for start, _ in words}, {end for _, end in words}
-        if any(behind > len(text) for _, behind in sentences):
-            raise ValueError("a sentence leaves the text")
-    except MALFORMED:
-        report.drop("the document is incomplete", name)
-        return
-    relations = []
-    for number, triple in enumerate(triples):
-        try:
-            row = _row(text, sentences, starts, ends, triple)
-        except MALFORMED:
-            row = "the triple is incomplete"
+    if any(behind > len(document.text) for _, behind in document.sentences_boundaries):
+        report.drop(INCOMPLETE, document.name)
+        return []
+    words = document.words_boundaries or ()
+    starts, ends = {start for start, _ in words}, {end for _, end in words}
+    found = []
+    for number, triple in enumerate(document.triples):
+        row = _row(document, starts, ends, triple)
         if isinstance(row, str):
-            report.drop(row, f"{name} triple {number}")
+            report.drop(row, f"{document.name} triple {number}")
         else:
-            relations.append(row["relation"])
-            yield number, row
+            found.append((number, row))
     # All at once, which takes a fraction of the time.
-    report.kept += len(relations)
-    report.labels.update(relations)
+    report.kept += len(found)
+    report.labels.update([row["relation"] for _, row in found])
+    return found
 
 
-def document_name(document: dict[str, Any]) -> str:
-    """The last part of the document's address, its Wikidata number."""
-    return str(document.get("docid", "document without docid")).split("/")[-1]
-
-
-def _row(text: str, sentences: list, starts: set[int], ends: set[int], triple: dict) -> Row | str:
-    subject, object_ = triple["subject"]["boundaries"], triple["object"]["boundaries"]
-    if not subject or not object_:
+def _row(document: TrexDocument, starts: set[int], ends: set[int], triple: Triple | None) -> Row | str:
+    if triple is None:
+        return "the triple is incomplete"
+    subject, object_, number = triple.subject.boundaries, triple.object.boundaries, triple.sentence_id
+    if subject is None or object_ is None:
         return "subject or object has no boundaries"
-    number = triple["sentence_id"]
-    if not 0 <= number < len(sentences):
+    if not 0 <= number < len(document.sentences_boundaries):
         return "no such sentence"
-    first, behind = sentences[number]
+    first, behind = document.sentences_boundaries[number]
     # Words don't overlap, so all from the first to the last are in the sentence if these ends are. A row whose spans are
     # made of words is one of the schema: checking that again would cost as much as finding it.
     start, end = subject
-    if not (start in starts and end in ends and first <= start < end <= behind):
-        return "subject or object is not made of words of the sentence"
-    if text[start:end].isspace():
-        return "subject or object is empty"
     object_start, object_end = object_
+    if not (start in starts and end in ends and first <= start < end <= behind):
+        return NO_WORDS
     if not (object_start in starts and object_end in ends and first <= object_start < object_end <= behind):
-        return "subject or object is not made of words of the sentence"
-    if text[object_start:object_end].isspace():
-        return "subject or object is empty"
+        return NO_WORDS
     if start < object_end and object_start < end:
         return "subject and object overlap"
-    relation = triple["predicate"]["uri"].rpartition("/")[2]
+    text = document.text
+    if text[start:end].isspace() or text[object_start:object_end].isspace():
+        return "subject or object is empty"
+    relation = triple.predicate.uri.rpartition("/")[2]
     if not relation:
         return "relation is not a name"
     return {
         "text": text[first:behind],
-        "subject": [start - first, end - first],
-        "object": [object_start - first, object_end - first],
+        "subject": (start - first, end - first),
+        "object": (object_start - first, object_end - first),
         "relation": relation,
     }
 
@@ -133,11 +154,8 @@ class ReadTrex(PipelineStep):
 def file_examples(path: Path, report: Report) -> Iterator[tuple[str, Row]]:
     """The examples of a file, each with a name of its own."""
     with no_garbage_collection():
-        for place, document in enumerate(_documents(path, report)):
-            if not isinstance(document, dict):
-                report.drop("the document is incomplete", f"{path.name} document {place}")
-                continue
-            name = document_name(document)
+        for document in _documents(path, report):
+            name = document.name
             for number, row in document_examples(document, report):
                 yield f"{name}#{number}", row
 
@@ -154,27 +172,55 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _documents(path: Path, report: Report) -> list[Any]:
+def _documents(path: Path, report: Report) -> list[TrexDocument]:
     try:
-        content = _parsed(path.read_bytes())
-        reason = None if isinstance(content, list) else "the file is no list of documents"
+        content = path.read_bytes()
+    except OSError:
+        report.drop("the file can't be read", path.name)
+        return []
+    try:
+        return DECODER.decode(content)
+    except msgspec.MsgspecError:  # something in it is broken: what is not, is found more slowly
+        pass
+    try:
+        documents = json.loads(content)  # which also takes more than JSON, such as NaN
     except UnicodeDecodeError:
         reason = "the file is not UTF-8"
     except ValueError:
         reason = "the file is not JSON"
-    except OSError:
-        reason = "the file can't be read"
-    if reason is None:
-        return content
+    else:
+        if isinstance(documents, list):
+            read = (read_document(one, f"{path.name} document {place}", report) for place, one in enumerate(documents))
+            return [document for document in read if document is not None]
+        reason = "the file is no list of documents"
     report.drop(reason, path.name)
     return []
 
 
-def _parsed(content: bytes) -> Any:
+def read_document(content: Any, name: str, report: Report) -> TrexDocument | None:
+    """
+    A document of which parts may be broken; None if it is of no use.
+
+    Args:
+        name: what the report calls a document that does not say its own.
+    """
     try:
-        return orjson.loads(content)
-    except ValueError:  # json takes more, such as half of a surrogate pair, and tells what is wrong
-        return json.loads(content)
+        name = str(content.get("docid", name)).rpartition("/")[2]
+        triples = list(content["triples"])
+        document = msgspec.convert(content | {"docid": name, "triples": []}, TrexDocument)
+        document.text.encode()  # JSON can hold half of a surrogate pair, Parquet can't
+    except MALFORMED:
+        report.drop(INCOMPLETE, name)
+        return None
+    document.triples = [_read_triple(triple) for triple in triples]
+    return document
+
+
+def _read_triple(content: Any) -> Triple | None:
+    try:
+        return msgspec.convert(content, Triple)
+    except msgspec.ValidationError:
+        return None
 
 
 def shard_writer(folder: str) -> ParquetWriter:
