@@ -360,7 +360,9 @@ def test_json_names_each_tensor_and_what_became_of_it(save, tmp_path, config_onl
     assert (found["class"], found["output"], source["file"]) == ("KAdapterModel", str(tmp_path / "out"), str(path))
     assert source["used"].keys() | source["left_out"].keys() == factual().keys()
     assert found["verified"] == len(source["used"]) and "--with-head" in " ".join(source["left_out"].values())
-    assert found["files"].keys() == {"adapters/factual.safetensors", "head.safetensors"} and not found["backbone_known"]
+    assert (
+        found["files"].keys() == {"adapters/factual.safetensors", "head.safetensors"} and not found["backbone_known"]
+    )
     assert all(size == (tmp_path / "out" / file).stat().st_size for file, size in found["files"].items())
 
 
