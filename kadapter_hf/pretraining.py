@@ -274,7 +274,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         if pushes:
             push_folder(
                 folder,
-                trainer.hub_model_id,
+                str(trainer.hub_model_id),
                 commit_message=f"Upload the {name} knowledge adapter",
                 private=training.hub_private_repo,
                 token=training.hub_token,
@@ -388,7 +388,8 @@ def _numbered(data: dict[str, Dataset]) -> dict[str, Dataset]:
 
 def _course(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """The losses and metrics at each evaluation."""
-    rows, loss = [], {}
+    rows: list[dict[str, float]] = []
+    loss: dict[str, float] = {}
     for entry in history:
         if "loss" in entry:
             loss = {"loss": entry["loss"]}
