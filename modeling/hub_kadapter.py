@@ -74,7 +74,7 @@ def push_folder(
         HfHubHTTPError: the Hub refused.
     """
     config = KAdapterConfig.from_dict(read_config_dict(folder))
-    files = _checked_files(folder)
+    files = checked_files(folder)
     if repo_id == config.backbone_name_or_path:
         raise KAdapterLoadError(f"'{repo_id}' is the backbone's own repository: choose another one to push to.")
     if os.path.isabs(config.backbone_name_or_path or ""):
@@ -122,7 +122,7 @@ def push_folder(
     raise KAdapterLoadError(f"'{repo_id}' changed each time that this was about to be committed: push again later.")
 
 
-def _checked_files(folder: Path) -> set[str]:
+def checked_files(folder: Path) -> set[str]:
     """
     What to upload from a repository: its weights, which are read once to see that they are whole, and the rest at its top.
 

@@ -458,6 +458,37 @@ class SavedAdapter(NamedTuple):
     fingerprint: str
 
 
+def read_adapter_metadata(metadata: Mapping[str, str], path: Any) -> tuple[str, KnowledgeAdapterConfig, str]:
+    """
+    The name, configuration and fingerprint of an adapter, from the header of its file.
+
+    Raises:
+        KAdapterLoadError: the metadata, those of `path`, are missing, damaged, or changed since they were saved.
+    """
+    if METADATA_KEY not in metadata:
+        raise KAdapterLoadError(
+            f"'{path}' has no '{METADATA_KEY}' metadata: it is not a knowledge adapter's file, or a tool that dropped "
+            "the metadata rewrote it. Save it with save_knowledge_adapter."
+        )
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+        checksum = content.pop("checksum")
+        if content["format_version"] > FORMAT_VERSION:
+            logger.warning(f"'{path}' was written by a newer version of kadapter-hf; upgrade if it does not load.")
+        name, expected = content["name"], content["fingerprint"]
+        if checksum != _checksum(content):
+            raise KAdapterLoadError(f"'{path}': its metadata was changed or damaged; download or save it again.")
+        return (
+            name,
+            KnowledgeAdapterConfig(**KnowledgeAdapterConfig._decode_special_floats(content["config"])),
+            expected,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise KAdapterLoadError(
+            f"'{path}': its '{METADATA_KEY}' metadata is damaged ({error}); download or save it again."
+        ) from error
+
+
 def read_adapter(path: Path) -> SavedAdapter:
     """
     Reads an adapter file.
@@ -465,26 +496,8 @@ def read_adapter(path: Path) -> SavedAdapter:
     Raises:
         KAdapterLoadError: missing, damaged, changed since it was saved, or without a K-Adapter's metadata.
     """
-    tensors, all_metadata = read_tensors(path)
-    metadata = all_metadata.get(METADATA_KEY)
-    if metadata is None:
-        raise KAdapterLoadError(
-            f"'{path}' has no '{METADATA_KEY}' metadata: it is not a knowledge adapter's file, or a tool that dropped "
-            "the metadata rewrote it. Save it with save_knowledge_adapter."
-        )
-    try:
-        content = json.loads(metadata)
-        checksum = content.pop("checksum")
-        if content["format_version"] > FORMAT_VERSION:
-            logger.warning(f"'{path}' was written by a newer version of kadapter-hf; upgrade if it does not load.")
-        name, expected = content["name"], content["fingerprint"]
-        if checksum != _checksum(content):
-            raise KAdapterLoadError(f"'{path}': its metadata was changed or damaged; download or save it again.")
-        config = KnowledgeAdapterConfig(**KnowledgeAdapterConfig._decode_special_floats(content["config"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise KAdapterLoadError(
-            f"'{path}': its '{METADATA_KEY}' metadata is damaged ({error}); download or save it again."
-        ) from error
+    tensors, metadata = read_tensors(path)
+    name, config, expected = read_adapter_metadata(metadata, path)
     # Before anything of that size is built.
     if len(config.backbone_layers or ()) * config.num_hidden_layers > len(tensors):
         raise KAdapterLoadError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -407,6 +408,10 @@ def test_combine_prints_json_too(folder, file, backbone, tmp_path):
 def test_help_has_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0 and f"Example: kadapter {command} " in " ".join(result.stdout.split())
+
+
+def test_the_version_is_that_of_the_package():
+    assert run("--version").stdout == f"kadapter-hf {importlib.metadata.version('kadapter-hf')}\n"
 
 
 def test_a_command_that_does_not_exist_gets_the_nearest_one_suggested():

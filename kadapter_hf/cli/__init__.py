@@ -1,7 +1,10 @@
 """The command `kadapter`: one file per command."""
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from .combine import combine
 from .convert import convert
 from .info import info
@@ -25,6 +28,14 @@ for command in (combine, convert, info, push, pull):
     app.command(no_args_is_help=True)(command)
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kadapter-hf {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
     """K-Adapter: knowledge adapters beside a frozen Hugging Face encoder."""

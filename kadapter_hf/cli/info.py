@@ -1,7 +1,6 @@
 """`kadapter info`: what is in an adapter file, a K-Adapter folder or a repository on the Hub."""
 
 import fnmatch
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +23,12 @@ from ..modeling.storage_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
     HEAD_FILE,
-    METADATA_KEY,
     KAdapterLoadError,
-    _checksum,
     fingerprint,
     locate,
     portable,
     read_adapter,
+    read_adapter_metadata,
     read_config_dict,
     read_index,
     repository_folder,
@@ -194,21 +192,9 @@ def on_disk(path: Path) -> Adapter:
 def on_hub(api: HfApi, repo: str, file: RepoSibling, commit: str | None) -> Adapter:
     """An adapter file's header, which is checked as for loading; whether its values are right can't be seen from here."""
     header = api.parse_safetensors_file_metadata(repo, file.rfilename, revision=commit)
-    try:
-        content = json.loads(header.metadata[METADATA_KEY])
-        checksum = content.pop("checksum")
-        if checksum != _checksum(content):
-            raise ValueError("it is not what was saved")
-        config = KnowledgeAdapterConfig(**KnowledgeAdapterConfig._decode_special_floats(content["config"]))
-        tensors = {
-            name: (DTYPES.get(of.dtype, of.dtype), tuple(map(int, of.shape))) for name, of in header.tensors.items()
-        }
-        return Adapter(content["name"], config, content["fingerprint"], tensors, file.lfs.sha256 if file.lfs else None)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise KAdapterLoadError(
-            f"'{repo}': the '{METADATA_KEY}' metadata of '{file.rfilename}' is missing or damaged ({error}); save and push it "
-            "again."
-        ) from error
+    name, config, told = read_adapter_metadata(header.metadata, f"{repo}: {file.rfilename}")
+    tensors = {key: (DTYPES.get(of.dtype, of.dtype), tuple(of.shape)) for key, of in header.tensors.items()}
+    return Adapter(name, config, told, tensors, file.lfs.sha256 if file.lfs else None)
 
 
 def summary(

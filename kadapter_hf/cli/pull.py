@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME
 import kadapter_hf
 
 from ..modeling.configuration_kadapter import check_adapter_name
-from ..modeling.hub_kadapter import PICKLES, _checked_files
+from ..modeling.hub_kadapter import PICKLES, checked_files
 from ..modeling.storage_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
@@ -83,7 +83,7 @@ def pull_repository(repo: str, output: Path | None, revision: str | None, token:
     folder = Path(patiently(snapshot_download, repo, revision=revision, token=token, ignore_patterns=pickles))
     check_downloads(folder, repo, since=0)
     saved = read_saved(folder, repo)
-    files = sorted(_checked_files(folder))
+    files = sorted(checked_files(folder))
     for file in saved.adapter_files:
         read_adapter(folder / file)
     place = repr(repo)

@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME
 from ..modeling.backbone_kadapter import quiet
 from ..modeling.card_kadapter import CARD_FILE
 from ..modeling.configuration_kadapter import KAdapterConfig
-from ..modeling.hub_kadapter import _checked_files, push_folder
+from ..modeling.hub_kadapter import checked_files, push_folder
 from ..modeling.modeling_kadapter import write_adapter_repository
 from ..modeling.storage_kadapter import (
     BACKBONE_FILE,
@@ -70,7 +70,7 @@ def push(
             write_adapter_repository(folder, adapter, config_of(source, saved, token), saved.tensors)
         else:
             finish_replacing(folder)
-        files = sorted(_checked_files(folder) | {CARD_FILE})
+        files = sorted(checked_files(folder) | {CARD_FILE})
         commit = push_folder(
             folder,
             repo,
