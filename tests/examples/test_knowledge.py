@@ -129,8 +129,8 @@ def test_the_head_on_states_gives_what_the_whole_model_gives(example, arguments,
 
 def test_variants_are_trained_and_probed_and_a_run_that_was_cut_off_goes_on(corpora, backbone, tmp_path):
     variants = load_script(SCRIPT.with_name("knowledge_variants.py"))
-    names = [variants.UNTRAINED, "reads layer 3 alone", "FewRel's relations alone", variants.BACKBONE]
-    variants.VARIANTS["reads layer 3 alone"] = {"adapter_layers": [1], "num_train_epochs": 1}
+    names = [variants.UNTRAINED, "reads layers 0 to 6", "FewRel's relations alone", variants.BACKBONE]
+    variants.VARIANTS["reads layers 0 to 6"] = {"adapter_layers": [0, 1, 2], "num_train_epochs": 1}
     args = variants.Arguments(str(corpora), backbone, str(tmp_path), names[:1], few=10, draws=2)
     variants.run(args)
     first = json.loads((tmp_path / "results.json").read_text())
