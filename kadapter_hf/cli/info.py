@@ -191,9 +191,14 @@ def on_disk(path: Path) -> Adapter:
 
 def on_hub(api: HfApi, repo: str, file: RepoSibling, commit: str | None) -> Adapter:
     """An adapter file's header, which is checked as for loading; whether its values are right can't be seen from here."""
-    header = api.parse_safetensors_file_metadata(repo, file.rfilename, revision=commit)
-    name, config, told = read_adapter_metadata(header.metadata, f"{repo}: {file.rfilename}")
-    tensors = {key: (DTYPES.get(of.dtype, of.dtype), tuple(of.shape)) for key, of in header.tensors.items()}
+    try:
+        header = api.parse_safetensors_file_metadata(repo, file.rfilename, revision=commit)
+        name, config, told = read_adapter_metadata(header.metadata, f"{repo}: {file.rfilename}")
+        tensors = {
+            key: (str(DTYPES.get(of.dtype, of.dtype)), tuple(map(int, of.shape))) for key, of in header.tensors.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise KAdapterLoadError(f"'{repo}': the header of '{file.rfilename}' is damaged ({error}).") from error
     return Adapter(name, config, told, tensors, file.lfs.sha256 if file.lfs else None)
 
 

@@ -100,3 +100,17 @@ def test_refusals_of_the_hub_are_plain_sentences(hub, folder, tmp_path):
     ]
     for line, part in zip(said, parts, strict=True):
         assert part in line
+
+
+@pytest.mark.parametrize("change", [{"shape": ["x"]}, {"shape": None}, {"dtype": []}])
+def test_a_header_that_describes_no_tensor_is_refused_in_one_sentence(hub, folder, tmp_path, change):
+    file = folder / "adapters" / "factual.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    next(entry for key, entry in header.items() if key != "__metadata__").update(change)
+    changed = json.dumps(header).encode()
+    hub.put("user/odd", {"adapters/factual.safetensors": len(changed).to_bytes(8, "little") + changed})
+    done = hub.run(["-c", KADAPTER, "info", "user/odd"], tmp_path / "home", "token", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("Error: 'user/odd'") and done.stderr.count("\n") == 1
