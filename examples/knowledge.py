@@ -281,7 +281,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     height = max(map(len, columns))
     figure = matplotlib.figure.Figure(figsize=(4 * len(columns), 3.6 * height), layout="constrained")
     panels = figure.subplots(height, len(columns), squeeze=False)
-    for key, axes in ((key, panels[row, place]) for place, keys in enumerate(columns) for row, key in enumerate(keys)):
+    placed = {key: panels[row, column] for column, keys in enumerate(columns) for row, key in enumerate(keys)}
+    for key, axes in placed.items():
         (task, metric, examples), group = key, found[key]
         for place, setting in enumerate(SETTINGS):
             scores = scores_of(group, setting)
