@@ -76,7 +76,7 @@ class Objective:
 
     def labels_of(self, rows: Dataset) -> list[str]:
         """The labels that occur, sorted."""
-        return sorted(set(_labels(rows, self.schema))) if self.schema else []
+        return sorted(_label_set(rows, self.schema)) if self.schema else []
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -353,17 +353,22 @@ def _without_problems(rows: Dataset, schema: Schema, name: str) -> Dataset:
     return rows.select(kept) if report.dropped else rows
 
 
-def _labels(rows: Dataset, schema: Schema) -> Iterator[str]:
+def _labels(rows: Dataset, schema: Schema) -> Iterator[list[str]]:
+    """Those of each row, of which it has one or several."""
     for value in rows[schema.labels]:
-        yield from [value] if isinstance(value, str) else value
+        yield [value] if isinstance(value, str) else value
+
+
+def _label_set(rows: Dataset, schema: Schema) -> set[str]:
+    return {label for labels in _labels(rows, schema) for label in labels}
 
 
 def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:
     """The rows whose labels occur in training; the others, which nothing could predict, are counted in a warning."""
-    unknown = sorted(set(_labels(rows, schema)) - known)
+    unknown = sorted(_label_set(rows, schema) - known)
     if not unknown:
         return rows
-    kept = [number for number in range(len(rows)) if known.issuperset(_labels(rows.select([number]), schema))]
+    kept = [number for number, labels in enumerate(_labels(rows, schema)) if known.issuperset(labels)]
     logger.warning(
         f"{len(rows) - len(kept)} held-out rows have labels that training has not, and are left out: {unknown[:5]}"
     )

@@ -24,14 +24,8 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
-from .storage_kadapter import (
-    HUB_ARGUMENTS,
-    BackboneMismatchError,
-    KAdapterLoadError,
-    check_downloads,
-    equal_bits,
-    fingerprint,
-)
+from .sources_kadapter import HUB_ARGUMENTS, check_downloads
+from .storage_kadapter import BackboneMismatchError, KAdapterLoadError, equal_bits, fingerprint
 
 
 logger = logging.get_logger(__name__)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .card_kadapter import CARD_FILE, card_text
 from .configuration_kadapter import KAdapterConfig
+from .sources_kadapter import patiently
 from .storage_kadapter import (
     BACKBONE_FILE,
     HEAD_FILE,
     PEFT_FILES,
     KAdapterLoadError,
     is_own_file,
-    patiently,
     read_config_dict,
     read_file,
     read_index,
@@ -30,6 +30,12 @@ logger = logging.get_logger(__name__)
 
 RACES = 3  # at a commit, when others push at the same time
 PICKLES = (".bin", ".pkl", ".pt", ".pth")
+
+
+def push_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `push_to_hub` that a repository of ours has a use for: all but `max_shard_size`."""
+    names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+    return {key: kwargs[key] for key in names if kwargs.get(key) is not None}
 
 
 @contextlib.contextmanager

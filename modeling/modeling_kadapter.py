@@ -18,18 +18,12 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer, KnowledgeFusion
 from .backbone_kadapter import drop_pooler, new_backbone
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig, check_adapter_name
-from .hub_kadapter import push_folder
-from .repository_kadapter import (
-    RepositoryModel,
-    check_says_of_peft,
-    load_peft_adapter,
-    peft_parameters,
-    plain_state_dict,
-    push_kwargs,
-)
+from .hub_kadapter import push_folder, push_kwargs
+from .peft_kadapter import check_says_of_peft, load_peft_adapter, peft_parameters, plain_state_dict
+from .repository_kadapter import RepositoryModel
+from .sources_kadapter import adapter_file
 from .storage_kadapter import (
     BackboneMismatchError,
-    adapter_file,
     check_tensors,
     fingerprint,
     part_of,

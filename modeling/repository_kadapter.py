@@ -4,9 +4,8 @@ import copy
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,16 @@ from .backbone_kadapter import (
     load_backbone,
     masked_lm_class,
     stored_backbone,
-    without_load_report,
 )
 from .card_kadapter import CARD_FILE, card_text
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
-from .hub_kadapter import push_folder
+from .hub_kadapter import push_folder, push_kwargs
+from .peft_kadapter import peft_hub_kwargs, plain_state_dict
+from .sources_kadapter import HUB_ARGUMENTS, repository_folder
 from .storage_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
     HEAD_FILE,
-    HUB_ARGUMENTS,
     PEFT_CONFIG,
     BackboneMismatchError,
     KAdapterLoadError,
@@ -62,7 +61,6 @@ from .storage_kadapter import (
     read_index,
     read_json,
     replace_files,
-    repository_folder,
     write_json,
     write_tensors,
 )
@@ -270,7 +268,7 @@ class RepositoryModel(PreTrainedModel):
         model._finish(hub_kwargs, dtype)
         model.eval()
         if peft_source is not None:
-            model.load_adapter(peft_source, use_safetensors=True, **_peft_hub_kwargs(hub_kwargs))
+            model.load_adapter(peft_source, use_safetensors=True, **peft_hub_kwargs(hub_kwargs))
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -648,114 +646,10 @@ class RepositoryModel(PreTrainedModel):
         return fingerprint_if_as_named(self.backbone, state, self.config, local_files_only=True, **kwargs)
 
 
-def push_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `push_to_hub` that a repository of ours has a use for: all but `max_shard_size`."""
-    names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-    return {key: kwargs[key] for key in names if kwargs.get(key) is not None}
-
-
 def _fill(module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Makes `tensors`, which have just the names and shapes of the module's, the module's own."""
     check_tensors({name: own.shape for name, own in module.state_dict(prefix=prefix).items()}, tensors, path)
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
-
-
-# ---- What PEFT puts into a model ----------------------------------------------------------------------------------------
-
-
-def _peft_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """PEFT's wrappers in a model by name, each with the name under which it keeps what it wraps."""
-    layers: dict[str, tuple[nn.Module, str]] = {}
-    if "peft" not in sys.modules:  # looking at every module takes milliseconds
-        return layers
-    for name, module in model.named_modules():
-        if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
-            layers[name] = (module, "base_layer")
-        elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            layers[name] = (module, "original_module")
-    return layers
-
-
-def peft_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that PEFT added to a model."""
-    return {
-        parameter
-        for module, kept in _peft_layers(model).values()
-        for name, parameter in module.named_parameters()
-        if not name.startswith(f"{kept}.")
-    }
-
-
-def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """
-    Refuses weights from before PEFT changed a model: its adapter's own would silently stay as they are.
-
-    Raises:
-        KAdapterLoadError: names of the state dict are those that a PEFT adapter has moved.
-    """
-    if not _peft_layers(model):
-        return
-    own = model.state_dict()
-    moved = [name for name in plain_state_dict(model, own) if name in state_dict and name not in own]
-    if moved:
-        raise KAdapterLoadError(
-            f"'{moved[0]}' (and {len(moved) - 1} more) can't be loaded into a model with a PEFT adapter: the adapter's own "
-            "weights would not be. To resume training from a checkpoint, wrap the model with peft.get_peft_model and "
-            "give Trainer that; to go on from its weights alone, load it with from_pretrained."
-        )
-
-
-def plain_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """A model's state dict, or the one given, as if PEFT had not been there."""
-    state_dict = model.state_dict() if state_dict is None else state_dict
-    layers = _peft_layers(model)
-    if not layers:
-        return dict(state_dict)
-    plain = {}
-    for name, tensor in state_dict.items():
-        parts = name.split(".")
-        wrapper = next((w for end in range(1, len(parts)) if (w := ".".join(parts[:end])) in layers), None)
-        if wrapper is None:
-            plain[name] = tensor
-        elif name.startswith(f"{wrapper}.{layers[wrapper][1]}."):
-            plain[name.replace(f".{layers[wrapper][1]}.", ".", 1)] = tensor
-    return plain
-
-
-def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: str | None, **kwargs) -> Any:
-    """
-    Loads a PEFT adapter with `load`, transformers' own method, and then sets its weights once more with PEFT's, as the
-    method of transformers 5.5 leaves them as they are in a model whose parts have names like this one's.
-
-    Raises:
-        KAdapterLoadError: the source holds a tensor that has no place in the model.
-    """
-    with without_load_report():
-        result = load(source, name, **kwargs)
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    name = name or "default"
-    weights = kwargs.get("adapter_state_dict")
-    if weights is None:
-        weights = load_peft_weights(source, "cpu", **_peft_hub_kwargs(kwargs | (kwargs.get("adapter_kwargs") or {})))
-    weights = {key.removeprefix("base_model.model."): tensor for key, tensor in weights.items()}
-    expected = model.get_adapter_state_dict(name).keys()
-    if weights.keys() - expected:
-        raise KAdapterLoadError(
-            f"'{source}' holds a PEFT adapter for another model: its tensor '{min(weights.keys() - expected)}' has no place "
-            "in this one."
-        )
-    if expected - weights.keys():
-        logger.warning(
-            f"'{source}' has no weights for {sorted(expected - weights.keys())}: they are new and untrained."
-        )
-    set_peft_model_state_dict(model, weights, name)
-    return result
-
-
-def _peft_hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
-    return {key: kwargs[key] for key in names if key in kwargs}
 
 
 def _find(

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from ..modeling.heads_kadapter import KAdapterModel
-from ..modeling.storage_kadapter import KAdapterLoadError, adapter_file, read_adapter
+from ..modeling.sources_kadapter import adapter_file
+from ..modeling.storage_kadapter import KAdapterLoadError, read_adapter
 from ._common import AsJson, plain_errors, print_json
 
 

@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..modeling.backbone_kadapter import check_is_encoder, load_backbone, quiet
 from ..modeling.configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig
+from ..modeling.sources_kadapter import repository_folder
 from ..modeling.storage_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
@@ -31,7 +32,6 @@ from ..modeling.storage_kadapter import (
     read_adapter_metadata,
     read_config_dict,
     read_index,
-    repository_folder,
 )
 from ._common import LOGIN, AsJson, Revision, Token, is_repo_id, one_line, plain_errors, print_json, sentence
 

@@ -17,14 +17,8 @@ import kadapter_hf
 
 from ..modeling.configuration_kadapter import check_adapter_name
 from ..modeling.hub_kadapter import PICKLES, checked_files
-from ..modeling.storage_kadapter import (
-    ADAPTER_FOLDER,
-    BACKBONE_FILE,
-    KAdapterLoadError,
-    check_downloads,
-    patiently,
-    read_adapter,
-)
+from ..modeling.sources_kadapter import check_downloads, patiently
+from ..modeling.storage_kadapter import ADAPTER_FOLDER, BACKBONE_FILE, KAdapterLoadError, read_adapter
 from ._common import AsJson, Repo, Revision, Token, one_line, plain_errors, print_json
 from .info import read_config, read_saved
 

@@ -13,12 +13,12 @@ from ..modeling.card_kadapter import CARD_FILE
 from ..modeling.configuration_kadapter import KAdapterConfig
 from ..modeling.hub_kadapter import checked_files, push_folder
 from ..modeling.modeling_kadapter import write_adapter_repository
+from ..modeling.sources_kadapter import adapter_file
 from ..modeling.storage_kadapter import (
     BACKBONE_FILE,
     BackboneMismatchError,
     KAdapterLoadError,
     SavedAdapter,
-    adapter_file,
     finish_replacing,
     read_adapter,
     read_index,

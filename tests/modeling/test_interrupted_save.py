@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig, Robe
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from kadapter_hf import KAdapterForSequenceClassification, KAdapterLoadError
-from kadapter_hf.modeling.storage_kadapter import STAGING, adapter_file, part_of, read_adapter
+from kadapter_hf.modeling.sources_kadapter import adapter_file
+from kadapter_hf.modeling.storage_kadapter import STAGING, part_of, read_adapter
 
 
 # What Python announces before it changes something in a file system.
