@@ -1,7 +1,7 @@
 """
 How long it takes to find the examples in T-REx documents: by looking words up, as the package does, and by going through
-all words of the document for every triple, as the original does; and to read and find: the package with msgspec and the
-garbage collector paused, the original with json.
+all words of the document for every triple, as the original does. And from a file of documents to a file of examples: the
+step that `kadapter prepare trex` runs for each file, and the original's with json.
 
     python benchmarks/trex.py [FOLDER of T-REx's JSON files, or such a file]
 
@@ -25,9 +25,10 @@ from kadapter_hf.corpora.schema import Report
 from kadapter_hf.corpora.trex import corpus_files
 from kadapter_hf.corpora.trex_steps import (
     DECODER,
+    Example,
+    ExtractTrex,
     TrexDocument,
     document_examples,
-    file_examples,
     no_garbage_collection,
 )
 
@@ -43,7 +44,7 @@ def read_with_json(file: Path) -> list[dict]:
 
 
 def by_lookup(documents: list[TrexDocument]) -> list:
-    """As `file_examples` does, also without the garbage collector."""
+    """As the package does, also without the garbage collector."""
     report = Report()
     with no_garbage_collection():
         return [document_examples(document, report) for document in documents]
@@ -52,6 +53,11 @@ def by_lookup(documents: list[TrexDocument]) -> list:
 def by_scanning(documents: list[dict]) -> list[dict]:
     """As the original. It overwrites the boundaries in the documents, which are good for once only."""
     return [example for document in documents for example in scan(document)]
+
+
+def file_by_scanning(file: Path, output: Path) -> None:
+    with open(output, "w", encoding="utf-8") as opened:
+        json.dump(by_scanning(read_with_json(file)), opened)
 
 
 def scan(document: dict) -> list[dict]:
@@ -102,9 +108,10 @@ def scan(document: dict) -> list[dict]:
     return found
 
 
-def as_the_original(document: dict, number: int, row: dict) -> dict:
+def as_the_original(document: dict, example: Example) -> dict:
     """An example of the package as the original has it, by words of the sentence."""
-    triple = document["triples"][number]
+    name, _, subject, object_, relation = example
+    triple = document["triples"][int(name.rpartition("#")[2])]
     first, behind = document["sentences_boundaries"][triple["sentence_id"]]
     words = [(start, end) for start, end in document["words_boundaries"] if start >= first and end <= behind]
     starts = {start - first: place for place, (start, _) in enumerate(words)}
@@ -112,11 +119,11 @@ def as_the_original(document: dict, number: int, row: dict) -> dict:
     return {
         "docid": document["docid"].split("/")[-1],
         "token": [document["text"][start:end] for start, end in words],
-        "relation": row["relation"],
-        "subj_start": starts[row["subject"][0]],
-        "subj_end": ends[row["subject"][1]],
-        "obj_start": starts[row["object"][0]],
-        "obj_end": ends[row["object"][1]],
+        "relation": relation,
+        "subj_start": starts[subject[0]],
+        "subj_end": ends[subject[1]],
+        "obj_start": starts[object_[0]],
+        "obj_end": ends[object_[1]],
         "subj_label": triple["subject"]["uri"].split("/")[-1],
         "obj_label": triple["object"]["uri"].split("/")[-1],
     }
@@ -129,7 +136,7 @@ def apart(example: dict) -> bool:
 def check(file: Path) -> None:
     typed = DECODER.decode(file.read_bytes())
     for document, same in zip(read_with_json(file), typed, strict=True):
-        ours = [as_the_original(document, *found) for found in document_examples(same, Report())]
+        ours = [as_the_original(document, found) for found in document_examples(same, Report())]
         assert ours == [example for example in scan(document) if apart(example)], document["docid"]
 
 
@@ -203,13 +210,13 @@ def main() -> None:
                 seconds(by_scanning, lambda: read_with_json(file)),
             ),
             (
-                "reading the file and finding them, ms",
-                seconds(lambda file: list(file_examples(file, Report())), lambda: file),
-                seconds(lambda file: by_scanning(read_with_json(file)), lambda: file),
+                "from file to file, ms",
+                seconds(lambda step: step.run(rank=0), lambda: ExtractTrex([str(file)], folder, folder, strict=False)),
+                seconds(lambda output: file_by_scanning(file, output), lambda: Path(folder, "examples.json")),
             ),
         ]
     print_table(
-        [f"T-REx, {len(documents)} documents, {triples:,} triples", "lookup, msgspec", "scanning, json", "ratio"],
+        [f"T-REx, {len(documents)} documents, {triples:,} triples", "the package", "the original", "ratio"],
         [[name, f"{ours * 1e3:.0f}", f"{theirs * 1e3:.0f}", f"{theirs / ours:.1f}"] for name, ours, theirs in rows],
     )
 

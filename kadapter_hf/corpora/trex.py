@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .schema import Report, write_json
-from .trex_steps import ReadTrex, Split, SplitTrex, shard_writer
+from .trex_steps import ExtractTrex, Split, SplitTrex
 
 
 # After the steps, which say how to install what is missing.
@@ -67,12 +67,11 @@ def prepare_trex(
     extracted = output / "extracted"
     _remember(files, extracted)
     shards, reports = str(extracted / "shards"), str(extracted / "reports")
-    extract = [ReadTrex(files, reports, strict), shard_writer(shards)]
     last = SplitTrex(shards, reports, str(output), min_examples, split, seed, strict)
     kind, options = _executor(executor, partition, time)
     logs = extracted / "logs"
     first = kind(
-        extract,
+        [ExtractTrex(files, shards, reports, strict)],
         tasks=len(files),
         workers=min(workers, len(files)),
         logging_dir=str(logs / "extract"),

@@ -1,5 +1,5 @@
 """
-The steps of the T-REx pipeline: from documents to examples, from a file to a shard, from all shards to a split data set.
+The steps of the T-REx pipeline: from a file of documents to a shard of examples, and from all shards to a split data set.
 
 What counts as usable follows the original's `scripts/clean_T_REx.py`, and what is kept and split its
 `scripts/create_subdataset-relation-classification.ipynb`.
@@ -16,15 +16,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .schema import MALFORMED, RELATION, Report, Row, write_json
+from .schema import MALFORMED, RELATION, Report, write_json
 
 
 try:
     import matplotlib.figure
     import msgspec
-    from datatrove.data import Document
     from datatrove.pipeline.base import PipelineStep
-    from datatrove.pipeline.writers.parquet import ParquetWriter
 except ImportError as error:
     raise ImportError(f'T-REx needs {error.name}: pip install "kadapter-hf[knowledge]"') from None
 
@@ -35,6 +33,8 @@ EXCLUDED = frozenset({"P31"})
 TEST_SHARE = 0.1
 COLUMNS = RELATION.features.arrow_schema
 SHARD = pa.schema([pa.field("id", pa.string()), *COLUMNS])
+# The columns of a shard: document and number of the triple, text, subject, object, relation.
+Example = tuple[str, str, tuple[int, int], tuple[int, int], str]
 
 
 class Entity(msgspec.Struct, gc=False):
@@ -68,96 +68,95 @@ class TrexDocument(msgspec.Struct, gc=False):
 
 
 DECODER = msgspec.json.Decoder(list[TrexDocument])
-NO_WORDS = "subject or object is not made of words of the sentence"
 INCOMPLETE = "the document is incomplete"
 
 
-def document_examples(document: TrexDocument, report: Report) -> list[tuple[int, Row]]:
+def document_examples(document: TrexDocument, report: Report) -> list[Example]:
     """
-    The examples of one T-REx document: the triple's number and a row of the relation schema, its text the sentence.
+    The examples of one T-REx document; the text of each is the triple's sentence.
 
     A triple is usable if both entities have boundaries in the text and begin and end with words of the triple's sentence.
     Words are looked up by where they start and end, so a document takes time in proportion to words plus triples.
     """
-    if any(behind > len(document.text) for _, behind in document.sentences_boundaries):
-        report.drop(INCOMPLETE, document.name)
+    name, text, sentences = document.name, document.text, document.sentences_boundaries
+    if any(behind > len(text) for _, behind in sentences):
+        report.drop(INCOMPLETE, name)
         return []
     words = document.words_boundaries or ()
     starts, ends = {start for start, _ in words}, {end for _, end in words}
     found = []
     for number, triple in enumerate(document.triples):
-        row = _row(document, starts, ends, triple)
-        if isinstance(row, str):
-            report.drop(row, f"{document.name} triple {number}")
+        if triple is None:
+            problem = "the triple is incomplete"
+        elif (subject := triple.subject.boundaries) is None or (object_ := triple.object.boundaries) is None:
+            problem = "subject or object has no boundaries"
+        elif not 0 <= triple.sentence_id < len(sentences):
+            problem = "no such sentence"
         else:
-            found.append((number, row))
+            first, behind = sentences[triple.sentence_id]
+            start, end = subject
+            object_start, object_end = object_
+            relation = triple.predicate.uri.rpartition("/")[2]
+            # Words don't overlap, so all from the first to the last are in the sentence if these ends are. A row whose
+            # spans are made of words is one of the schema: checking that again would cost as much as finding it.
+            if not (
+                (start in starts and end in ends and first <= start < end <= behind)
+                and (object_start in starts and object_end in ends and first <= object_start < object_end <= behind)
+            ):
+                problem = "subject or object is not made of words of the sentence"
+            elif start < object_end and object_start < end:
+                problem = "subject and object overlap"
+            elif text[start:end].isspace() or text[object_start:object_end].isspace():
+                problem = "subject or object is empty"
+            elif not relation:
+                problem = "relation is not a name"
+            else:
+                spans = (start - first, end - first), (object_start - first, object_end - first)
+                found.append((f"{name}#{number}", text[first:behind], *spans, relation))
+                continue
+        report.drop(problem, f"{name} triple {number}")
     # All at once, which takes a fraction of the time.
     report.kept += len(found)
-    report.labels.update([row["relation"] for _, row in found])
+    report.labels.update([example[-1] for example in found])
     return found
 
 
-def _row(document: TrexDocument, starts: set[int], ends: set[int], triple: Triple | None) -> Row | str:
-    if triple is None:
-        return "the triple is incomplete"
-    subject, object_, number = triple.subject.boundaries, triple.object.boundaries, triple.sentence_id
-    if subject is None or object_ is None:
-        return "subject or object has no boundaries"
-    if not 0 <= number < len(document.sentences_boundaries):
-        return "no such sentence"
-    first, behind = document.sentences_boundaries[number]
-    # Words don't overlap, so all from the first to the last are in the sentence if these ends are. A row whose spans are
-    # made of words is one of the schema: checking that again would cost as much as finding it.
-    start, end = subject
-    object_start, object_end = object_
-    if not (start in starts and end in ends and first <= start < end <= behind):
-        return NO_WORDS
-    if not (object_start in starts and object_end in ends and first <= object_start < object_end <= behind):
-        return NO_WORDS
-    if start < object_end and object_start < end:
-        return "subject and object overlap"
-    text = document.text
-    if text[start:end].isspace() or text[object_start:object_end].isspace():
-        return "subject or object is empty"
-    relation = triple.predicate.uri.rpartition("/")[2]
-    if not relation:
-        return "relation is not a name"
-    return {
-        "text": text[first:behind],
-        "subject": (start - first, end - first),
-        "object": (object_start - first, object_end - first),
-        "relation": relation,
-    }
+class ExtractTrex(PipelineStep):
+    """Writes the examples of file number `rank` as a Parquet file, and then the report on them."""
 
+    name = "T-REx extract"
+    type = "EXTRACT"
 
-class ReadTrex(PipelineStep):
-    """Reads file number `rank`, yields its examples, and when through writes the report on them."""
-
-    name = "T-REx"
-    type = "READER"
-
-    def __init__(self, files: list[str], reports: str, strict: bool):
+    def __init__(self, files: list[str], shards: str, reports: str, strict: bool):
         super().__init__()
-        self.files, self.reports, self.strict = files, reports, strict
+        self.files, self.shards, self.reports, self.strict = files, shards, reports, strict
 
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         path = Path(self.files[rank])
         report = Report()
-        for name, row in file_examples(path, report):
-            yield Document(row["text"], name, metadata=dict(row))
+        examples = file_examples(path, report)
         if self.strict and report.dropped:
             raise ValueError(f"{path}: {report.reasons()}")
-        Path(self.reports).mkdir(parents=True, exist_ok=True)
-        report.save(Path(self.reports, f"{rank:05d}.json"))
+        self.stat_update("examples", value=len(examples), unit="file")
+        shards, reports = Path(self.shards), Path(self.reports)
+        for folder in (shards, reports):
+            folder.mkdir(parents=True, exist_ok=True)
+        # Written as a whole or not at all: a task that was killed begins anew.
+        draft = shards / f".{rank:05d}.draft"
+        pq.write_table(examples, draft)
+        draft.replace(shards / f"{rank:05d}.parquet")
+        report.save(reports / f"{rank:05d}.json")
 
 
-def file_examples(path: Path, report: Report) -> Iterator[tuple[str, Row]]:
-    """The examples of a file, each with a name of its own."""
+def file_examples(path: Path, report: Report) -> pa.Table:
+    """The examples of a file, each with an id of its own."""
     with no_garbage_collection():
-        for document in _documents(path, report):
-            name = document.name
-            for number, row in document_examples(document, report):
-                yield f"{name}#{number}", row
+        examples = [
+            example for document in _documents(path, report) for example in document_examples(document, report)
+        ]
+        columns = zip(*examples, strict=True) if examples else [()] * len(SHARD)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, SHARD, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=SHARD)
 
 
 @contextmanager
@@ -221,15 +220,6 @@ def _read_triple(content: Any) -> Triple | None:
         return msgspec.convert(content, Triple)
     except msgspec.ValidationError:
         return None
-
-
-def shard_writer(folder: str) -> ParquetWriter:
-    """Writes what `ReadTrex` yields, a Parquet file for each task."""
-    return ParquetWriter(folder, "${rank}.parquet", adapter=_shard_row, schema=SHARD, max_file_size=-1)
-
-
-def _shard_row(writer: ParquetWriter, document: Document) -> dict[str, Any]:
-    return {"id": document.id, **document.metadata}
 
 
 class SplitTrex(PipelineStep):

@@ -12,7 +12,13 @@ from datasets import load_dataset
 
 from kadapter_hf.corpora import RELATION, Report, relation_problem
 from kadapter_hf.corpora.trex import QuietRayExecutor, prepare_trex
-from kadapter_hf.corpora.trex_steps import document_examples, file_examples, in_test, read_document
+from kadapter_hf.corpora.trex_steps import (
+    document_examples,
+    file_examples,
+    in_test,
+    no_garbage_collection,
+    read_document,
+)
 
 
 TEXT = "Turin is big. Rome is in Italy. It was."
@@ -81,9 +87,7 @@ def files(folder):
 
 def test_an_example_is_the_sentence_with_offsets_in_it():
     report = Report()
-    assert examples(document(triple()), report) == [
-        (0, {"text": "Rome is in Italy.", "subject": (0, 4), "object": (11, 16), "relation": "P17"})
-    ]
+    assert examples(document(triple()), report) == [("Q1#0", "Rome is in Italy.", (0, 4), (11, 16), "P17")]
     assert (report.kept, report.labels) == (1, {"P17": 1})
 
 
@@ -130,14 +134,15 @@ def test_the_real_sample_gives_the_originals_examples(real):
     documents = json.loads(real("t-rex/sample-output.json").read_text(encoding="utf-8"))
     cleaned = json.loads(real("t-rex/cleaned-by-the-original.json").read_text(encoding="utf-8"))
     report = Report()
-    found = [(one["docid"].split("/")[-1], row) for one in documents for _, row in examples(one, report)]
+    found = [example for one in documents for example in examples(one, report)]
     assert len(found) == len(cleaned) == 99
     # What the original skips without counting it.
     assert report.dropped == {"subject or object has no boundaries": 13}
-    for (name, row), theirs in zip(found, cleaned, strict=True):
+    for (name, *values), theirs in zip(found, cleaned, strict=True):
+        row = dict(zip(RELATION.features, values, strict=True))
         words = theirs["token"]
         assert relation_problem(row) is None
-        assert (name, row["relation"]) == (theirs["docid"], theirs["relation"])
+        assert (name.partition("#")[0], row["relation"]) == (theirs["docid"], theirs["relation"])
         assert "".join(row["text"].split()) == "".join("".join(words).split())
         for span, first, last in [("subject", "subj_start", "subj_end"), ("object", "obj_start", "obj_end")]:
             start, end = row[span]
@@ -204,7 +209,7 @@ def test_half_of_a_surrogate_pair_costs_only_its_document(write_file, tmp_path):
     path = write_file([whole, broken, document(triple(), name="Q3")], "trex/a.json")
     assert b"\\ud800" in path.read_bytes()
     report = Report()
-    assert [name for name, _ in file_examples(path, report)] == ["Q1#0", "Q3#0"]
+    assert file_examples(path, report)["id"].to_pylist() == ["Q1#0", "Q3#0"]
     assert report.first_dropped == {"the document is incomplete": ["Q2"]}
 
 
@@ -213,17 +218,15 @@ def test_what_only_json_takes_is_read(tmp_path):
     for encoding in ("utf-8-sig", "utf-16"):
         path = tmp_path / f"{encoding}.json"
         path.write_text(content, encoding=encoding)
-        assert [name for name, _ in file_examples(path, Report())] == ["Q1#0"]
+        assert file_examples(path, Report())["id"].to_pylist() == ["Q1#0"]
 
 
-def test_the_garbage_collector_pauses_while_a_file_is_read(write_file):
-    path = write_file([document(triple(), triple())], "trex/a.json")
-    found = file_examples(path, Report())
-    next(found)
-    assert not gc.isenabled()
-    found.close()
-    assert gc.isenabled()
-    list(file_examples(path, Report()))
+def test_the_garbage_collector_pauses_and_goes_on_as_before():
+    with no_garbage_collection():
+        assert not gc.isenabled()
+        with no_garbage_collection():
+            pass
+        assert not gc.isenabled()
     assert gc.isenabled()
 
 
