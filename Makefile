@@ -36,7 +36,7 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 help:
 	@echo "make demo      train adapters on a small model and show what they do (ARGS=... is passed on)"
 	@echo "make knowledge train adapters on real corpora and measure what they are worth (CORPORA=folder)"
-	@echo "make knowledge-variants  train the factual one in fourteen ways, to see what matters"
+	@echo "make knowledge-variants  train the factual one in fifteen ways, to see what matters"
 	@echo "make test      the tests, without those marked slow or cuda"
 	@echo "make slow      the tests marked slow"
 	@echo "make lint      ruff and mypy"

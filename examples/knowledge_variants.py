@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learning rate 1e-4": {"learning_rate": 1e-4},
     "learning rate 2e-3": {"learning_rate": 2e-3},
     "twice as wide": {"adapter_hidden_size": 384},
+    "twice as deep": {"adapter_num_hidden_layers": 2},
     "reads layers 0 to 6": {"adapter_layers": [0, 1, 2, 3, 4, 5, 6]},
     "fusion concat": {"fusion": "concat"},
     "a quarter of the rows": {"rows": 0.25},
