@@ -34,7 +34,7 @@ from kadapter_hf.corpora.trex_steps import (
 
 
 DOCUMENTS = 200  # that are timed; a corpus of fewer is repeated
-ROUNDS = 5
+ROUNDS = 10
 
 
 def read_with_json(file: Path) -> list[dict]:
