@@ -16,11 +16,15 @@ from transformers.utils import can_return_tuple
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeFusion
 from .backbone_kadapter import check_is_encoder, masked_lm_class
+from .card_kadapter import card_text
 from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig
 from .head_base_kadapter import HeadModel, cross_entropy, loss_of
+from .hub_kadapter import push_folder
 from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
 from .parsing_kadapter import DependencyParserOutput, KAdapterForDependencyParsing
+from .peft_kadapter import plain_state_dict
 from .repository_kadapter import RepositoryModel
+from .sources_kadapter import repository_folder
 from .storage_kadapter import BackboneMismatchError, KAdapterLoadError
 
 
@@ -46,6 +50,10 @@ __all__ = [
     "KnowledgeAdapterConfig",
     "KnowledgeFusion",
     "RepositoryModel",
+    "card_text",
+    "plain_state_dict",
+    "push_folder",
+    "repository_folder",
 ]
 
 

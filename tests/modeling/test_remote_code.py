@@ -172,3 +172,12 @@ def test_code_imports_nothing_that_a_plain_environment_lacks():
                 assert {alias.name.split(".")[0] for alias in node.names} <= allowed
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 1 or node.module.split(".")[0] in allowed, (name, node.module)
+
+
+def test_the_module_that_auto_map_names_imports_each_of_the_others():
+    """Older versions of transformers copy no others."""
+    import ast
+
+    source = (Path(kadapter_hf.modeling.__file__).parent / "heads_kadapter.py").read_text()
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom) and node.level == 1]
+    assert {f"{node.module}.py" for node in nodes} | {"heads_kadapter.py"} == set(CODE)
