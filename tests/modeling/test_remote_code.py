@@ -1,5 +1,6 @@
 """A saved K-Adapter loads by its own code, `trust_remote_code=True`, where this package is not installed."""
 
+import ast
 import json
 import os
 import shutil
@@ -160,8 +161,6 @@ def test_travelled_code_works_beside_the_installed_package(saved, tmp_path_facto
 
 def test_code_imports_nothing_that_a_plain_environment_lacks():
     """Each module alone: only torch, transformers, safetensors, huggingface_hub, its siblings."""
-    import ast
-
     allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "peft", "yaml"} | set(
         sys.stdlib_module_names
     )
@@ -176,8 +175,6 @@ def test_code_imports_nothing_that_a_plain_environment_lacks():
 
 def test_the_module_that_auto_map_names_imports_each_of_the_others():
     """Older versions of transformers copy no others."""
-    import ast
-
     source = (Path(kadapter_hf.modeling.__file__).parent / "heads_kadapter.py").read_text()
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom) and node.level == 1]
     assert {f"{node.module}.py" for node in nodes} | {"heads_kadapter.py"} == set(CODE)
