@@ -16,13 +16,13 @@ import torch
 
 from ..modeling.adapters_kadapter import KnowledgeAdapter
 from ..modeling.configuration_kadapter import KnowledgeAdapterConfig
+from ..modeling.format_kadapter import KAdapterLoadError
 from ..modeling.heads_kadapter import (
     KAdapterForEntityTyping,
     KAdapterForMultipleChoice,
     KAdapterForRelationClassification,
     KAdapterModel,
 )
-from ..modeling.storage_kadapter import KAdapterLoadError
 
 
 # The original's names for its adapters inside a K-Adapter, and ours.

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.serialization import MAGIC_NUMBER
 
-from ..modeling.storage_kadapter import KAdapterLoadError
+from ..modeling.format_kadapter import KAdapterLoadError
 
 
 LEGACY_START = pickle.dumps(MAGIC_NUMBER, protocol=2)

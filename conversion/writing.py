@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, initialization as init
 
-from ..modeling.backbone_kadapter import commit_of, load_backbone, quiet
-from ..modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KAdapterConfigError
-from ..modeling.storage_kadapter import (
+from ..modeling.backbone_kadapter import load_quietly
+from ..modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig
+from ..modeling.format_kadapter import (
     BACKBONE_FILE,
     BackboneMismatchError,
+    KAdapterConfigError,
     KAdapterLoadError,
-    check_tensors,
     equal_bits,
     file_of,
     fingerprint,
     part_of,
-    read_tensors,
 )
+from ..modeling.fusion_kadapter import ConcatFusion
+from ..modeling.reading_kadapter import check_tensors, read_tensors
+from ..modeling.saving_kadapter import write_repository
+from ..modeling.sources_kadapter import commit_of
 from .original import (
     Parts,
     Source,
@@ -209,7 +212,7 @@ def _describe(config: KAdapterConfig, parts: Parts, source: Source, weights: Sou
     A backbone that is, bit for bit, the named one is taken out of what is to be stored.
     """
     name = config.backbone_name_or_path or ""
-    reference = _backbone_at_hand(name, config.backbone_config)
+    reference = _backbone_at_hand(config)
     own = part_of(parts.state, "backbone")
     named = None if reference is None else fingerprint(reference.values())
     if weights is not None and reference is not None and equal_bits(own, reference):
@@ -232,11 +235,10 @@ def _describe(config: KAdapterConfig, parts: Parts, source: Source, weights: Sou
         }
 
 
-def _backbone_at_hand(name: str, expected: PreTrainedConfig) -> dict[str, torch.Tensor] | None:
-    """The tensors of the backbone of this name, if they are on this machine."""
+def _backbone_at_hand(config: KAdapterConfig) -> dict[str, torch.Tensor] | None:
+    """The tensors of the named backbone, if they are on this machine."""
     try:
-        with quiet():
-            named = load_backbone(name, expected=expected, local_files_only=True)
+        named = load_quietly(config)
     except BackboneMismatchError:
         raise
     except KAdapterLoadError:
@@ -245,17 +247,15 @@ def _backbone_at_hand(name: str, expected: PreTrainedConfig) -> dict[str, torch.
 
 
 def _add_new_fusion(parts: Parts) -> None:
-    """What the checkpoint does not have of a fusion passes the backbone's state on, as a new one does."""
-    if parts.fusion != "concat":
+    """Weights of the fusion that the checkpoint lacks pass the backbone's state through, as in a new fusion."""
+    if parts.fusion != ConcatFusion.kind:
         return
-    width, dtype = parts.width, next(iter(parts.state.values())).dtype
-    new = {"fusion.bias": torch.zeros(width, dtype=dtype)}
+    fusion = ConcatFusion(parts.width).to(next(iter(parts.state.values())).dtype)
+    fusion.init_shared()
     for name in parts.configs:
-        new[f"fusion.states.{name}.weight"] = torch.zeros(width, 2 * width, dtype=dtype)
-        new[f"fusion.states.{name}.weight"].fill_diagonal_(1)
-        new[f"fusion.states.{name}.bias"] = torch.zeros(width, dtype=dtype)
-        new[f"fusion.mix.{name}.weight"] = torch.zeros(width, width, dtype=dtype).fill_diagonal_(0.5)
-    parts.state = new | parts.state
+        fusion.add(name)
+        fusion.init_adapter(name, noise=0.0)  # the same input gives the same bytes
+    parts.state = fusion.state_dict(prefix="fusion.") | parts.state
 
 
 def _sha256(path: Path) -> str:
@@ -268,13 +268,13 @@ def _sha256(path: Path) -> str:
 
 def _write(model: Any, state: dict[str, torch.Tensor], path: Path, output: Path) -> None:
     """As `save_pretrained`, but from these tensors; the model itself is empty."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     stored = part_of(state, "backbone")
+    expected = model.state_dict()
     check_tensors(
-        {name: shape for name, shape in expected.items() if stored or file_of(name) != BACKBONE_FILE}, state, path
+        {name: own for name, own in expected.items() if stored or file_of(name) != BACKBONE_FILE}, state, path
     )
     model.config.architectures = [type(model).__name__]
     own = next(tensor for name, tensor in state.items() if name not in stored)
     model.config.dtype = str(own.dtype).removeprefix("torch.")
     model.backbone.to(next(iter(stored.values()), own).dtype)
-    model._write_repository(output, state)
+    write_repository(model, output, state)

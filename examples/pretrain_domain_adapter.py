@@ -14,7 +14,8 @@ import sys
 from transformers import DataCollatorForLanguageModeling
 
 from kadapter_hf import KAdapterForMaskedLM
-from kadapter_hf.pretraining import OBJECTIVES, Objective, main
+from kadapter_hf.objectives import OBJECTIVES, Objective
+from kadapter_hf.pretraining import main
 
 
 def text_features(batch, tokenizer, *, max_length=None):

@@ -2,19 +2,17 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from transformers import AutoConfig, AutoModel
 
-from .modeling.configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig
+from .cards import write_model_card
+from .hub import push_knowledge_adapter_to_hub, push_to_hub
+from .modeling.configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .modeling.format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
+from .modeling.fusion_kadapter import KnowledgeFusion, register_fusion
+from .modeling.head_base_kadapter import HeadModel, cross_entropy
 from .modeling.heads_kadapter import (
     DependencyParserOutput,
+    Encoded,
     KAdapterForDependencyParsing,
     KAdapterForEntityTyping,
     KAdapterForMaskedLM,
@@ -26,7 +24,8 @@ from .modeling.heads_kadapter import (
     KAdapterModel,
     KAdapterModelOutput,
 )
-from .modeling.storage_kadapter import BackboneMismatchError, KAdapterLoadError
+from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+from .modeling.registry_kadapter import register_head
 
 
 try:
@@ -34,29 +33,17 @@ try:
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-AutoConfig.register("kadapter", KAdapterConfig, exist_ok=True)
+AutoConfig.register(KAdapterConfig.model_type, KAdapterConfig, exist_ok=True)
 AutoModel.register(KAdapterConfig, KAdapterModel, exist_ok=True)
-AutoModelForMaskedLM.register(KAdapterConfig, KAdapterForMaskedLM, exist_ok=True)
-AutoModelForTokenClassification.register(KAdapterConfig, KAdapterForTokenClassification, exist_ok=True)
-AutoModelForQuestionAnswering.register(KAdapterConfig, KAdapterForQuestionAnswering, exist_ok=True)
-AutoModelForMultipleChoice.register(KAdapterConfig, KAdapterForMultipleChoice, exist_ok=True)
-
-
-class _SeveralClasses(tuple):
-    """Of several classes an Auto class takes the one that config.json's `architectures` names."""
-
-    __name__ = KAdapterForSequenceClassification.__name__  # pipelines of older transformers ask each entry for it
-
-
-AutoModelForSequenceClassification.register(
-    KAdapterConfig,
-    _SeveralClasses((KAdapterForSequenceClassification, KAdapterForEntityTyping, KAdapterForRelationClassification)),
-    exist_ok=True,
-)
+# What the code that travels with a repository does without: model cards, and pushes that check what they send.
+for _method in (write_model_card, push_to_hub, push_knowledge_adapter_to_hub):
+    setattr(KAdapterPreTrainedModel, _method.__name__, _method)
 
 __all__ = [
     "BackboneMismatchError",
     "DependencyParserOutput",
+    "Encoded",
+    "HeadModel",
     "KAdapterConfig",
     "KAdapterConfigError",
     "KAdapterForDependencyParsing",
@@ -71,4 +58,8 @@ __all__ = [
     "KAdapterModel",
     "KAdapterModelOutput",
     "KnowledgeAdapterConfig",
+    "KnowledgeFusion",
+    "cross_entropy",
+    "register_fusion",
+    "register_head",
 ]

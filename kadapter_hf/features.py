@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 
@@ -134,7 +134,7 @@ def multiple_choice_features(
     before, after = _specials(tokenizer)
     encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": [], "row": []}
     separator = [tokenizer.sep_token_id]
-    most = _most_tokens(tokenizer, max_length)
+    most = most_tokens(tokenizer, max_length)
     counts = [len(choices) for choices in batch["choices"]]
     texts = [*batch["context"], *batch["question"], *(choice for choices in batch["choices"] for choice in choices)]
     ids = _tokenize([_spaced(text) for text in texts], tokenizer)
@@ -179,7 +179,7 @@ def dependency_features(
             place = start + len(token)
     tokenized = iter(_tokenize(pieces, tokenizer))
     before, after = _specials(tokenizer)
-    most = _most_tokens(tokenizer, max_length)
+    most = most_tokens(tokenizer, max_length)
     names = ("input_ids", "attention_mask", "word_starts", "head_labels", "relation_labels", "row")
     encoded: dict[str, list] = {name: [] for name in names}
     for row, tokens in enumerate(batch["tokens"]):
@@ -203,7 +203,7 @@ def _encode_marked(
 ) -> dict[str, list]:
     """Texts with spans and each span's marker to `input_ids`, `attention_mask`, `starts` (of the spans) and `row`."""
     before, after = _specials(tokenizer)
-    most = _most_tokens(tokenizer, max_length) - len(before) - len(after)
+    most = most_tokens(tokenizer, max_length) - len(before) - len(after)
     pieces = []
     for text, spans in rows:
         done = 0
@@ -266,9 +266,23 @@ def _specials(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]
     raise ValueError(f"{type(tokenizer).__name__} does not put a text's tokens between its special ones.")
 
 
-def _most_tokens(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
-    """What fits: `max_length`, and never more than the model takes (tokenizers that don't know say a huge number)."""
-    most = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+def most_tokens(
+    tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, backbone: PreTrainedConfig | None = None
+) -> int:
+    """
+    How many tokens a row may have: `max_length`, but never more than the model takes.
+
+    Args:
+        backbone: its configuration knows if the tokenizer does not.
+
+    Raises:
+        ValueError: nothing says how many tokens the model takes.
+    """
+    most = tokenizer.model_max_length
+    if most > 10**6 and backbone is not None:  # the tokenizer does not know
+        # RoBERTa's position ids start at padding_idx + 1.
+        most = getattr(backbone, "max_position_embeddings", 512) - 2
+    most = min(max_length or most, most)
     if most > 10**6:
         raise ValueError("the tokenizer does not say how many tokens its model takes: give max_length.")
     return most

@@ -1,17 +1,13 @@
 """
 Pre-training of one knowledge adapter beside a frozen backbone, with the stock Trainer (paper, section 3.3).
 
-An objective says what the adapter learns from: rows of a schema, the features made of them, a head, and a metric. To add
-one, put it into `OBJECTIVES` under a name and call `main`:
-
-    OBJECTIVES["domain"] = Objective(features=…, model_class=KAdapterForMaskedLM, …)
-    main(["domain", "--data", "articles.jsonl", "--output_dir", "domain-adapter"])
+What the adapter learns from is an objective; see `kadapter_hf.objectives`.
 """
 
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -22,9 +18,7 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from transformers import (
     AutoTokenizer,
-    DataCollatorWithPadding,
     HfArgumentParser,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -34,75 +28,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .activations import ROW, CachedActivationsCollator, cached_activations
-from .collators import DataCollatorForDependencyParsing
-from .corpora import DEPENDENCY, RELATION, TYPING, Report, Schema, check_columns, read_jsonl
-from .features import dependency_features, encode, relation_features, typing_features
-from .metrics import decode_for_metrics, dependency_metrics, relation_metrics, typing_metrics
+from .corpora import Report, Schema, check_columns, read_jsonl
+from .features import encode, most_tokens
+from .hub import push_folder
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
-from .modeling.heads_kadapter import (
-    KAdapterForDependencyParsing,
-    KAdapterForEntityTyping,
-    KAdapterForRelationClassification,
-)
-from .modeling.hub_kadapter import push_folder
-from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+from .objectives import OBJECTIVES, Objective
+from .objectives.objective import label_set, row_labels
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """
-    What a knowledge adapter learns from.
-
-    Args:
-        schema: the columns of a row and which of them holds its labels, as in `kadapter_hf.corpora`; None takes any
-            columns, for an objective without labels.
-        features: `features(batch, tokenizer, labels=…, max_length=…)`, as those in `kadapter_hf.features`; without
-            `labels` if there are none.
-        model_class: the head that is trained with the adapter and thrown away afterwards.
-        collator: makes a batch's collator of the tokenizer.
-        metrics: makes Trainer's `compute_metrics` of the list of labels; None measures the loss alone.
-        preprocess_logits: Trainer's `preprocess_logits_for_metrics`.
-    """
-
-    features: Callable[..., dict[str, list]]
-    model_class: type[KAdapterPreTrainedModel]
-    collator: Callable[[PreTrainedTokenizerBase], Callable[[list[dict]], Any]]
-    schema: Schema | None = None
-    metrics: Callable[[list[str]], Callable] | None = None
-    preprocess_logits: Callable | None = None
-
-    def labels_of(self, rows: Dataset) -> list[str]:
-        """The labels that occur, sorted."""
-        return sorted(_label_set(rows, self.schema)) if self.schema else []
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "factual": Objective(
-        schema=RELATION,
-        features=relation_features,
-        model_class=KAdapterForRelationClassification,
-        collator=DataCollatorWithPadding,
-        metrics=lambda labels: relation_metrics,
-    ),
-    "linguistic": Objective(
-        schema=DEPENDENCY,
-        features=dependency_features,
-        model_class=KAdapterForDependencyParsing,
-        collator=DataCollatorForDependencyParsing,
-        metrics=dependency_metrics,
-        preprocess_logits=decode_for_metrics,
-    ),
-    "typing": Objective(
-        schema=TYPING,
-        features=typing_features,
-        model_class=KAdapterForEntityTyping,
-        collator=DataCollatorWithPadding,
-        metrics=lambda labels: typing_metrics,
-    ),
-}
 
 
 def _help(default: Any, text: str) -> Any:
@@ -218,7 +152,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     model.train_knowledge_adapter(name, train_head=True)
     features = partial(task.features, labels=labels) if labels else task.features
     with training.main_process_first(desc="features"):
-        most = _most_tokens(arguments.max_length, tokenizer, model)
+        most = most_tokens(tokenizer, arguments.max_length, model.backbone.config)
         data = {split: encode(split_rows, features, tokenizer, max_length=most) for split, split_rows in rows.items()}
     collator = task.collator(tokenizer)
     if arguments.cache_activations is not None:
@@ -353,33 +287,16 @@ def _without_problems(rows: Dataset, schema: Schema, name: str) -> Dataset:
     return rows.select(kept) if report.dropped else rows
 
 
-def _labels(rows: Dataset, schema: Schema) -> Iterator[list[str]]:
-    """Those of each row, of which it has one or several."""
-    for value in rows[schema.labels]:
-        yield [value] if isinstance(value, str) else value
-
-
-def _label_set(rows: Dataset, schema: Schema) -> set[str]:
-    return {label for labels in _labels(rows, schema) for label in labels}
-
-
 def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:
     """The rows whose labels occur in training; the others, which nothing could predict, are counted in a warning."""
-    unknown = sorted(_label_set(rows, schema) - known)
+    unknown = sorted(label_set(rows, schema) - known)
     if not unknown:
         return rows
-    kept = [number for number, labels in enumerate(_labels(rows, schema)) if known.issuperset(labels)]
+    kept = [number for number, labels in enumerate(row_labels(rows, schema)) if known.issuperset(labels)]
     logger.warning(
         f"{len(rows) - len(kept)} held-out rows have labels that training has not, and are left out: {unknown[:5]}"
     )
     return rows.select(kept)
-
-
-def _most_tokens(asked: int | None, tokenizer: PreTrainedTokenizerBase, model: KAdapterPreTrainedModel) -> int:
-    # RoBERTa's positions are counted from behind its pad id on.
-    positions = getattr(model.backbone.config, "max_position_embeddings", 512) - 2
-    known = [positions if tokenizer.model_max_length > 10**6 else tokenizer.model_max_length]
-    return min([*known, asked] if asked else known)
 
 
 def _numbered(data: dict[str, Dataset]) -> dict[str, Dataset]:

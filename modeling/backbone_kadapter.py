@@ -1,12 +1,8 @@
 """Finding, loading and checking the backbone that a K-Adapter stands on."""
 
-import contextlib
 import inspect
 import os
-import re
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,47 +17,15 @@ from transformers import (
     PreTrainedModel,
     initialization as init,
 )
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import logging
 
-from .configuration_kadapter import KAdapterConfig, KAdapterConfigError
-from .sources_kadapter import HUB_ARGUMENTS, check_downloads
-from .storage_kadapter import BackboneMismatchError, KAdapterLoadError, equal_bits, fingerprint
+from .compat_kadapter import copy_with_own_modules, new_model, quiet, records_hidden_states, without_load_report
+from .configuration_kadapter import KAdapterConfig
+from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
+from .sources_kadapter import check_downloads, hub_arguments, snapshot_of
 
 
 logger = logging.get_logger(__name__)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences transformers' progress bars and load reports, for loads that the user did not ask for."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def without_load_report() -> Iterator[None]:
-    """
-    Silences transformers' table of unexpected and missing keys; what matters in it is checked here, with an error.
-
-    Most encoders' repositories hold a pooler or a language-model head that a K-Adapter has no use for.
-    """
-    log = logging.get_logger("transformers.modeling_utils")
-
-    def keep(record):
-        return "LOAD REPORT" not in record.getMessage()
-
-    log.addFilter(keep)
-    try:
-        yield
-    finally:
-        log.removeFilter(keep)
 
 
 def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
@@ -90,8 +54,8 @@ def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
         raise KAdapterConfigError(
             f"{name} reads '{model_class.main_input_name}', not the token ids of a text encoder."
         )
-    recorded = "hidden_states" in (getattr(model_class, "_can_record_outputs", None) or {})
-    if not recorded and "output_hidden_states" not in inspect.signature(model_class.forward).parameters:
+    takes_argument = "output_hidden_states" in inspect.signature(model_class.forward).parameters
+    if not takes_argument and not records_hidden_states(model_class):
         raise KAdapterConfigError(f"{name} returns no hidden states, which knowledge adapters read.")
     if not isinstance(getattr(config, "num_hidden_layers", None), int) or not hasattr(config, "hidden_size"):
         raise KAdapterConfigError(f"{name} does not say its hidden_size and num_hidden_layers.")
@@ -115,7 +79,7 @@ def _class_of(config: PreTrainedConfig) -> Any:
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
-    """Nothing here reads the pooler, and where a checkpoint lacks one it would be random."""
+    """Arguments that leave out the pooler: it is not used, and would be random if a checkpoint lacks it."""
     model_class = _class_of(config)
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         return {"add_pooling_layer": False}
@@ -123,17 +87,16 @@ def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
 
 
 def drop_pooler(backbone: PreTrainedModel) -> None:
-    """Takes the pooler out of a model that someone else loaded, as `load_backbone` would not have loaded it."""
+    """Removes the pooler of a model that the user loaded; `load_backbone` does not load one either."""
     encoder = backbone.base_model
     if _without_pooler(encoder.config) and getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
 
 
 def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """A backbone with random weights, as `AutoModel.from_config` makes it, but without a pooler."""
+    """A backbone with random weights and without a pooler."""
     check_is_encoder(config)
-    # AutoModel.from_config would not pass the argument on, so the class that it would choose is called itself.
-    return _class_of(config)._from_config(config, **_without_pooler(config))
+    return new_model(_class_of(config), config, **_without_pooler(config))
 
 
 def load_backbone(
@@ -153,13 +116,12 @@ def load_backbone(
         BackboneMismatchError: it is of another type, size or vocabulary than `expected`.
         KAdapterConfigError: it can't be a backbone.
     """
-    hub_kwargs = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "subfolder", "trust_remote_code") if key in kwargs}
-    config, started = kwargs.pop("config", None), time.time()
-    if config is None:
-        try:
-            config = AutoConfig.from_pretrained(name, **hub_kwargs)
-        except Exception as error:  # whatever a foreign configuration class refuses with
-            raise _not_loaded(name, error) from error
+    hub_kwargs, started = hub_arguments(kwargs), time.time()
+    trust = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
+    try:
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **hub_kwargs, **trust)
+    except Exception as error:  # a foreign configuration class may raise anything
+        raise _not_loaded(name, error) from error
     check_is_encoder(config)
     if with_lm_head:
         masked_lm_class(config)
@@ -170,11 +132,11 @@ def load_backbone(
         extra = {} if with_lm_head else _without_pooler(config)
         with without_load_report():
             loaded, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **extra, **kwargs)
-    except (ImportError, TypeError, torch.OutOfMemoryError):  # not the backbone's fault
+    except (ImportError, TypeError, torch.OutOfMemoryError):  # not caused by the backbone's files
         raise
-    except Exception as error:  # its files', for which there are many errors
+    except Exception as error:  # damaged files raise many types
         raise _not_loaded(name, error) from error
-    snapshot = _snapshot(name, **hub_kwargs)
+    snapshot = snapshot_of(name, **hub_kwargs)
     if snapshot is not None:
         check_downloads(snapshot, os.fspath(name), started)
     prefix = f"{loaded.base_model_prefix}." if with_lm_head else ""
@@ -182,7 +144,7 @@ def load_backbone(
     if missing:
         raise KAdapterLoadError(
             f"the backbone '{name}' has no weights for '{missing[0]}' (and {len(missing) - 1} more): they would be "
-            "random. Is it the repository of this model? If not, give its place with backbone=<folder or model>."
+            "random. Is it the repository of this model? If not, say where it is with backbone=<folder or model>."
         )
     new = sorted(set(info["missing_keys"]) - set(missing))
     if new:
@@ -193,7 +155,7 @@ def load_backbone(
 def _not_loaded(name: Any, error: Exception) -> KAdapterLoadError:
     return KAdapterLoadError(
         f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. Check the name and the "
-        f"network, or give its place with backbone=<folder or model>. The reason: {error}"
+        f"network, or say where it is with backbone=<folder or model>. The reason: {error}"
     )
 
 
@@ -209,43 +171,45 @@ def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: 
 
 
 def is_opaque(backbone: PreTrainedModel) -> bool:
-    """Whether the weights are quantised or offloaded, and so not those that are stored."""
+    """Whether the weights are quantised or offloaded, and so differ from those that are stored."""
     quantised = getattr(backbone.config, "quantization_config", None) is not None
     return quantised or any(parameter.is_meta for parameter in backbone.parameters())
 
 
-def fingerprint_if_as_named(
-    backbone: PreTrainedModel, state: dict[str, torch.Tensor], config: KAdapterConfig, **kwargs
-) -> str | None:
-    """
-    The fingerprint of the backbone that `config` names, if `state` is that backbone, bit for bit, cast to its dtype.
+def load_quietly(config: KAdapterConfig, **hub_kwargs) -> PreTrainedModel:
+    """The backbone that `config` names, from this machine and without progress bars, to be compared with another."""
+    if config.backbone_name_or_path is None:
+        raise KAdapterLoadError("no backbone is named")
+    hub_kwargs = hub_arguments(hub_kwargs, ("force_download", "subfolder")) | {"local_files_only": True}
+    hub_kwargs["revision"] = config.backbone_revision
+    with quiet():
+        return load_backbone(config.backbone_name_or_path, expected=config.backbone_config, **hub_kwargs)
 
-    None if it differs, or if the named one is not at hand to compare. Quantised and offloaded weights can't be compared,
-    nor trained: they count as unchanged.
+
+def add_lm_head(backbone: PreTrainedModel, name: str | None, **hub_kwargs) -> PreTrainedModel:
     """
-    opaque = is_opaque(backbone)
-    try:
-        if config.backbone_name_or_path is None:
-            raise KAdapterLoadError("no backbone is named")
-        with quiet():
-            reference = load_backbone(
-                config.backbone_name_or_path,
-                expected=config.backbone_config,
-                revision=config.backbone_revision,
-                **kwargs,
-            ).state_dict()
-    except Exception:  # whatever it is, the weights that are here must not be lost for it
-        return config.backbone_fingerprint if opaque else None
-    if not opaque and not equal_bits(state, {f"backbone.{name}": tensor for name, tensor in reference.items()}):
-        return None
-    return fingerprint(reference.values())
+    The backbone inside its masked-language-model class, whose head comes from the named repository.
+
+    Raises:
+        KAdapterLoadError: there is no such repository.
+    """
+    if isinstance(backbone, masked_lm_class(backbone.config)):
+        return copy_with_own_modules(backbone)  # the K-Adapter removes the encoder from it
+    backbone = backbone.base_model
+    if name is None:
+        raise KAdapterLoadError(
+            "the backbone is not from a repository that its language-model head could be loaded from."
+        )
+    with_head = load_backbone(name, with_lm_head=True, dtype=backbone.dtype, **hub_kwargs)
+    setattr(with_head, with_head.base_model_prefix, backbone)
+    return with_head
 
 
 def stored_backbone(
     config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any, **kwargs
 ) -> PreTrainedModel:
     """
-    A backbone from the tensors that a K-Adapter repository holds itself.
+    A backbone from the tensors of a K-Adapter repository that stores its own.
 
     Raises:
         KAdapterLoadError: the tensors are not those of the backbone that `config` describes.
@@ -263,7 +227,7 @@ def stored_backbone(
                 **_without_pooler(config),
                 **kwargs,
             )
-    except Exception as error:  # whatever the model's own class refuses with
+    except Exception as error:  # the model's own class may raise anything
         raise KAdapterLoadError(
             f"'{place}' does not fit the backbone that config.json describes ({error}). Download or save the model again."
         ) from error
@@ -278,16 +242,16 @@ def stored_backbone(
 
 def _check_sizes(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any) -> None:
     """
-    Compares shapes before any memory is taken: config.json may ask for any amount of it.
+    Compares shapes before any memory is allocated, as config.json may ask for any amount of it.
 
-    Names are left to transformers, which knows those of its older versions.
+    Names are left to transformers, which maps those of its older versions.
     """
     try:
         if config.num_hidden_layers > len(tensors):
             raise ValueError(f"{config.num_hidden_layers} layers, and {len(tensors)} tensors")
         with init.no_init_weights(), torch.device("meta"):
             expected = _class_of(config)(config, **_without_pooler(config)).state_dict()
-    except Exception as error:  # whatever the model's own class refuses with
+    except Exception as error:  # the model's own class may raise anything
         raise KAdapterLoadError(
             f"'{place}' does not fit the backbone that config.json describes ({error}). Download or save the model again."
         ) from error
@@ -297,27 +261,3 @@ def _check_sizes(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], pla
                 f"'{place}': tensor '{name}' has shape {tuple(tensors[name].shape)}, and config.json describes one of "
                 f"{tuple(expected[name].shape)}. Download or save the model again."
             )
-
-
-def commit_of(name: str | os.PathLike, **kwargs) -> str | None:
-    """The commit of the Hub repository that a just-loaded backbone came from; None for a folder."""
-    snapshot = _snapshot(name, **kwargs)
-    match = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})$", str(snapshot))
-    return match.group(1) if match else None
-
-
-def _snapshot(name: str | os.PathLike, **kwargs) -> Path | None:
-    """Where the Hub's cache has the files of a just-loaded backbone; None for a folder."""
-    if os.path.isdir(name):
-        return None
-    names = ("cache_dir", "revision", "token")
-    try:
-        path = cached_file(
-            name,
-            CONFIG_NAME,
-            local_files_only=True,
-            **{key: kwargs[key] for key in names if kwargs.get(key) is not None},
-        )
-    except OSError:
-        return None
-    return Path(path).parent if path else None

@@ -1,34 +1,29 @@
 """Configuration of K-Adapter models: the backbone, each knowledge adapter, the fusion and what is frozen."""
 
 import copy
+import dataclasses
 import functools
 import json
-import re
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, RobertaConfig
 from transformers.activations import ACT2FN
-from transformers.utils import logging
 
+from .compat_kadapter import drop_colliding, dtypes_to_str
+from .format_kadapter import KAdapterConfigError, check_adapter_name, decode_floats, encode_floats
+from .fusion_kadapter import check_fusion
 
-logger = logging.get_logger(__name__)
 
 DEFAULT_BACKBONE = "FacebookAI/roberta-large"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# More than any model has; and a configuration makes lists of these lengths.
+# Far more than any model has. Configurations make lists of these lengths.
 _MOST = {"num_labels": 10**7, "num_hidden_layers": 10**4}
-# One path-safe segment: it names a file in the repository and is one part of a tensor's dotted name.
-_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-class KAdapterConfigError(ValueError):
-    """A configuration that is of the wrong type or impossible; the message names the field."""
 
 
 def _refuse_clearly(cls):
-    """Makes every failure of a configuration's construction a `KAdapterConfigError` that names the class."""
+    """Makes every failure to construct a configuration a `KAdapterConfigError` that names the class."""
     original_init = cls.__init__
 
     @functools.wraps(original_init)
@@ -49,7 +44,7 @@ def _refuse_clearly(cls):
 
 
 def _check_common(fields: dict[str, Any]) -> None:
-    """Refuses what transformers' own configuration class takes on trust, to fail with it later or never to finish."""
+    """Refuses values that transformers' own configuration class does not validate, and would fail later or hang."""
     for field in ("dtype", "torch_dtype"):
         dtype = fields.get(field)
         named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -67,78 +62,41 @@ def _check_common(fields: dict[str, Any]) -> None:
         raise KAdapterConfigError(f"quantization_config must be a dict or a configuration, not {quantization!r}.")
 
 
-def check_adapter_name(name: Any) -> str:
-    """Returns `name` if it can name a knowledge adapter, else raises `KAdapterConfigError`."""
-    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
-        raise KAdapterConfigError(
-            f"{str(name)[:80]!r} can't name a knowledge adapter: a name is 1 to 64 letters, digits, '_' or '-', "
-            "and begins with a letter or digit."
-        )
-    if hasattr(torch.nn.ModuleDict, name) or name == "training":
-        raise KAdapterConfigError(
-            f"{name!r} can't name a knowledge adapter: torch.nn.Module has an attribute of that name. "
-            f"Choose another, such as '{name}_knowledge'."
-        )
-    return name
-
-
-def _drop_colliding(cls: type, kwargs: dict[str, Any]) -> None:
-    """Drops, with a warning, unknown fields that would overwrite a method or read-only property of `cls`."""
-    kwargs.pop("model_type", None)  # of the class; older versions of transformers pass it along
-    for key in list(kwargs):
-        attribute = getattr(cls, key, None) if hasattr(cls, key) else None
-        settable = attribute is None or (isinstance(attribute, property) and attribute.fset is not None)
-        if not settable:
-            logger.warning(f"{cls.__name__}: the unknown field '{key}' is dropped.")
-            del kwargs[key]
-
-
-def _dtypes_to_str(self: PreTrainedConfig, fields: dict[str, Any]) -> None:
-    """As transformers' own, which takes whatever is called dtype for one, also deep in what it does not know."""
-    if isinstance(fields.get("dtype"), torch.dtype):
-        fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
-    for value in fields.values():
-        if isinstance(value, dict):
-            _dtypes_to_str(self, value)
-
-
 @_refuse_clearly
 @strict
-class KnowledgeAdapterConfig(PreTrainedConfig):
+@dataclasses.dataclass
+class KnowledgeAdapterConfig:
     r"""
-    One knowledge adapter: its sizes, the backbone states it reads, and where its knowledge came from.
+    One knowledge adapter: its sizes, the backbone states that it reads, and the origin of its knowledge.
 
-    Its defaults are the paper's for roberta-large (section 3.1; `AdapterConfig` in the original's
+    The defaults are the paper's for roberta-large (section 3.1; `AdapterConfig` in the original's
     `pytorch_transformers/my_modeling_roberta.py`).
 
     Args:
         backbone_layers (`list[int]`, *optional*):
-            Which of the backbone's hidden states the adapter layers read, one adapter layer each; 0 is the embeddings'
-            output and `num_hidden_layers` of the backbone the last (the original's `adapter_list`). By default the
-            first, the middle and the last but one: `[0, 11, 22]` for 24 layers.
+            The backbone's hidden states that the adapter reads, one adapter layer each; 0 is the output of the embeddings
+            and the backbone's `num_hidden_layers` is the last (the original's `adapter_list`). By default the first, the
+            middle and the last but one: `[0, 11, 22]` for 24 layers.
         num_hidden_layers (`int`, defaults to 2): transformer layers inside each adapter layer.
-        hidden_size (`int`, defaults to 768): their width; the projections go from and to the backbone's width.
+        hidden_size (`int`, defaults to 768): their width; projections lead from and to the backbone's width.
         num_attention_heads (`int`, defaults to 12): must divide `hidden_size`.
         intermediate_size (`int`, defaults to 3072): width of their feed-forward part.
         hidden_act (`str`, defaults to `"gelu"`)
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, default to 0.1)
         layer_norm_eps (`float`, defaults to 1e-5)
         initializer_range (`float`, defaults to 2e-4):
-            standard deviation of a new adapter's projections, so small that the adapter starts as almost the identity.
+            standard deviation of a new adapter's projections, so small that the adapter starts almost as the identity.
         attend_to_padding (`bool`, defaults to `False`):
-            The original's adapters attend to padding, and padded positions get running position ids. `True` does
+            The original's adapters attend to padding, and give padded positions running position ids. `True` reproduces
             exactly that; converted checkpoints need it.
         backbone_name_or_path, backbone_fingerprint (`str`, *optional*):
-            The backbone this adapter was trained on. Filled in by the model.
+            The backbone that the adapter was trained on. Set by the model.
         provenance (`dict`, *optional*):
-            Where the knowledge came from (corpus, size, seed, metric, …). JSON values; kept as they are.
+            Where the knowledge comes from (corpus, size, seed, metric, …), as JSON values.
 
     Raises:
-        KAdapterConfigError: a field is of the wrong type or has an impossible value.
+        KAdapterConfigError: a field is unknown, of the wrong type, or has an impossible value.
     """
-
-    model_type = "kadapter_knowledge_adapter"
-    dict_dtype_to_str = _dtypes_to_str
 
     backbone_layers: list[int] | None = None
     num_hidden_layers: int = 2
@@ -154,10 +112,8 @@ class KnowledgeAdapterConfig(PreTrainedConfig):
     backbone_name_or_path: str | None = None
     backbone_fingerprint: str | None = None
     provenance: dict | None = None
-
-    def __post_init__(self, **kwargs):
-        _drop_colliding(type(self), kwargs)
-        super().__post_init__(**kwargs)
+    # Fields that only a newer version knows: kept, so that saving does not lose them.
+    newer_fields: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def validate_sizes(self):
         """Called by `@strict` after construction."""
@@ -185,12 +141,12 @@ class KnowledgeAdapterConfig(PreTrainedConfig):
                 raise KAdapterConfigError("backbone_layers is empty: an adapter reads at least one hidden state.")
             if any(isinstance(layer, bool) or layer < 0 for layer in self.backbone_layers):
                 raise KAdapterConfigError(
-                    f"backbone_layers counts from 0, the embeddings' output; got {self.backbone_layers}."
+                    f"backbone_layers counts from 0, the output of the embeddings; got {self.backbone_layers}."
                 )
 
     def for_backbone(self, backbone_config: PreTrainedConfig, name: str) -> "KnowledgeAdapterConfig":
         """
-        A copy that fits the backbone: `backbone_layers` filled in if it was left out, and within the backbone.
+        A copy that fits the backbone: `backbone_layers` set if it was left out, and checked against the backbone's depth.
 
         Raises:
             KAdapterConfigError: a layer that the backbone does not have.
@@ -207,25 +163,33 @@ class KnowledgeAdapterConfig(PreTrainedConfig):
             )
         return config
 
-    def to_portable_dict(self) -> dict[str, Any]:
-        """
-        The fields that describe the adapter: what config.json and the adapter file's metadata hold.
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "KnowledgeAdapterConfig":
+        """The inverse of `to_dict`. Unlike the constructor, it accepts and keeps the unknown fields of newer versions."""
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        config = cls(**{key: value for key, value in content.items() if key in known})
+        config.newer_fields = {key: copy.deepcopy(value) for key, value in content.items() if key not in known}
+        return config
 
-        As they come back from JSON: its keys are strings, and infinities and NaN are tagged there, not numbers.
+    def to_dict(self) -> dict[str, Any]:
+        """
+        All fields, sorted, as they come back from JSON: the keys of `provenance` are strings.
 
         Raises:
-            KAdapterConfigError: a value that JSON has no words for.
+            KAdapterConfigError: a value that JSON can't represent.
         """
-        fields = {key: value for key, value in sorted(self.to_dict().items()) if key not in _fields_of_every_config()}
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         try:
-            return self._decode_special_floats(json.loads(json.dumps(self._encode_special_floats(fields))))
+            content = json.loads(json.dumps(encode_floats(content | self.newer_fields)))
         except (TypeError, ValueError, RecursionError) as error:
-            raise KAdapterConfigError(f"a knowledge adapter's configuration holds what JSON can't: {error}") from error
+            raise KAdapterConfigError(
+                f"a knowledge adapter's configuration has a value that JSON can't represent: {error}"
+            ) from error
+        return decode_floats(dict(sorted(content.items())))
 
-
-@functools.cache
-def _fields_of_every_config() -> frozenset[str]:
-    return frozenset(PreTrainedConfig().to_dict()) | {"model_type", "transformers_version", "architectures"}
+    def to_json(self) -> str:
+        """All fields as JSON, for comparison: NaN, which differs from itself, is a string there."""
+        return json.dumps(encode_floats(self.to_dict()))
 
 
 def _roberta_large() -> RobertaConfig:
@@ -246,29 +210,31 @@ class KAdapterConfig(PreTrainedConfig):
     r"""
     A K-Adapter: a backbone, knowledge adapters by name, and how they are fused.
 
-    `KAdapterConfig()` is roberta-large without adapters. To build a model on another backbone use
-    `KAdapterModel.from_backbone`, which fills all of this in.
+    `KAdapterConfig()` is roberta-large without adapters. To build a model on another backbone, use
+    `KAdapterModel.from_backbone`, which sets all of this.
 
     Args:
         backbone_name_or_path (`str`, *optional*, defaults to `"FacebookAI/roberta-large"`):
-            Repository or folder that the backbone's weights come from.
-        backbone_revision (`str`, *optional*): commit of that repository; filled in when the backbone is loaded.
-        backbone_fingerprint (`str`, *optional*): what the backbone's weights must be; filled in likewise.
+            Repository or folder of the backbone's weights.
+        backbone_revision (`str`, *optional*): commit of that repository; set when the backbone is loaded.
+        backbone_fingerprint (`str`, *optional*): identifies the backbone's weights; set when the backbone is loaded.
         backbone_config (`dict` or `PreTrainedConfig`, *optional*): the backbone's own configuration, of any model type
             that `AutoConfig` knows. Defaults to roberta-large's.
         knowledge_adapters (`dict[str, KnowledgeAdapterConfig]`, *optional*): the adapters by name.
-        active_knowledge_adapters (`list[str]`, *optional*): those that are used, in the order given; all by default.
-        fusion (`"concat"` or `"add"`): how the backbone's and the adapters' states become one (paper, section 3.2).
+        active_knowledge_adapters (`list[str]`, *optional*): the adapters in use, in this order; by default all.
+        fusion (`str`, defaults to `"concat"`): how the states of the backbone and the adapters become one: `"concat"` (the
+            paper, section 3.2), `"add"`, or one of your own (see `register_fusion`).
+        fusion_config (`dict`, *optional*): values for that fusion, if it has any.
         classifier_dropout (`float`, defaults to 0.1): dropout in the task heads.
         freeze_backbone (`bool`, defaults to `True`), frozen_knowledge_adapters (`list[str]`), freeze_head (`bool`):
-            what does not train; `freeze_head` is about the fusion and the task head.
+            what does not train; `freeze_head` applies to the fusion and the task head.
 
     Raises:
         KAdapterConfigError: a field is of the wrong type or has an impossible value.
     """
 
     model_type = "kadapter"
-    dict_dtype_to_str = _dtypes_to_str
+    dict_dtype_to_str = dtypes_to_str
     sub_configs = {"backbone_config": AutoConfig}
 
     backbone_name_or_path: str | None = DEFAULT_BACKBONE
@@ -277,7 +243,8 @@ class KAdapterConfig(PreTrainedConfig):
     backbone_config: Any = None
     knowledge_adapters: dict | None = None
     active_knowledge_adapters: list[str] | None = None
-    fusion: Literal["concat", "add"] = "concat"
+    fusion: str = "concat"
+    fusion_config: dict | None = None
     classifier_dropout: float | int = 0.1
     freeze_backbone: bool = True
     frozen_knowledge_adapters: list[str] | None = None
@@ -294,7 +261,7 @@ class KAdapterConfig(PreTrainedConfig):
         if self.frozen_knowledge_adapters is None:
             self.frozen_knowledge_adapters = []
         self.architectures = self.architectures or []  # the Auto classes iterate over it
-        _drop_colliding(type(self), kwargs)
+        drop_colliding(type(self), kwargs)
         super().__post_init__(**kwargs)
 
     def _build_backbone_config(self, config: Any) -> PreTrainedConfig:
@@ -321,22 +288,23 @@ class KAdapterConfig(PreTrainedConfig):
         try:
             _check_common(config)
             built = CONFIG_MAPPING[model_type](**config)
-            built.to_json_string()  # or saving would be where it fails
+            built.to_json_string()  # fails here rather than when saving
             return built
-        except Exception as error:  # whatever a foreign configuration class refuses with
+        except Exception as error:  # a foreign configuration class may raise anything
             raise KAdapterConfigError(f"backbone_config ({model_type}): {error}") from error
 
     def _build_adapter_config(self, name: Any, config: Any) -> KnowledgeAdapterConfig:
         check_adapter_name(name)
+        if type(config).__name__ == "KnowledgeAdapterConfig" and not isinstance(config, KnowledgeAdapterConfig):
+            config = config.to_dict()  # the same class, from the code of a repository
         if isinstance(config, dict):
             try:
-                config = KnowledgeAdapterConfig(**config)
+                config = KnowledgeAdapterConfig.from_dict(config)
             except KAdapterConfigError as error:
                 raise KAdapterConfigError(f"knowledge_adapters['{name}']: {error}") from error
         if config is None:
             config = KnowledgeAdapterConfig()
-        # By name: code that travelled with a repository defines a class of its own.
-        if type(config).__name__ != "KnowledgeAdapterConfig":
+        if not isinstance(config, KnowledgeAdapterConfig):
             raise KAdapterConfigError(
                 f"knowledge_adapters['{name}'] must be a KnowledgeAdapterConfig or a dict, not {type(config).__name__}."
             )
@@ -356,6 +324,7 @@ class KAdapterConfig(PreTrainedConfig):
                 f"knowledge_adapters {list(self.knowledge_adapters)}: two names differ only in case, which some file "
                 "systems can't tell apart."
             )
+        check_fusion(self.fusion, self.fusion_config or {})
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise KAdapterConfigError(f"problem_type must be one of {PROBLEM_TYPES}, not {self.problem_type!r}.")
         if not 0 <= self.classifier_dropout < 1:
@@ -380,10 +349,12 @@ class KAdapterConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
+        if output.get("fusion_config") is None:
+            output.pop("fusion_config", None)
         if isinstance(output.get("backbone_config"), PreTrainedConfig):
             output["backbone_config"] = output["backbone_config"].to_dict()
         output["knowledge_adapters"] = {
-            name: adapter if isinstance(adapter, dict) else adapter.to_portable_dict()
+            name: adapter if isinstance(adapter, dict) else adapter.to_dict()
             for name, adapter in output["knowledge_adapters"].items()
         }
         return output

@@ -1,4 +1,4 @@
-"""Task heads on a K-Adapter's fused states. The module that a repository's `auto_map` names: it imports all the others."""
+"""The task heads. A repository's `auto_map` names this module, which imports all others."""
 
 import torch
 from torch import nn
@@ -14,25 +14,33 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .adapters_kadapter import KnowledgeAdapter, KnowledgeFusion
+from .adapters_kadapter import KnowledgeAdapter
 from .backbone_kadapter import check_is_encoder, masked_lm_class
-from .card_kadapter import card_text
-from .configuration_kadapter import KAdapterConfig, KAdapterConfigError, KnowledgeAdapterConfig
-from .head_base_kadapter import HeadModel, cross_entropy, loss_of
-from .hub_kadapter import push_folder
-from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
+from .compat_kadapter import new_model
+from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
+from .fusion_kadapter import KnowledgeFusion, register_fusion
+from .head_base_kadapter import HeadModel, cross_entropy, first_position, loss_of
+from .layers_kadapter import TransformerLayer
+from .loading_kadapter import load_repository
+from .modeling_kadapter import Encoded, KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
+from .origins_kadapter import Origins
 from .parsing_kadapter import DependencyParserOutput, KAdapterForDependencyParsing
 from .peft_kadapter import plain_state_dict
-from .repository_kadapter import RepositoryModel
+from .reading_kadapter import read_adapter
+from .registry_kadapter import register_head
+from .replacing_kadapter import replace_files
+from .saving_kadapter import save_repository
 from .sources_kadapter import repository_folder
-from .storage_kadapter import BackboneMismatchError, KAdapterLoadError
 
 
-# Older versions of transformers copy, of a repository's code, only what its entry module itself imports: so this one
+# transformers 5.5 copies, of a repository's code, only the modules that its entry module itself imports: so this one
 # imports something from each of its siblings.
 __all__ = [
     "BackboneMismatchError",
     "DependencyParserOutput",
+    "Encoded",
+    "HeadModel",
     "KAdapterConfig",
     "KAdapterConfigError",
     "KAdapterForDependencyParsing",
@@ -49,11 +57,17 @@ __all__ = [
     "KnowledgeAdapter",
     "KnowledgeAdapterConfig",
     "KnowledgeFusion",
-    "RepositoryModel",
-    "card_text",
+    "Origins",
+    "TransformerLayer",
+    "cross_entropy",
+    "load_repository",
     "plain_state_dict",
-    "push_folder",
+    "read_adapter",
+    "register_fusion",
+    "register_head",
+    "replace_files",
     "repository_folder",
+    "save_repository",
 ]
 
 
@@ -63,7 +77,7 @@ def _classification_loss(
     config: KAdapterConfig,
     num_items_in_batch: torch.Tensor | int | None,
 ) -> torch.Tensor:
-    """The loss for `(batch, num_labels)` logits that `config.problem_type` says; if it says none, the labels decide."""
+    """The loss of `(batch, num_labels)` logits for `config.problem_type`, which the labels decide if it is not set."""
     if config.problem_type is None:
         if config.num_labels == 1:
             config.problem_type = "regression"
@@ -81,8 +95,8 @@ def _classification_loss(
     return loss_of(total, labels.numel(), num_items_in_batch)
 
 
-def _check_marker(name: str, positions: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
-    batch, length = state.shape[:2]
+def _check_marker(name: str, positions: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
+    batch, length = encoded.backbone_state.shape[:2]
     if positions is None:
         raise ValueError(
             f"{name} is missing: the position of the marker before the entity in each row, shape (batch,)."
@@ -98,6 +112,7 @@ def _check_marker(name: str, positions: torch.Tensor | None, state: torch.Tensor
     return positions
 
 
+@register_head("AutoModelForSequenceClassification")
 class KAdapterForSequenceClassification(HeadModel):
     """Classification or regression of a text, from the fused state of its first token."""
 
@@ -121,18 +136,20 @@ class KAdapterForSequenceClassification(HeadModel):
         Returns:
             `logits` of shape `(batch, num_labels)`.
         """
-        state, knowledge, output = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
-        logits = self.classifier(self.dropout(self._fused_at(state, knowledge, self._first_position(state))))
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(self.fused(encoded, first_position(encoded))))
         loss = None
         if labels is not None:
             loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
+            loss=loss,
+            logits=logits,
+            hidden_states=encoded.output.hidden_states,
+            attentions=encoded.output.get("attentions"),
         )
 
 
+@register_head("AutoModelForTokenClassification")
 class KAdapterForTokenClassification(HeadModel):
     """A label for each token, from its fused state."""
 
@@ -155,22 +172,22 @@ class KAdapterForTokenClassification(HeadModel):
         Returns:
             `logits` of shape `(batch, length, num_labels)`.
         """
-        state, knowledge, output = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
-        logits = self.classifier(self.dropout(self._fused(state, knowledge)))
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(self.fused(encoded)))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
+            loss=loss,
+            logits=logits,
+            hidden_states=encoded.output.hidden_states,
+            attentions=encoded.output.get("attentions"),
         )
 
 
+@register_head("AutoModelForQuestionAnswering")
 class KAdapterForQuestionAnswering(HeadModel):
     """The start and end of an answer in a text."""
 
-    _classifier_name = "qa_outputs"
-
-    def _add_head(self, config: KAdapterConfig, width: int) -> None:
+    def add_head(self, config: KAdapterConfig, width: int) -> None:
         self.qa_outputs = nn.Linear(width, 2)
 
     @can_return_tuple
@@ -193,10 +210,8 @@ class KAdapterForQuestionAnswering(HeadModel):
         Returns:
             `start_logits` and `end_logits` of shape `(batch, length)`.
         """
-        state, knowledge, output = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
-        logits = self.qa_outputs(self.dropout(self._fused(state, knowledge)))
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        logits = self.qa_outputs(self.dropout(self.fused(encoded)))
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -211,11 +226,12 @@ class KAdapterForQuestionAnswering(HeadModel):
             loss=loss,
             start_logits=start_logits,
             end_logits=end_logits,
-            hidden_states=output.hidden_states,
-            attentions=output.get("attentions"),
+            hidden_states=encoded.output.hidden_states,
+            attentions=encoded.output.get("attentions"),
         )
 
 
+@register_head("AutoModelForMultipleChoice")
 class KAdapterForMultipleChoice(HeadModel):
     """
     Choice among several continuations, each scored from the fused state of its first token.
@@ -223,7 +239,7 @@ class KAdapterForMultipleChoice(HeadModel):
     Source: `COSMOSQAModel` in the original's `examples/run_finetune_cosmosqa_adapter.py`.
     """
 
-    def _add_head(self, config: KAdapterConfig, width: int) -> None:
+    def add_head(self, config: KAdapterConfig, width: int) -> None:
         self.classifier = nn.Linear(width, 1)
 
     @can_return_tuple
@@ -255,15 +271,19 @@ class KAdapterForMultipleChoice(HeadModel):
             None if tensor is None else tensor.flatten(0, 1)
             for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
-        state, knowledge, output = self._encode(*flat, **kwargs)
-        fused = self._fused_at(state, knowledge, self._first_position(state))
+        encoded = self.encode(*flat, **kwargs)
+        fused = self.fused(encoded, first_position(encoded))
         logits = self.classifier(self.dropout(fused)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
+            loss=loss,
+            logits=logits,
+            hidden_states=encoded.output.hidden_states,
+            attentions=encoded.output.get("attentions"),
         )
 
 
+@register_head("AutoModelForSequenceClassification")
 class KAdapterForEntityTyping(HeadModel):
     """
     The types of one marked entity, of which several may hold: `out_proj(dropout(dense(f_entity)))`, no activation.
@@ -271,7 +291,7 @@ class KAdapterForEntityTyping(HeadModel):
     Source: paper, section 4.1; `ETModel` in the original's `examples/run_finetune_openentity_adapter.py`.
     """
 
-    def _add_head(self, config: KAdapterConfig, width: int) -> None:
+    def add_head(self, config: KAdapterConfig, width: int) -> None:
         if config.problem_type is None:
             config.problem_type = "multi_label_classification"
         self.dense = nn.Linear(width, width)
@@ -301,19 +321,21 @@ class KAdapterForEntityTyping(HeadModel):
         Raises:
             ValueError: `entity_start` is missing, of another shape, or outside the text.
         """
-        state, knowledge, output = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
-        fused = self._fused_at(state, knowledge, _check_marker("entity_start", entity_start, state))
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        fused = self.fused(encoded, _check_marker("entity_start", entity_start, encoded))
         logits = self.out_proj(self.dropout(self.dense(fused)))
         loss = None
         if labels is not None:
             loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
+            loss=loss,
+            logits=logits,
+            hidden_states=encoded.output.hidden_states,
+            attentions=encoded.output.get("attentions"),
         )
 
 
+@register_head("AutoModelForSequenceClassification")
 class KAdapterForRelationClassification(HeadModel):
     """
     The relation between two marked entities: `out_proj(dropout(dense([f_subject; f_object])))`, no activation.
@@ -321,7 +343,7 @@ class KAdapterForRelationClassification(HeadModel):
     Source: paper, section 4.3; `TACREDModel` in the original's `examples/run_finetune_TACRED_adapter.py`.
     """
 
-    def _add_head(self, config: KAdapterConfig, width: int) -> None:
+    def add_head(self, config: KAdapterConfig, width: int) -> None:
         self.dense = nn.Linear(2 * width, width)
         self.out_proj = nn.Linear(width, config.num_labels)
 
@@ -350,33 +372,34 @@ class KAdapterForRelationClassification(HeadModel):
         Raises:
             ValueError: a marker position is missing, of another shape, or outside the text.
         """
-        state, knowledge, output = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         markers = (
-            _check_marker("subject_start", subject_start, state),
-            _check_marker("object_start", object_start, state),
+            _check_marker("subject_start", subject_start, encoded),
+            _check_marker("object_start", object_start, encoded),
         )
-        pair = torch.cat([self._fused_at(state, knowledge, marker) for marker in markers], dim=-1)
+        pair = torch.cat([self.fused(encoded, marker) for marker in markers], dim=-1)
         logits = self.out_proj(self.dropout(self.dense(pair)))
         loss = None
         if labels is not None:
             loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
+            loss=loss,
+            logits=logits,
+            hidden_states=encoded.output.hidden_states,
+            attentions=encoded.output.get("attentions"),
         )
 
 
 class _StatesGiven(nn.Module):
     """
-    Stands where a masked-language-model class has its encoder, and returns the states that it is given.
+    Takes the place of the encoder in a masked-language-model class, and returns the states that it is given.
 
-    So each model type's own class applies its own head, and no head is written again here.
+    So the class of each model type applies its own head, and no head has to be implemented again here.
     """
 
     def __init__(self, backbone: PreTrainedModel):
         super().__init__()
-        self.__dict__["backbone"] = backbone  # not a submodule: it is one of the K-Adapter already
+        self.__dict__["backbone"] = backbone  # not a submodule here, as it is already one of the K-Adapter
 
     def __getattr__(self, name: str):
         try:
@@ -388,28 +411,29 @@ class _StatesGiven(nn.Module):
         return BaseModelOutput(last_hidden_state=inputs_embeds)
 
 
+@register_head("AutoModelForMaskedLM")
 class KAdapterForMaskedLM(KAdapterPreTrainedModel):
     """
     The backbone's own masked-language-model head on the fused states.
 
     Without an active adapter it predicts exactly what the backbone does. The head's weights come from the backbone's
-    repository, and its output layer is tied to the backbone's embeddings where the backbone's own class ties them.
+    repository, and its output layer is tied to the backbone's embeddings if the backbone's own class ties them.
     """
 
-    _needs_lm_head = True
+    needs_lm_head = True
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
-        """`backbone` may be a masked-language model, whose head is then used, or an encoder, and the head is new."""
+        """`backbone` may be a masked-language model, whose head is then used, or an encoder; then the head is new."""
         if backbone is None or backbone.base_model is backbone:
             check_is_encoder(config.backbone_config)
-            with_head = masked_lm_class(config.backbone_config)._from_config(config.backbone_config)
+            with_head = new_model(masked_lm_class(config.backbone_config), config.backbone_config)
             if backbone is not None:
                 setattr(with_head, with_head.base_model_prefix, backbone)
         else:
             with_head = backbone
         super().__init__(config, with_head)
         if backbone is None:
-            self._sources.clear()
+            self.origins.forget("backbone")
         self._take_head(with_head)
         self.post_init()
 
@@ -451,12 +475,13 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         Returns:
             `logits` of shape `(batch, length, vocab_size)`.
         """
-        state, knowledge, output = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
-        fused = self.fusion(state, knowledge).to(self.lm_head.dtype)
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        fused = self.fusion(encoded.backbone_state, encoded.knowledge).to(self.lm_head.dtype)
         logits = self.lm_head(inputs_embeds=fused, return_dict=True).logits
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.get("attentions")
+            loss=loss,
+            logits=logits,
+            hidden_states=encoded.output.hidden_states,
+            attentions=encoded.output.get("attentions"),
         )

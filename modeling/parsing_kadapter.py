@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_kadapter import KAdapterConfig
-from .head_base_kadapter import HeadModel, cross_entropy
+from .head_base_kadapter import HeadModel, cross_entropy, first_position
+from .modeling_kadapter import Encoded
+from .registry_kadapter import register_head
 
 
 @dataclass
@@ -124,8 +126,8 @@ def _can_be_checked(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_word_starts(word_starts: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
-    batch, length = state.shape[:2]
+def _check_word_starts(word_starts: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
+    batch, length = encoded.backbone_state.shape[:2]
     if word_starts is None:
         raise ValueError("word_starts is missing: the position of each word's first token, shape (batch, words).")
     if word_starts.dim() != 2 or word_starts.shape[0] != batch or word_starts.is_floating_point():
@@ -139,7 +141,7 @@ def _check_word_starts(word_starts: torch.Tensor | None, state: torch.Tensor) ->
             raise ValueError(f"word_starts has {outside[0].item()}, but the rows are {length} tokens long.")
         if ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
             raise ValueError("word_starts has a word after a -1; -1 fills the end of a row with fewer words.")
-    return word_starts.to(state.device)
+    return word_starts.to(encoded.backbone_state.device)
 
 
 def _check_labels(
@@ -179,6 +181,7 @@ def _word_loss(
     return (losses.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
 
 
+@register_head()
 class KAdapterForDependencyParsing(HeadModel):
     """
     The head of each word and its relation to it, from the fused states of the words' first tokens; the first token of
@@ -188,7 +191,7 @@ class KAdapterForDependencyParsing(HeadModel):
     each sub-word into one of the positions of a text of fixed length instead, and learns no relations.
     """
 
-    def _add_head(self, config: KAdapterConfig, width: int) -> None:
+    def add_head(self, config: KAdapterConfig, width: int) -> None:
         arc, relation = min(500, width), min(100, width)
         self.arc_word, self.arc_head = nn.Linear(width, arc), nn.Linear(width, arc)
         self.relation_word, self.relation_head = nn.Linear(width, relation), nn.Linear(width, relation)
@@ -229,12 +232,10 @@ class KAdapterForDependencyParsing(HeadModel):
             ValueError: `word_starts` is missing, of another shape, or outside the text; labels are of another shape, or
                 a head is no other word of the row.
         """
-        state, knowledge, output = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
-        word_starts = _check_word_starts(word_starts, state)
-        positions = torch.cat([self._first_position(state)[:, None], word_starts.clamp(min=0)], dim=1)
-        heads = self._fused_at(state, knowledge, positions)
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        word_starts = _check_word_starts(word_starts, encoded)
+        positions = torch.cat([first_position(encoded)[:, None], word_starts.clamp(min=0)], dim=1)
+        heads = self.fused(encoded, positions)
         words = heads[:, 1:]
         arc_logits = self._features(words, self.arc_word, self.arc_scorer) @ self._features(heads, self.arc_head).mT
         can_be_head = _can_be_head(word_starts >= 0)
@@ -261,8 +262,8 @@ class KAdapterForDependencyParsing(HeadModel):
             loss=loss,
             arc_logits=arc_logits,
             relation_logits=relation_logits,
-            hidden_states=output.hidden_states,
-            attentions=output.get("attentions"),
+            hidden_states=encoded.output.hidden_states,
+            attentions=encoded.output.get("attentions"),
         )
 
     def _features(self, states: torch.Tensor, layer: nn.Linear, scorer: nn.Linear | None = None) -> torch.Tensor:

@@ -8,17 +8,18 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .backbone_kadapter import without_load_report
-from .storage_kadapter import KAdapterLoadError
+from .compat_kadapter import without_load_report
+from .format_kadapter import KAdapterLoadError
+from .sources_kadapter import hub_arguments
 
 
 logger = logging.get_logger(__name__)
 
 
 def _peft_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """PEFT's wrappers in a model by name, each with the name under which it keeps what it wraps."""
+    """PEFT's wrappers in a model by name, each with its attribute for the wrapped module (PEFT from 0.18)."""
     layers: dict[str, tuple[nn.Module, str]] = {}
-    if "peft" not in sys.modules:  # looking at every module takes milliseconds
+    if "peft" not in sys.modules:  # a pass over all modules takes milliseconds
         return layers
     for name, module in model.named_modules():
         if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
@@ -40,10 +41,10 @@ def peft_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """
-    Refuses weights from before PEFT changed a model: its adapter's own would silently stay as they are.
+    Refuses weights that were saved before PEFT changed the model: the PEFT adapter's would silently stay as they are.
 
     Raises:
-        KAdapterLoadError: names of the state dict are those that a PEFT adapter has moved.
+        KAdapterLoadError: the state dict has names that a PEFT adapter has moved.
     """
     if not _peft_layers(model):
         return
@@ -51,14 +52,14 @@ def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     moved = [name for name in plain_state_dict(model, own) if name in state_dict and name not in own]
     if moved:
         raise KAdapterLoadError(
-            f"'{moved[0]}' (and {len(moved) - 1} more) can't be loaded into a model with a PEFT adapter: the adapter's own "
-            "weights would not be. To resume training from a checkpoint, wrap the model with peft.get_peft_model and "
-            "give Trainer that; to go on from its weights alone, load it with from_pretrained."
+            f"'{moved[0]}' (and {len(moved) - 1} more) can't be loaded into a model with a PEFT adapter, whose weights "
+            "would not be restored. To resume training from a checkpoint, wrap the model with peft.get_peft_model and "
+            "pass that to Trainer; to continue from the checkpoint's weights, load it with from_pretrained."
         )
 
 
 def plain_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """A model's state dict, or the one given, as if PEFT had not been there."""
+    """A model's state dict, or the one that is passed, with the names and tensors it has without PEFT."""
     state_dict = model.state_dict() if state_dict is None else state_dict
     layers = _peft_layers(model)
     if not layers:
@@ -76,8 +77,8 @@ def plain_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
 
 def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: str | None, **kwargs) -> Any:
     """
-    Loads a PEFT adapter with `load`, transformers' own method, and then sets its weights once more with PEFT's, as the
-    method of transformers 5.5 leaves them as they are in a model whose parts have names like this one's.
+    Loads a PEFT adapter with `load`, transformers' own method, and then sets its weights again with PEFT's function: the
+    method of transformers 5.5 leaves them new in a model with a submodule called `adapters`.
 
     Raises:
         KAdapterLoadError: the source holds a tensor that has no place in the model.
@@ -94,8 +95,7 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
     expected = model.get_adapter_state_dict(name).keys()
     if weights.keys() - expected:
         raise KAdapterLoadError(
-            f"'{source}' holds a PEFT adapter for another model: its tensor '{min(weights.keys() - expected)}' has no place "
-            "in this one."
+            f"'{source}' holds a PEFT adapter for another model: this one has no tensor '{min(weights.keys() - expected)}'."
         )
     if expected - weights.keys():
         logger.warning(
@@ -106,5 +106,5 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
 
 
 def peft_hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
-    return {key: kwargs[key] for key in names if key in kwargs}
+    """The Hub's arguments that PEFT takes too."""
+    return hub_arguments(kwargs, ("force_download", "proxies"))

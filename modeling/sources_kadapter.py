@@ -1,40 +1,47 @@
-"""Where a K-Adapter or an adapter comes from: a file, a folder, or a repository on the Hub."""
+"""Where a K-Adapter or a knowledge adapter comes from: a file, a folder, or a repository on the Hub."""
 
 import hashlib
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 
-from .storage_kadapter import (
+from .format_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
     HEAD_FILE,
     PEFT_CONFIG,
     KAdapterLoadError,
-    adapter_names,
+    adapter_path,
     locate,
 )
+from .reading_kadapter import adapter_names
 
 
 logger = logging.get_logger(__name__)
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-# How often a request to the Hub is made, and for how many seconds the Hub may ask to wait between.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# How often a request to the Hub is tried, and the longest wait in seconds that is accepted if the Hub asks for one.
 ATTEMPTS, LONGEST_WAIT = 5, 300
 T = TypeVar("T")
 
 
+def hub_arguments(kwargs: Mapping[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The arguments among `kwargs` that say where on the Hub, and how, a repository is found."""
+    return {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs and key not in without}
+
+
 def adapter_file(source: str | os.PathLike, name: str | None, **hub_kwargs) -> Path:
     """
-    The adapter file in a repository or folder, or `source` itself if it is one.
+    The adapter file in a repository or folder, or `source` itself if it is a file.
 
-    `name` chooses among several; where there is only one, it is that.
+    `name` chooses among several adapters; if there is only one, it is that one.
 
     Raises:
         KAdapterLoadError: there is none, or several and none of them has that name.
@@ -48,24 +55,24 @@ def adapter_file(source: str | os.PathLike, name: str | None, **hub_kwargs) -> P
         name = names[0]
     if not names:
         raise KAdapterLoadError(
-            f"'{source}' has no knowledge adapter in it, no {ADAPTER_FOLDER}/<name>.safetensors. save_pretrained and "
-            "save_knowledge_adapter write that."
+            f"'{source}' has no knowledge adapter: no file {adapter_path('<name>')}. save_pretrained and "
+            "save_knowledge_adapter write one."
         )
     if name not in names:
         wanted = "no name was given" if name is None else f"there is no '{name}'"
         raise KAdapterLoadError(
             f"'{source}' has the knowledge adapters {names}, and {wanted}. Say which with name=…, or give the file."
         )
-    return locate(folder, f"{ADAPTER_FOLDER}/{name}.safetensors")
+    return locate(folder, adapter_path(name))
 
 
 def patiently(call: Callable[..., T], *args, **kwargs) -> T:
-    """Calls the Hub's client, again after a while if the Hub says that there were too many requests."""
+    """Calls the Hub's client, and again after a wait if the Hub answers that there were too many requests."""
     for attempt in range(1, ATTEMPTS):
         try:
             return call(*args, **kwargs)
         except OSError as error:
-            # snapshot_download takes it for a lost connection.
+            # snapshot_download reports it as a lost connection.
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             if response is None or response.status_code != 429:
                 raise
@@ -73,20 +80,20 @@ def patiently(call: Callable[..., T], *args, **kwargs) -> T:
             seconds = int(asked) if asked.isdigit() else 2**attempt
             if seconds > LONGEST_WAIT:
                 raise
-            logger.warning(f"the Hub has too many requests from here: trying again in {seconds} s.")
+            logger.warning(f"too many requests to the Hub: trying again in {seconds} s.")
             time.sleep(seconds)
     return call(*args, **kwargs)
 
 
 def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_kwargs) -> Path:
     """
-    The folder of a repository: `source` itself if it is one, else its snapshot in the Hub's cache, downloaded if needed.
+    The folder of a repository: `source` itself if it is a folder, else its snapshot in the Hub's cache, downloaded if needed.
 
-    What was downloaded is compared with the hashes that the Hub gives for it.
+    Downloaded files are compared with the hashes that the Hub announced.
 
     Raises:
-        KAdapterLoadError: no such folder, repository or revision, or it can't be reached and is not in the cache; or a file
-            came with other bytes than the Hub announced.
+        KAdapterLoadError: no such folder, repository or revision, or it can't be reached and is not in the cache; or the
+            hash of a file is wrong.
     """
     source = os.fspath(source)
     if os.path.isdir(source):
@@ -94,8 +101,7 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
     prefix = f"{subfolder}/" if subfolder else ""
     patterns = [CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, HEAD_FILE, BACKBONE_FILE, f"{ADAPTER_FOLDER}/*.safetensors"]
     patterns.append(PEFT_CONFIG)
-    kwargs = {key: value for key, value in hub_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
-    kwargs.pop("proxies", None)
+    kwargs = {key: value for key, value in hub_arguments(hub_kwargs, ("proxies",)).items() if value is not None}
     started = time.time()
     try:
         wanted = [prefix + pattern for pattern in patterns]
@@ -110,15 +116,15 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
 
 def check_downloads(folder: Path, source: str, since: float) -> None:
     """
-    Compares the files of a snapshot in the Hub's cache that came after `since` with the hashes that the Hub gave for them.
+    Compares the files of a snapshot in the Hub's cache that are newer than `since` with the hashes that the Hub announced.
 
-    The cache names a file's content by its hash: SHA-256, or for small files git's or the SHA-1 of some mirrors. The client
-    itself compares sizes only, and a fingerprint looks at a sample of the values.
+    The cache names each file's content by its hash: SHA-256, or for small files git's, or the SHA-1 that some mirrors give.
+    The client itself compares only sizes, and a fingerprint reads only a sample of the values.
 
     Raises:
-        KAdapterLoadError: a file has other bytes; all such files are removed.
+        KAdapterLoadError: a hash is wrong; the file is deleted from the cache.
     """
-    # A file system's clock may be behind.
+    # The clock of a file system may be behind.
     new = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mtime >= since - 1]
     damaged = [path for path in new if not _has_its_hash(path.resolve())]
     for path in damaged:
@@ -126,23 +132,43 @@ def check_downloads(folder: Path, source: str, since: float) -> None:
         path.unlink()
     if damaged:
         names = ", ".join(path.relative_to(folder).as_posix() for path in damaged)
-        raise KAdapterLoadError(
-            f"'{source}': not the bytes that the Hub announced came for {names} (their hash is another one). What came was "
-            "removed: load it again."
-        )
+        raise KAdapterLoadError(f"'{source}': hash mismatch for {names}; deleted from the cache. Load it again.")
 
 
 def _has_its_hash(blob: Path) -> bool:
-    """Whether a file of the Hub's cache is what its name says; one whose name is no hash may be anything."""
+    """Whether the content of a file in the Hub's cache has the hash that is its name; true if its name is no hash."""
     header = b"blob %d\0" % blob.stat().st_size
     if len(blob.name) == 64:
         digests = [hashlib.sha256()]
     elif len(blob.name) == 40:
         digests = [hashlib.sha1(start, usedforsecurity=False) for start in (header, b"")]
-    else:  # a file system without links, where nothing keeps the hash
+    else:  # on a file system without links the hash is not kept
         return True
     with open(blob, "rb") as file:
         while block := file.read(2**20):
             for digest in digests:
                 digest.update(block)
     return blob.name in [digest.hexdigest() for digest in digests]
+
+
+def snapshot_of(name: str | os.PathLike, **hub_kwargs) -> Path | None:
+    """The folder in the Hub's cache of a backbone that was just loaded; None for a local folder."""
+    if os.path.isdir(name):
+        return None
+    kwargs = hub_arguments(hub_kwargs, ("force_download", "local_files_only", "proxies", "subfolder"))
+    try:
+        path = cached_file(
+            name,
+            CONFIG_NAME,
+            local_files_only=True,
+            **{key: value for key, value in kwargs.items() if value is not None},
+        )
+    except OSError:
+        return None
+    return Path(path).parent if path else None
+
+
+def commit_of(name: str | os.PathLike, **hub_kwargs) -> str | None:
+    """The commit of the Hub repository that a backbone was just loaded from; None for a local folder."""
+    match = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})$", str(snapshot_of(name, **hub_kwargs)))
+    return match.group(1) if match else None

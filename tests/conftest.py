@@ -264,7 +264,7 @@ def build(backbone):
     def build(model_class=KAdapterModel, adapters=("factual", "linguistic"), backbone=backbone, seed=0, **kwargs):
         set_seed(seed)
         model = model_class.from_backbone(backbone, adapters={name: small_adapter() for name in adapters}, **kwargs)
-        for part in (model.adapters, model.fusion, *model._head_parts()):
+        for part in (model.adapters, model.fusion, *model.head_modules()):
             if not hasattr(part, "base_model"):  # the language-model head is the backbone's
                 disturb(part, seed)
         return model

@@ -19,7 +19,8 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trai
 from kadapter_hf import KAdapterForDependencyParsing, KAdapterForRelationClassification, KAdapterModel, pretraining
 from kadapter_hf.activations import CachedActivationsCollator, cached_activations
 from kadapter_hf.corpora import read_conllu
-from kadapter_hf.pretraining import OBJECTIVES, Objective, load_rows, main
+from kadapter_hf.objectives import OBJECTIVES, Objective
+from kadapter_hf.pretraining import load_rows, main
 
 
 DATA = Path(__file__).parent.parent / "examples" / "data"

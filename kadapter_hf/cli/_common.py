@@ -9,18 +9,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    SafetensorsParsingError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 from rich.console import Console
+
+from ..messages import is_repo_id, sentence
 
 
 # What data, a machine or the Hub can be at fault with. KAdapterLoadError and the Hub's refusals are OSErrors,
@@ -35,13 +27,6 @@ FAULTS = (
     SafetensorsParsingError,
     DatasetsError,
 )
-LOGIN = "log in with `hf auth login` or give --token"
-# The Hub's refusals that need other words than its own, the more special ones first.
-REFUSALS = {
-    GatedRepoError: f"is gated: ask for access on its page on the Hub, and {LOGIN}",
-    RepositoryNotFoundError: f"is not on the Hub, or private: check the name, and {LOGIN}",
-    RevisionNotFoundError: "has no such revision on the Hub",
-}
 
 
 @contextmanager
@@ -61,42 +46,8 @@ def plain_errors(repo: str | None = None) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def sentence(error: Exception, repo: str | None = None) -> str:
-    """What an error says, in one line."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, HfHubHTTPError):
-        words = next((words for kind, words in REFUSALS.items() if isinstance(error, kind)), None)
-        if words is None and error.response.status_code == 401:
-            words = f"needs a valid token: {LOGIN}"
-        words = words or f"is refused by the Hub: {(error.server_message or text).rstrip('.')}"
-        text = f"'{repo or error.request.url}' {words}."
-    elif isinstance(error, LocalEntryNotFoundError) and repo is not None:
-        text = (
-            f"'{repo}' is not whole in the Hub's cache, and the Hub can't be reached: check the name and the network."
-        )
-    elif isinstance(error, HTTPError):
-        text = f"the Hub can't be reached ({text}): check the network."
-    return one_line(text)
-
-
-def one_line(value: Any) -> str:
-    """Text for people: in one line, and without what a terminal would take for a command, as files are of strangers."""
-    return "".join(
-        char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(str(value).split())
-    )
-
-
 def print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=2))
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether a repository on the Hub can have this name."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _checked_repo(repo: str) -> str:

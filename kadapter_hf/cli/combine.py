@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from ..modeling.format_kadapter import KAdapterLoadError
 from ..modeling.heads_kadapter import KAdapterModel
+from ..modeling.reading_kadapter import read_adapter
 from ..modeling.sources_kadapter import adapter_file
-from ..modeling.storage_kadapter import KAdapterLoadError, read_adapter
 from ._common import AsJson, plain_errors, print_json
 
 

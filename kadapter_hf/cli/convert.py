@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..conversion import Conversion, convert as run, verify as compare
 from ..conversion.original import Source
-from ..modeling.storage_kadapter import file_of
+from ..modeling.format_kadapter import file_of
 from ._common import AsJson, plain_errors, print_json
 
 

@@ -21,7 +21,8 @@ def pretrain(
     if objective in ("", "-h", "--help"):  # behind an objective, --help is about all of its flags
         typer.echo(context.get_help())
         raise typer.Exit(0 if objective else 2)
-    from ..pretraining import OBJECTIVES, main  # Trainer, which the other commands need not wait for
+    from ..objectives import OBJECTIVES  # imported here, as Trainer takes seconds that the other commands don't need
+    from ..pretraining import main
 
     if objective not in OBJECTIVES:
         raise typer.BadParameter(f"'{objective}' is not one of {', '.join(OBJECTIVES)}.", param_hint="OBJECTIVE")

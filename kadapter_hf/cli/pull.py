@@ -15,12 +15,13 @@ from transformers.utils import CONFIG_NAME
 
 import kadapter_hf
 
-from ..modeling.configuration_kadapter import check_adapter_name
-from ..modeling.hub_kadapter import PICKLES, checked_files
+from ..hub import PICKLES, checked_files
+from ..inspect import read_saved
+from ..messages import one_line
+from ..modeling.format_kadapter import BACKBONE_FILE, KAdapterLoadError, adapter_path, check_adapter_name
+from ..modeling.reading_kadapter import read_adapter, read_config
 from ..modeling.sources_kadapter import check_downloads, patiently
-from ..modeling.storage_kadapter import ADAPTER_FOLDER, BACKBONE_FILE, KAdapterLoadError, read_adapter
-from ._common import AsJson, Repo, Revision, Token, one_line, plain_errors, print_json
-from .info import read_config, read_saved
+from ._common import AsJson, Repo, Revision, Token, plain_errors, print_json
 
 
 def pull(
@@ -103,7 +104,7 @@ def pull_repository(repo: str, output: Path | None, revision: str | None, token:
 
 
 def pull_adapter(repo: str, name: str, output: Path | None, revision: str | None, token: str | None) -> dict[str, Any]:
-    file = f"{ADAPTER_FOLDER}/{check_adapter_name(name)}.safetensors"
+    file = adapter_path(check_adapter_name(name))
     path = cached = downloaded(repo, file, revision, token)
     snapshot = cached.parents[1]
     check_downloads(snapshot, repo, since=0)

@@ -8,23 +8,14 @@ import typer
 from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME
 
-from ..modeling.backbone_kadapter import quiet
-from ..modeling.card_kadapter import CARD_FILE
+from ..hub import checked_files, push_folder, write_adapter_repository
+from ..modeling.compat_kadapter import quiet
 from ..modeling.configuration_kadapter import KAdapterConfig
-from ..modeling.hub_kadapter import checked_files, push_folder
-from ..modeling.modeling_kadapter import write_adapter_repository
+from ..modeling.format_kadapter import BACKBONE_FILE, CARD_FILE, BackboneMismatchError, KAdapterLoadError
+from ..modeling.reading_kadapter import SavedAdapter, read_adapter, read_config, read_index
+from ..modeling.replacing_kadapter import finish_replacing
 from ..modeling.sources_kadapter import adapter_file
-from ..modeling.storage_kadapter import (
-    BACKBONE_FILE,
-    BackboneMismatchError,
-    KAdapterLoadError,
-    SavedAdapter,
-    finish_replacing,
-    read_adapter,
-    read_index,
-)
 from ._common import AsJson, Repo, Token, plain_errors, print_json
-from .info import read_config
 
 
 def push(
@@ -98,7 +89,7 @@ def config_of(source: Path, saved: SavedAdapter, token: str | None) -> KAdapterC
         KAdapterLoadError: there is no folder, and the backbone's configuration can't be read.
     """
     if (source / CONFIG_NAME).exists():
-        config = read_config(source, source)
+        config = read_config(source)
         if BACKBONE_FILE in read_index(source)[0] and saved.config.backbone_fingerprint == config.backbone_fingerprint:
             raise BackboneMismatchError(
                 f"the adapter '{saved.name}' was trained on the backbone in '{source}' and would be of no use without it: "

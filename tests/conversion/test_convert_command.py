@@ -14,7 +14,7 @@ from kadapter_hf.cli import app
 from kadapter_hf.conversion import convert, verify
 from kadapter_hf.conversion.original import Source, read_pretrained
 from kadapter_hf.modeling.adapters_kadapter import KnowledgeAdapter
-from kadapter_hf.modeling.storage_kadapter import KAdapterLoadError
+from kadapter_hf.modeling.format_kadapter import KAdapterLoadError
 
 
 WIDTH = TINY["roberta"].hidden_size

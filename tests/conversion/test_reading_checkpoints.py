@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from kadapter_hf.cli import app
 from kadapter_hf.conversion import read_checkpoint
 from kadapter_hf.conversion.original import Source
-from kadapter_hf.modeling.storage_kadapter import KAdapterLoadError
+from kadapter_hf.modeling.format_kadapter import KAdapterLoadError
 
 
 FORMATS = {"legacy": False, "zip": True}

@@ -18,7 +18,7 @@ from kadapter_hf import (
     KAdapterLoadError,
     KAdapterModel,
 )
-from kadapter_hf.modeling.storage_kadapter import equal_bits
+from kadapter_hf.modeling.format_kadapter import equal_bits
 
 
 BACKBONE = "backbone.safetensors"

@@ -11,7 +11,7 @@ from conftest import small_adapter
 from huggingface_hub import ModelCard
 
 from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
-from kadapter_hf.modeling.card_kadapter import card_text, make_card, merge_card
+from kadapter_hf.cards import card_text, make_card, merge_card
 
 
 PROVENANCE = {

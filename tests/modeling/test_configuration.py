@@ -416,7 +416,7 @@ def test_unknown_field_of_the_whole_is_kept_or_dropped_with_a_warning(field, war
 
 
 def test_adapter_configuration_of_a_newer_version_loads_with_all_its_known_fields():
-    newer = small_adapter(backbone_layers=[1, 3]).to_portable_dict() | {"gate": "tanh", "scale": 2.0}
+    newer = small_adapter(backbone_layers=[1, 3]).to_dict() | {"gate": "tanh", "scale": 2.0}
     config = KnowledgeAdapterConfig(**newer)
     assert isinstance(config, PreTrainedConfig)
-    assert config.to_portable_dict() == newer
+    assert config.to_dict() == newer

@@ -21,7 +21,7 @@ from kadapter_hf import (
     KAdapterModel,
     KnowledgeAdapterConfig,
 )
-from kadapter_hf.modeling.storage_kadapter import _checksum
+from kadapter_hf.modeling.format_kadapter import _checksum, decode_floats
 
 
 # BackboneMismatchError is a KAdapterLoadError.
@@ -141,7 +141,7 @@ def test_a_configuration_is_built_or_refused(content):
         assert len(str(error)) > 10
         return
     text = config.to_json_string()
-    again = KAdapterConfig(**KAdapterConfig._decode_special_floats(json.loads(text)))
+    again = KAdapterConfig(**decode_floats(json.loads(text)))
     assert again.to_json_string() == text
 
 
@@ -153,8 +153,8 @@ def test_an_adapter_configuration_is_built_or_refused(fields):
     except KAdapterConfigError as error:
         assert len(str(error)) > 10
         return
-    portable = config.to_portable_dict()
-    assert str(KnowledgeAdapterConfig(**portable).to_portable_dict()) == str(portable)
+    portable = config.to_dict()
+    assert str(KnowledgeAdapterConfig.from_dict(portable).to_dict()) == str(portable)
 
 
 @FUZZ

@@ -18,8 +18,9 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig, Robe
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from kadapter_hf import KAdapterForSequenceClassification, KAdapterLoadError
+from kadapter_hf.modeling.format_kadapter import STAGING, part_of
+from kadapter_hf.modeling.reading_kadapter import read_adapter
 from kadapter_hf.modeling.sources_kadapter import adapter_file
-from kadapter_hf.modeling.storage_kadapter import STAGING, part_of, read_adapter
 
 
 # What Python announces before it changes something in a file system.
@@ -97,7 +98,7 @@ def make_model(backbone, adapters, seed, **kwargs):
     model = KAdapterForSequenceClassification.from_backbone(
         backbone, adapters={name: small_adapter(backbone_layers=[0]) for name in adapters}, num_labels=3, **kwargs
     )
-    for part in (model.adapters, model.fusion, *model._head_parts()):
+    for part in (model.adapters, model.fusion, *model.head_modules()):
         disturb(part, seed)
     return model
 

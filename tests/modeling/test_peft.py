@@ -23,7 +23,7 @@ from kadapter_hf import (
     KAdapterModel,
     KnowledgeAdapterConfig,
 )
-from kadapter_hf.modeling.storage_kadapter import finish_replacing
+from kadapter_hf.modeling.replacing_kadapter import finish_replacing
 
 
 LABELS = torch.tensor([0, 1, 1])

@@ -122,8 +122,8 @@ def test_every_field_of_the_configuration_comes_back(backbone, tmp_path):
     assert json.loads(json.dumps(found, default=str)) == json.loads(json.dumps(expected, default=str))
     other = KAdapterModel.from_backbone(backbone)
     other.load_knowledge_adapter(tmp_path)
-    assert other.config.knowledge_adapters["factual"].to_portable_dict() == (
-        model.config.knowledge_adapters["factual"].to_portable_dict()
+    assert other.config.knowledge_adapters["factual"].to_dict() == (
+        model.config.knowledge_adapters["factual"].to_dict()
     )
 
 

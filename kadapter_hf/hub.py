@@ -1,41 +1,127 @@
-"""K-Adapter repositories to the Hub: one commit with what has changed, the model card merged with the one that is there."""
+"""Pushing K-Adapters to the Hub: one commit with what has changed, and a model card merged with the one that is there."""
 
 import contextlib
+import copy
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, logging
 
-from .card_kadapter import CARD_FILE, card_text
-from .configuration_kadapter import KAdapterConfig
-from .sources_kadapter import patiently
-from .storage_kadapter import (
+from .cards import card_text
+from .modeling.configuration_kadapter import KAdapterConfig
+from .modeling.format_kadapter import (
     BACKBONE_FILE,
+    CARD_FILE,
     HEAD_FILE,
     PEFT_FILES,
+    BackboneMismatchError,
+    KAdapterConfigError,
     KAdapterLoadError,
     is_own_file,
-    read_config_dict,
-    read_file,
-    read_index,
-    read_json,
+    part_of,
 )
+from .modeling.modeling_kadapter import KAdapterModel, KAdapterPreTrainedModel
+from .modeling.peft_kadapter import plain_state_dict
+from .modeling.reading_kadapter import read_config_dict, read_file, read_index, read_json
+from .modeling.saving_kadapter import write_repository
+from .modeling.sources_kadapter import patiently
 
 
 logger = logging.get_logger(__name__)
 
-RACES = 3  # at a commit, when others push at the same time
+RACES = 3  # attempts to commit, if others push at the same time
 PICKLES = (".bin", ".pkl", ".pt", ".pth")
 
 
-def push_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `push_to_hub` that a repository of ours has a use for: all but `max_shard_size`."""
-    names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-    return {key: kwargs[key] for key in names if kwargs.get(key) is not None}
+def push_to_hub(
+    self: KAdapterPreTrainedModel, repo_id: str, *, max_shard_size: int | str | None = None, **kwargs
+) -> CommitInfo:
+    """
+    Uploads the K-Adapter as one commit: its adapters, fusion, head, configuration, code and model card, and its backbone
+    only if that is not the one that the configuration names. Files that the Hub already has are not sent again, and edits
+    to the model card there are kept.
+
+    Args:
+        repo_id: the repository; created if needed.
+        max_shard_size: ignored; a K-Adapter has its own files.
+        kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision` (a branch, created if needed),
+            `create_pr` and `tags`, as in `PreTrainedModel.push_to_hub`.
+
+    Raises:
+        KAdapterLoadError: the repository is the backbone's own, or others kept pushing at the same time.
+        HfHubHTTPError: the Hub refused.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder)
+        return push_folder(Path(folder), repo_id, **kwargs)
+
+
+def push_knowledge_adapter_to_hub(self: KAdapterPreTrainedModel, name: str, repo_id: str, **kwargs) -> CommitInfo:
+    """
+    Uploads one adapter and no other weights, as a repository of its own: `load_knowledge_adapter(repo_id)` reads it,
+    and `AutoModel.from_pretrained(repo_id)` returns it beside the backbone that it was trained on.
+
+    Args:
+        repo_id: the repository; created if needed. One that holds another model is left as it is.
+        kwargs: as in `push_to_hub`.
+
+    Raises:
+        KAdapterLoadError: the repository holds more than an adapter of this name.
+        BackboneMismatchError: the adapter was trained on a backbone that exists only in this model; push the whole
+            model with `push_to_hub`, which includes the backbone.
+        HfHubHTTPError: the Hub refused.
+    """
+    if name not in self.adapters:
+        raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
+    origins, state = self.origins, plain_state_dict(self)
+    origins.update_adapters(state, self.config)
+    if self.config.knowledge_adapters[name].backbone_fingerprint == origins.backbone_fingerprint(state, self.config):
+        if origins.backbone_trained or origins.fingerprint_if_as_named(self.backbone, state, self.config) is None:
+            raise BackboneMismatchError(
+                f"the knowledge adapter '{name}' was trained on a backbone that differs from "
+                f"'{self.config.backbone_name_or_path}', and is of no use without it: push both with push_to_hub."
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter_repository(Path(folder), name, self.config, part_of(state, f"adapters.{name}"))
+        return push_folder(Path(folder), repo_id, adapter=name, **kwargs)
+
+
+def write_adapter_repository(
+    folder: Path, name: str, config: KAdapterConfig, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """
+    Writes a repository with one adapter and no other weights, also without the backbone's.
+
+    Args:
+        config: of a K-Adapter with this adapter.
+        tensors: the adapter's, with names that start with `adapters.<name>.`.
+    """
+    adapter = config.knowledge_adapters[name]
+    backbone = adapter.backbone_name_or_path or config.backbone_name_or_path
+    alone = KAdapterConfig(
+        backbone_name_or_path=backbone,
+        backbone_revision=config.backbone_revision if backbone == config.backbone_name_or_path else None,
+        backbone_fingerprint=adapter.backbone_fingerprint,
+        backbone_config=copy.deepcopy(config.backbone_config),
+        knowledge_adapters={name: adapter},
+        frozen_knowledge_adapters=[name],
+        fusion="add",  # has no weights, so that everything that is loaded is trained
+        architectures=[KAdapterModel.__name__],
+        dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+    )
+    with torch.device("meta"), init.no_init_weights():
+        model = KAdapterModel(alone)
+    dtype = config.backbone_config.dtype
+    if dtype is not None:
+        model.backbone.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    write_repository(model, folder, tensors)
 
 
 @contextlib.contextmanager
@@ -65,13 +151,13 @@ def push_folder(
     tags: list[str] | None = None,
 ) -> CommitInfo:
     """
-    Uploads the K-Adapter repository in `folder`, after a check that its files are whole.
+    Uploads the K-Adapter repository in `folder`, after checking that its files are complete.
 
-    What the Hub has already is not sent again; weights of ours that the repository there has beyond these are removed.
-    Beside the repository's own files, those at the top of the folder go along (a tokenizer's, say), but no pickles.
+    Files that the Hub already has are not sent again; weight and code files of a K-Adapter that are only there are deleted.
+    Other files at the top of the folder (a tokenizer's, say) are uploaded too, but no pickles.
 
     Args:
-        adapter: the folder is this adapter's, and only takes the place of another version of it.
+        adapter: the folder holds only this adapter, and may only replace another version of it.
         private, token, revision, create_pr, tags and the commit's: as in `PreTrainedModel.push_to_hub`.
 
     Raises:
@@ -124,8 +210,8 @@ def push_folder(
         except HfHubHTTPError as error:
             if error.response is None or error.response.status_code != 412:
                 raise
-            logger.warning(f"'{repo_id}' has changed meanwhile (attempt {attempt + 1} of {RACES}).")
-    raise KAdapterLoadError(f"'{repo_id}' changed each time that this was about to be committed: push again later.")
+            logger.warning(f"'{repo_id}' has changed in the meantime (attempt {attempt + 1} of {RACES}).")
+    raise KAdapterLoadError(f"'{repo_id}' kept changing during {RACES} attempts: push again later.")
 
 
 def checked_files(folder: Path) -> set[str]:

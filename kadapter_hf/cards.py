@@ -16,17 +16,19 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
+from huggingface_hub.utils import yaml_dump
 from transformers.utils import logging
 
-from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .messages import is_repo_id
+from .modeling.configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .modeling.format_kadapter import CARD_FILE
+from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
 logger = logging.get_logger(__name__)
 
-CARD_FILE = "README.md"
 TRAINERS_SECTION = "## Training procedure"  # in the card that Trainer writes: its hyperparameters and results
-# How the comment begins that Trainer's card has. transformers has it as a constant, beside much that is slow to import.
+# Start of the comment in Trainer's card. transformers has it as a constant, in a module that is slow to import.
 TRAINERS_COMMENT = "<!-- This model card has been generated automatically according to the information the Trainer had"
 # What `kadapter pretrain` calls its objectives, as the Hub's tasks.
 TASKS = {
@@ -148,13 +150,20 @@ def card_text(
     return _with_tags(text, tags) if tags else text
 
 
+def write_model_card(model: KAdapterPreTrainedModel, staging: Path, folder: Path, *, backbone_stored: bool) -> None:
+    """What `KAdapterPreTrainedModel.write_model_card` does in this package."""
+    text = card_text(model.config, None, backbone_stored=backbone_stored, earlier=[folder / CARD_FILE])
+    if text is not None:
+        (staging / CARD_FILE).write_text(text, encoding="utf-8")
+
+
 def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool) -> str:
     """The card as it is without a user's edits."""
     adapters = config.knowledge_adapters or {}
     told = {adapter: _provenance(adapter_config) for adapter, adapter_config in adapters.items()}
     results = [result for adapter, provenance in told.items() for result in _results(adapter, provenance)]
     backbone = config.backbone_name_or_path or ""
-    on_hub = _is_repo_id(backbone)
+    on_hub = is_repo_id(backbone)
     shown = backbone if on_hub else Path(backbone).name
     name = repo_id or f"K-Adapter: {', '.join(adapters) or 'no adapter yet'}"
     source = repo_id or "."
@@ -214,8 +223,8 @@ def _snippet(architecture: str, source: str, adapters: list[str], backbone: str,
 
 
 def _provenance(config: KnowledgeAdapterConfig) -> dict[str, Any]:
-    """As config.json has it: its keys are strings."""
-    return config.to_portable_dict()["provenance"] or {}
+    """As in config.json, where keys are strings."""
+    return config.to_dict()["provenance"] or {}
 
 
 def _facts(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -288,14 +297,6 @@ def _cell(value: Any) -> str:
     """Text that can't end a cell of a table, or begin one of Markdown's or HTML's own."""
     text = " ".join(str(value).split())
     return re.sub(r"([\\|`*\[\]<>])", r"\\\1", text)
-
-
-def _is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return bool(name)
 
 
 # ---- What a user has changed ----------------------------------------------------------------------------------------

@@ -1,0 +1,203 @@
+"""
+Every use of what other libraries don't document. Each entry names the versions it is for, and what breaks without it.
+
+Versions: transformers from 5.5 to 5.24, PEFT from 0.18, accelerate from 1.3. Attributes that every transformers model
+defines (`_init_weights`, `_no_split_modules`, `_tied_weights_keys`, `_supports_…`) are part of the model classes instead.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+# ---- Configurations -------------------------------------------------------------------------------------------------
+
+
+def dtypes_to_str(self: PreTrainedConfig, fields: dict[str, Any]) -> None:
+    """
+    In place of `PreTrainedConfig.dict_dtype_to_str`, which takes anything called dtype for a torch.dtype, at any depth.
+
+    All versions. Without it, a configuration with an unknown field `{"dtype": …}` that is no dtype can't be saved.
+    """
+    if isinstance(fields.get("dtype"), torch.dtype):
+        fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
+    for value in fields.values():
+        if isinstance(value, dict):
+            dtypes_to_str(self, value)
+
+
+def drop_colliding(cls: type, kwargs: dict[str, Any]) -> None:
+    """
+    Drops, with a warning, unknown fields that would overwrite a method or read-only property of a configuration class.
+
+    All versions set any unknown field as an attribute. Without it, such a field breaks the configuration's methods.
+    """
+    kwargs.pop("model_type", None)  # an attribute of the class; transformers 5.5 passes it along
+    for key in list(kwargs):
+        attribute = getattr(cls, key, None) if hasattr(cls, key) else None
+        settable = attribute is None or (isinstance(attribute, property) and attribute.fset is not None)
+        if not settable:
+            logger.warning(f"{cls.__name__}: the unknown field '{key}' is dropped.")
+            del kwargs[key]
+
+
+def attn_implementation_of(config: PreTrainedConfig) -> str | None:
+    """
+    All versions keep it in an attribute of this name only. Without it, a backbone is loaded with the default attention.
+    """
+    return config._attn_implementation
+
+
+def set_attn_implementation(config: PreTrainedConfig, attn_implementation: str | None) -> None:
+    """All versions, as above: the public setter belongs to models."""
+    config._attn_implementation = attn_implementation
+
+
+# ---- Arguments of from_pretrained -----------------------------------------------------------------------------------
+
+
+def take_auto_arguments(kwargs: dict[str, Any]) -> Any:
+    """
+    Removes what the Auto classes and pipelines add to the arguments of `from_pretrained`.
+
+    All versions. Without it, these arguments reach the backbone's constructor.
+
+    Returns:
+        The source of the PEFT adapter, set if `AutoModel` already resolved one.
+    """
+    for name in ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_name", "code_revision", "use_safetensors"):
+        kwargs.pop(name, None)
+    return (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+
+
+class SeveralClasses(tuple):
+    """
+    Several model classes for one Auto class, which takes the one that config.json's `architectures` names, else the first.
+
+    Pipelines of transformers 5.5 read `__name__` of each registered entry, and fail without it.
+    """
+
+    @property
+    def __name__(self) -> str:
+        return self[0].__name__
+
+
+# ---- Loading --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' progress bars and load reports, for loads that the user did not ask for."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """
+    Silences transformers' table of unexpected and missing keys; what matters in it is checked here, with an error.
+
+    All versions; it is logged with no way to turn it off. Without this, nearly every backbone prints one, as most encoders'
+    repositories hold a pooler or a language-model head, which a K-Adapter does not use.
+    """
+    log = logging.get_logger("transformers.modeling_utils")
+
+    def keep(record):
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
+
+
+def mark_initialized(model: nn.Module) -> None:
+    """
+    Keeps `post_init` from initialising the weights of a model that has been loaded.
+
+    All versions mark modules with this attribute. Without it, the backbone would become random.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = True
+
+
+def new_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+    """
+    A model with random weights in the dtype and with the attention that `config` asks for.
+
+    All versions: the public `AutoModel.from_config` passes on no arguments of the class's own (`add_pooling_layer`).
+    """
+    return model_class._from_config(config, **kwargs)
+
+
+def records_hidden_states(model_class: type) -> bool:
+    """All versions declare it in this attribute, for models whose `forward` has no `output_hidden_states` argument."""
+    return "hidden_states" in (getattr(model_class, "_can_record_outputs", None) or {})
+
+
+def copy_with_own_modules(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    A shallow copy of a model from which modules can be removed while the original keeps them.
+
+    A model that accelerate has dispatched is returned itself: its `forward` is bound to that object (`_hf_hook`, all
+    versions), and a copy would run the original's.
+    """
+    if hasattr(model, "_hf_hook"):
+        return model
+    duplicate = copy.copy(model)
+    duplicate._modules = dict(model._modules)
+    return duplicate
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def no_split_modules(model: PreTrainedModel, around: nn.Module) -> set[str]:
+    """
+    The names of the classes that FSDP wraps, without those that contain the module `around` in the backbone.
+
+    accelerate, all versions, wraps the input embeddings alone. Without this, they would be in two units.
+    """
+    backbone = model.backbone
+    path = next((name for name, module in backbone.named_modules() if module is around), "").split(".")
+    outer = {type(backbone.get_submodule(".".join(path[:end]))).__name__ for end in range(len(path))}
+    return set(model._no_split_modules or ()) - outer
+
+
+def running_position_ids(backbone: nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
+    """
+    Position ids that run on over the padding, `(batch, length)`, for backbones whose positions start at padding_idx + 1.
+
+    All versions; RoBERTa's embeddings and those derived from them have this method. Without it, converted checkpoints give
+    other results on padded batches, as their adapters attend to padding.
+    """
+    embeddings = getattr(backbone, "embeddings", None)
+    if not hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return None
+    start = embeddings.padding_idx + 1
+    return torch.arange(start, start + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
+
+
+# ---- PEFT -----------------------------------------------------------------------------------------------------------
+
+
+def has_peft_adapter(model: PreTrainedModel) -> bool:
+    """Whether transformers' PEFT integration added an adapter to this model (all versions). `save_pretrained` asks it."""
+    return getattr(model, "_hf_peft_config_loaded", False)

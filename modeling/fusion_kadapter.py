@@ -1,0 +1,159 @@
+"""
+Fusions: how the backbone's last state and the outputs of the active adapters become one state.
+
+To add one, derive a class from `KnowledgeFusion` and register it; a model with `config.fusion` of that name then uses it.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .format_kadapter import KAdapterConfigError
+
+
+FUSIONS: dict[str, type["KnowledgeFusion"]] = {}
+
+
+def register_fusion(kind: str) -> Callable[[type["KnowledgeFusion"]], type["KnowledgeFusion"]]:
+    """Class decorator: makes a fusion available as `config.fusion = kind`."""
+
+    def register(fusion_class: type["KnowledgeFusion"]) -> type["KnowledgeFusion"]:
+        fusion_class.kind = kind
+        FUSIONS[kind] = fusion_class
+        return fusion_class
+
+    return register
+
+
+def check_fusion(kind: str, values: Mapping[str, Any]) -> None:
+    """Raises `KAdapterConfigError` if there is no fusion of this kind, or if it doesn't take these values."""
+    if kind not in FUSIONS:
+        raise KAdapterConfigError(f"fusion must be one of {sorted(FUSIONS)}, not {kind!r}.")
+    parameters = inspect.signature(FUSIONS[kind].__init__).parameters
+    unknown = sorted(values.keys() - parameters.keys())
+    if unknown:
+        raise KAdapterConfigError(f"fusion_config: the fusion '{kind}' has no {unknown}.")
+
+
+def new_fusion(
+    kind: str, names: Iterable[str], width: int, values: Mapping[str, Any] | None = None
+) -> "KnowledgeFusion":
+    """A fusion of this kind for adapters of these names; `width` is the backbone's."""
+    fusion = FUSIONS[kind](width, **(values or {}))
+    for name in names:
+        fusion.add(name)
+    return fusion
+
+
+class KnowledgeFusion(nn.Module):
+    """
+    Base class of fusions.
+
+    Further keyword arguments of a subclass's `__init__` are its configuration; `KAdapterConfig.fusion_config` sets them.
+    Weights should be kept per adapter, under the adapter's name, so that adding, removing or activating an adapter leaves
+    the others' weights as they are.
+
+    Args:
+        width: of the backbone's states.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def add(self, name: str) -> None:
+        """Adds the weights for one more adapter; `init_adapter` initialises them."""
+
+    def remove(self, name: str) -> None:
+        """Removes the weights of an adapter."""
+
+    def init_adapter(self, name: str) -> None:
+        """Initialises the weights of an adapter so that a new K-Adapter starts near its backbone."""
+
+    def init_shared(self) -> None:
+        """Initialises the weights that belong to no adapter."""
+
+    def used_parameters(self, active: Sequence[str]) -> list[nn.Parameter]:
+        """The parameters that take part in the forward pass with these active adapters, and so can be trained."""
+        return list(self.parameters())
+
+    def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
+        """As `forward`, for at least one adapter."""
+        raise NotImplementedError
+
+    def forward(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Args:
+            backbone_state: `(…, width)`, any leading shape.
+            adapter_states: the outputs of the active adapters by name, of the same shape.
+
+        Returns:
+            `(…, width)`; without adapters, `backbone_state` itself.
+        """
+        return self.fuse(backbone_state, adapter_states) if adapter_states else backbone_state
+
+
+@register_fusion("add")
+class AddFusion(KnowledgeFusion):
+    """`H + Σ y_k`, without weights. Source: `fusion_mode="add"` of the original's `examples/run_finetune_*_adapter.py`."""
+
+    def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(adapter_states.values(), start=backbone_state)
+
+
+@register_fusion("concat")
+class ConcatFusion(KnowledgeFusion):
+    """
+    `f_k = W_k [H; y_k] + b_k` for each active adapter; with one the result is `f_1`, with several `Σ M_k f_k + b`.
+
+    Source: the paper's section 3.2; `RobertaModelwithAdapter` in the original's `examples/run_finetune_*_adapter.py`, whose
+    matrix over all `f_k` is kept here as one block `M_k` per adapter.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.states = nn.ModuleDict()
+        self.mix = nn.ModuleDict()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def add(self, name: str) -> None:
+        self.states[name] = nn.Linear(2 * self.width, self.width)
+        self.mix[name] = nn.Linear(self.width, self.width, bias=False)
+
+    def remove(self, name: str) -> None:
+        del self.states[name], self.mix[name]
+
+    def init_adapter(self, name: str, noise: float = 2e-4) -> None:
+        """Passes the backbone's state through; `noise` is the standard deviation of what is added to that."""
+        state, mix = self.states[name], self.mix[name]
+        identity = torch.eye(self.width, device=state.weight.device, dtype=state.weight.dtype)
+        weight = torch.cat([identity, torch.zeros_like(identity)], dim=1)
+        init.copy_(state.weight, weight + torch.randn_like(weight) * noise)
+        init.zeros_(state.bias)
+        init.copy_(mix.weight, identity / 2)
+
+    def init_shared(self) -> None:
+        init.zeros_(self.bias)
+
+    def used_parameters(self, active: Sequence[str]) -> list[nn.Parameter]:
+        modules = [self.states[name] for name in active]
+        if len(active) > 1:
+            modules += [self.mix[name] for name in active]
+        shared = [self.bias] if len(active) > 1 else []
+        return [parameter for module in modules for parameter in module.parameters()] + shared
+
+    def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
+        fused = {}
+        for name, state in adapter_states.items():
+            weight = self.states[name].weight
+            both = torch.cat([backbone_state.to(device=weight.device, dtype=weight.dtype), state.to(weight)], dim=-1)
+            fused[name] = self.states[name](both)
+        if len(fused) == 1:
+            return next(iter(fused.values()))
+        return sum((self.mix[name](state) for name, state in fused.items()), start=self.bias)

@@ -1,0 +1,419 @@
+"""Loading whole K-Adapters: `from_backbone` and `from_pretrained` of every class."""
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, initialization as init
+from transformers.utils import CONFIG_NAME, is_peft_available, logging
+
+from .adapters_kadapter import KnowledgeAdapter
+from .backbone_kadapter import (
+    add_lm_head,
+    check_is_encoder,
+    check_same_kind,
+    drop_pooler,
+    is_opaque,
+    load_backbone,
+    stored_backbone,
+)
+from .compat_kadapter import attn_implementation_of, set_attn_implementation, take_auto_arguments
+from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .format_kadapter import (
+    BACKBONE_FILE,
+    HEAD_FILE,
+    PEFT_CONFIG,
+    BackboneMismatchError,
+    KAdapterConfigError,
+    KAdapterLoadError,
+    fingerprint,
+    locate,
+    part_of,
+)
+from .origins_kadapter import Origins
+from .peft_kadapter import peft_hub_kwargs, plain_state_dict
+from .reading_kadapter import (
+    SavedAdapter,
+    bad_config,
+    check_peft_settled,
+    check_tensors,
+    read_config_dict,
+    read_file,
+    read_index,
+    read_json,
+    read_repository_adapters,
+)
+from .registry_kadapter import HEADS
+from .sources_kadapter import commit_of, hub_arguments, repository_folder
+
+
+logger = logging.get_logger(__name__)
+
+
+# ---- On a backbone --------------------------------------------------------------------------------------------------
+
+
+def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str, kwargs: dict[str, Any]) -> Any:
+    """What `KAdapterPreTrainedModel.from_backbone` does."""
+    fields = {*KAdapterConfig.__dataclass_fields__, "num_labels"} - {"dtype"}
+    config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
+    hub_kwargs = hub_arguments(kwargs)
+    if isinstance(backbone, PreTrainedModel):
+        if kwargs:
+            raise KAdapterConfigError(f"{sorted(kwargs)} can't be used with a backbone that is already loaded.")
+        check_is_encoder(backbone.config, type(backbone.base_model))
+        drop_pooler(backbone)
+        name, revision, as_stored = backbone.config.name_or_path or None, None, False
+        loaded = add_lm_head(backbone, name) if model_class.needs_lm_head else backbone
+    else:
+        name = os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone)
+        loaded = load_backbone(name, with_lm_head=model_class.needs_lm_head, **kwargs)
+        revision = commit_of(name, **hub_kwargs)
+        as_stored = kwargs.get("dtype") in (None, "auto") and not kwargs.keys() & {"quantization_config", "device_map"}
+    config = model_class.config_class(
+        backbone_name_or_path=name,
+        backbone_revision=revision,
+        backbone_config=copy.deepcopy(loaded.base_model.config),  # the model resets the attention of its own
+        fusion=fusion,
+        attn_implementation=kwargs.get("attn_implementation"),
+        **config_kwargs,
+    )
+    model = model_class(config, loaded)
+    for part in ("backbone", "head") if model_class.needs_lm_head else ("backbone",):
+        model.origins.set_source(part, name or "a loaded model")
+    _settle(model, hub_kwargs, kwargs.get("dtype"))
+    state = plain_state_dict(model)
+    model.origins.note_weights(state, "backbone")
+    named = None if as_stored else model.origins.fingerprint_if_as_named(model.backbone, state, model.config)
+    model.config.backbone_fingerprint = named or fingerprint(part_of(state, "backbone").values())
+    for adapter_name, source in _named_sources(adapters):
+        if source is None or type(source).__name__ == KnowledgeAdapterConfig.__name__:
+            model.add_knowledge_adapter(adapter_name, source)
+        else:
+            model.load_knowledge_adapter(source, adapter_name, **hub_arguments(hub_kwargs, ("revision", "subfolder")))
+    _cast_own_parts(model, kwargs.get("dtype"))
+    return model.eval()
+
+
+def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
+    if adapters is None:
+        return []
+    if isinstance(adapters, dict):
+        return list(adapters.items())
+    if isinstance(adapters, (str, os.PathLike)):
+        return [(None, adapters)]
+    return [(None, source) for source in adapters]
+
+
+# ---- From a repository ----------------------------------------------------------------------------------------------
+
+
+def load_repository(
+    model_class: Any,
+    source: str | os.PathLike,
+    model_args: tuple,
+    config: Any,
+    backbone: Any,
+    ignore_backbone_mismatch: bool,
+    ignore_mismatched_sizes: bool,
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """What `KAdapterPreTrainedModel.from_pretrained` does; also returns the loading info of transformers."""
+    hub_kwargs = hub_arguments(kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
+    source, folder, peft_source = _find(source, take_auto_arguments(kwargs), hub_kwargs)
+    check_peft_settled(folder)
+    torch_dtype = kwargs.pop("torch_dtype", None)
+    dtype = kwargs.pop("dtype", None) or torch_dtype
+    config, saved_class, in_config, kwargs = _read_config(model_class, folder, config, kwargs)
+    dtype = in_config if dtype is None else dtype
+    config.name_or_path = os.fspath(source)
+    files, fingerprints = read_index(folder)
+    adapters = read_repository_adapters(folder, config, files, fingerprints)
+    head_is_lm = saved_class == model_class.__name__ and any(
+        n.startswith("lm_head.") for n in files.get(HEAD_FILE, ())
+    )
+    lm_head_from_backbone = model_class.needs_lm_head and not head_is_lm
+    hub_kwargs = hub_arguments(hub_kwargs, ("revision", "subfolder"))
+    stored = None
+    if BACKBONE_FILE in files:
+        stored = read_file(folder, BACKBONE_FILE, files[BACKBONE_FILE], fingerprints.get(BACKBONE_FILE))
+    loaded, now = _load_its_backbone(
+        config, backbone, stored, lm_head_from_backbone, ignore_backbone_mismatch, dtype, hub_kwargs, kwargs
+    )
+    with init.no_init_weights():  # allocates memory without touching it; the tensors of the files replace it
+        model = model_class(config, loaded, *model_args)
+    origins = model.origins
+    if now is not None:
+        origins.note_fingerprint("backbone", now)
+    origins.backbone_stored = stored is not None
+    in_repository = backbone is None and stored is not None
+    origins.set_source("backbone", source if in_repository else config.backbone_name_or_path or "a loaded model")
+    for file, saved in adapters.items():
+        fill_adapter(model.adapters[saved.name], saved, locate(folder, file))
+        origins.note_fingerprint(f"adapters.{saved.name}", saved.fingerprint)
+        origins.set_source(f"adapters.{saved.name}", source)
+    found: dict[str, torch.Tensor] = {}
+    if HEAD_FILE in files:
+        found = read_file(folder, HEAD_FILE, files[HEAD_FILE], fingerprints.get(HEAD_FILE))
+    path = locate(folder, HEAD_FILE)
+    check_tensors(model.fusion.state_dict(prefix="fusion."), part_of(found, "fusion"), path)
+    model.load_state_dict(part_of(found, "fusion"), strict=False, assign=True)
+    origins.set_source("fusion", source)
+    head = {name: tensor for name, tensor in found.items() if not name.startswith("fusion.")}
+    missing, unexpected = _load_head(
+        model, head, path, saved_class, without_lm_head=lm_head_from_backbone, ignore_sizes=ignore_mismatched_sizes
+    )
+    if lm_head_from_backbone:
+        origins.set_source("head", origins.source("backbone"))
+    elif not missing:
+        origins.set_source("head", source)
+    _settle(model, hub_kwargs, dtype)
+    model.eval()
+    if peft_source is not None:
+        model.load_adapter(peft_source, use_safetensors=True, **peft_hub_kwargs(hub_kwargs))
+    return model, {
+        "missing_keys": missing,
+        "unexpected_keys": unexpected,
+        "mismatched_keys": set(),
+        "error_msgs": [],
+    }
+
+
+def _find(
+    source: str | os.PathLike, peft_source: Any, hub_kwargs: dict[str, Any]
+) -> tuple[str | os.PathLike, Path, str | os.PathLike | None]:
+    """The K-Adapter to load, its folder and, if `source` holds a PEFT adapter for it, where that is."""
+    folder = repository_folder(source, **hub_kwargs)
+    if peft_source is not None or not is_peft_available() or not (folder / PEFT_CONFIG).is_file():
+        return source, folder, peft_source
+    if not (folder / CONFIG_NAME).exists():
+        content = read_json(folder / PEFT_CONFIG)
+        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        if base:
+            return base, repository_folder(base, **hub_arguments(hub_kwargs, ("revision", "subfolder"))), source
+    return source, folder, source
+
+
+def _read_config(
+    model_class: Any, folder: Path, config: Any, kwargs: dict[str, Any]
+) -> tuple[KAdapterConfig, str | None, Any, dict[str, Any]]:
+    """The configuration, the class that was saved, a dtype asked for in it, and the arguments that are not its own."""
+    config_class = model_class.config_class
+    saved = read_config_dict(folder)
+    if saved.get("model_type") != config_class.model_type:
+        raise KAdapterLoadError(
+            f"'{folder}' holds a {saved.get('model_type')!r} model, not a K-Adapter. To put knowledge adapters on it, use "
+            f"{model_class.__name__}.from_backbone."
+        )
+    architectures = saved.get("architectures")
+    saved_class = architectures[0] if isinstance(architectures, list) and architectures else None
+    if isinstance(config, config_class):
+        config = copy.deepcopy(config)
+    elif isinstance(config, PreTrainedConfig):  # the same class, from the code of a repository
+        attn_implementation = attn_implementation_of(config)
+        config = config_class.from_dict(config.to_dict())
+        set_attn_implementation(config, attn_implementation)
+    elif config is not None:
+        config = config_class.from_pretrained(config)
+    else:
+        try:
+            config, kwargs = config_class.from_dict(saved, return_unused_kwargs=True, **kwargs)
+        except KAdapterConfigError as error:
+            raise bad_config(folder, error) from error
+    in_config = None
+    if config.dtype is not None and str(config.dtype).removeprefix("torch.") != saved.get("dtype"):
+        in_config = config.dtype  # the Auto classes of transformers 5.5 move the argument there
+    return config, saved_class, in_config, kwargs
+
+
+def _load_its_backbone(
+    config: KAdapterConfig,
+    given: Any,
+    stored: dict[str, torch.Tensor] | None,
+    with_lm_head: bool,
+    ignore_backbone_mismatch: bool,
+    dtype: Any,
+    hub_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> tuple[PreTrainedModel, str | None]:
+    """The backbone of a repository, after checking that it is the right one, and its fingerprint as loaded."""
+    kwargs = dict(kwargs)
+    attn_implementation = kwargs.pop("attn_implementation", None) or attn_implementation_of(config)
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    kwargs["dtype"] = dtype if dtype not in (None, "auto") else config.backbone_config.dtype or "auto"
+    name, expected = config.backbone_name_or_path, config.backbone_fingerprint
+    if isinstance(given, PreTrainedModel):
+        check_same_kind(given.config, config.backbone_config, given.config.name_or_path)
+        drop_pooler(given)
+        loaded: Any = given if with_lm_head else given.base_model
+    elif given is None and stored is not None:
+        kwargs.pop("trust_remote_code", None)
+        loaded = stored_backbone(config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **kwargs)
+    elif given is None and name is None:
+        raise KAdapterLoadError(
+            f"'{config.name_or_path}' names no backbone and has none. Pass it with backbone=<folder or model>."
+        )
+    else:
+        if given is not None:
+            name = os.path.abspath(given) if os.path.isdir(given) else os.fspath(given)
+            config.backbone_name_or_path, config.backbone_revision = name, None
+        loaded = load_backbone(
+            name,
+            expected=config.backbone_config,
+            with_lm_head=with_lm_head,
+            revision=config.backbone_revision,
+            **hub_kwargs,
+            **kwargs,
+        )
+    now = None if is_opaque(loaded.base_model) else fingerprint(loaded.base_model.state_dict().values())
+    found = now if given is not None or stored is None else fingerprint(stored.values())
+    config.backbone_fingerprint = _checked_fingerprint(
+        config, expected, found, loaded.base_model, name, hub_kwargs, ignore_backbone_mismatch
+    )
+    if with_lm_head:
+        loaded = add_lm_head(loaded, name, revision=config.backbone_revision, **hub_kwargs)
+    return loaded, now
+
+
+def _checked_fingerprint(
+    config: KAdapterConfig,
+    expected: str | None,
+    found: str | None,
+    backbone: PreTrainedModel,
+    name: str | None,
+    hub_kwargs: dict[str, Any],
+    ignore_backbone_mismatch: bool,
+) -> str | None:
+    """
+    The fingerprint of the backbone as it is stored, after comparing it with the expected one.
+
+    Raises:
+        BackboneMismatchError: they differ, and the mismatch is not to be ignored.
+    """
+    if expected is None:
+        logger.warning(
+            f"'{config.name_or_path}' does not record the fingerprint of its backbone: that '{name}' is the one it was "
+            "trained on could not be verified."
+        )
+        return found
+    if found != expected:
+        state = {f"backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
+        origins = Origins()
+        origins.hub_kwargs = hub_kwargs
+        found = origins.fingerprint_if_as_named(backbone, state, config) or found
+    if found != expected:
+        message = (
+            f"'{config.name_or_path}' was trained on the backbone '{name}' with fingerprint {expected[:12]}…; the "
+            f"one found has {(found or 'none')[:12]}…: the same kind of model, but other weights"
+        )
+        if not ignore_backbone_mismatch:
+            raise BackboneMismatchError(
+                f"{message}. Pass the right one with backbone=<folder or model>, or continue nevertheless with "
+                "ignore_backbone_mismatch=True."
+            )
+        logger.warning(f"{message}; it is used nevertheless.")
+    return found
+
+
+# ---- Filling a model with what was read -----------------------------------------------------------------------------
+
+
+def fill_adapter(adapter: KnowledgeAdapter, saved: SavedAdapter, path: Path) -> None:
+    """
+    Makes the tensors of an adapter file the adapter's own.
+
+    Raises:
+        KAdapterLoadError: a tensor is missing, unexpected or of another shape.
+    """
+    prefix = f"adapters.{saved.name}."
+    check_tensors(adapter.state_dict(prefix=prefix), saved.tensors, path)
+    adapter.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in saved.tensors.items()}, assign=True)
+
+
+def _load_head(
+    model: Any,
+    head: Mapping[str, torch.Tensor],
+    path: Path,
+    saved_class: str | None,
+    *,
+    without_lm_head: bool,
+    ignore_sizes: bool,
+) -> tuple[set[str], set[str]]:
+    """
+    Loads the task head from the tensors of a repository, or initialises a new one.
+
+    Args:
+        without_lm_head: the language-model head is there already.
+        ignore_sizes: initialise those tensors whose shapes differ.
+
+    Returns:
+        The names of new tensors, and of tensors that were not used, as they belong to another class.
+    """
+    wanted = {
+        name: tensor
+        for name, tensor in model.head_state_dict().items()
+        if not (without_lm_head and name.startswith("lm_head."))
+    }
+    unused: set[str] = set()
+    # A user-defined subclass keeps its parent's saved head.
+    if saved_class not in {kind.__name__ for kind in type(model).__mro__}:
+        _check_may_drop(model, head, wanted, path, saved_class)
+        unused, head = set(head), {}
+    if ignore_sizes:
+        head = {name: tensor for name, tensor in head.items() if wanted.get(name, tensor).shape == tensor.shape}
+    # Load the head completely or not at all, except tensors skipped above.
+    expected = {name: own for name, own in wanted.items() if name in head or (head and not ignore_sizes)}
+    check_tensors(expected, head, path)
+    if head:
+        model.load_state_dict(head, strict=False, assign=True)
+    model.tie_weights()
+    new = wanted.keys() - head.keys()
+    for part in {name.partition(".")[0] for name in new}:
+        child = model.get_submodule(part) if part in dict(model.named_children()) else None
+        if child is not None:  # what is not in a child has the value that the head's constructor gave it
+            child.to(model.own_dtype()).apply(model._init_weights)
+    if new:
+        logger.warning(
+            f"{type(model).__name__}: '{path.parent}' has no weights for {sorted(new)}: they are new and untrained. Train "
+            "them on a downstream task before you predict with them."
+        )
+    return set(new), unused
+
+
+def _check_may_drop(
+    model: Any, head: Mapping[str, Any], wanted: Mapping[str, Any], path: Path, saved_class: str | None
+) -> None:
+    """
+    Raises:
+        KAdapterLoadError: another head would take the place of one whose class is not known here.
+    """
+    if head and wanted and saved_class not in (None, "KAdapterModel", *HEADS):
+        raise KAdapterLoadError(
+            f"'{path.parent}' has the head of a class {saved_class!r}, which is not known here, and {type(model).__name__} "
+            f"would replace it by an untrained one. Import the module that defines it and use {saved_class}.from_pretrained "
+            "or register_head; or pass trust_remote_code=True to an Auto class if the repository has its code. For the "
+            "knowledge without the head, load it with KAdapterModel."
+        )
+
+
+def _settle(model: Any, hub_kwargs: dict[str, Any], dtype: Any) -> None:
+    """Puts all parts on the right device, casts them, and notes where the named backbone is found again."""
+    model.origins.hub_kwargs = {key: hub_kwargs[key] for key in ("cache_dir", "token") if key in hub_kwargs}
+    model.move_own_parts(model.own_device())
+    _cast_own_parts(model, dtype)
+    places = getattr(model.backbone, "hf_device_map", {})
+    if len(set(places.values())) > 1:  # tells Trainer that the model is spread over devices
+        model.hf_device_map = {f"backbone.{name}".rstrip("."): place for name, place in places.items()}
+
+
+def _cast_own_parts(model: Any, dtype: Any) -> None:
+    """Casts everything beside the backbone to the dtype that `from_pretrained` or `from_backbone` was asked for."""
+    if dtype in (None, "auto"):
+        return
+    model.move_own_parts(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model.origins.note_weights(plain_state_dict(model), *(f"adapters.{name}" for name in model.adapters))

@@ -1,0 +1,163 @@
+"""Where each part of a K-Adapter came from, and what its weights were when it came."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .backbone_kadapter import is_opaque, load_quietly
+from .configuration_kadapter import KAdapterConfig
+from .format_kadapter import checksum, equal_bits, fingerprint, part_of
+from .sources_kadapter import snapshot_of
+
+
+class Origins:
+    """
+    The origins of a model's parts: `"backbone"`, `"adapters.<name>"`, `"fusion"` and `"head"`.
+
+    State dicts that are passed to its methods have the full names of the model's tensors, without PEFT's.
+
+    Attributes:
+        backbone_trained: whether the backbone was set to train at any time. A save then stores it.
+        backbone_stored: whether the last save or load had the backbone in the repository itself.
+        hub_kwargs: where the named backbone is found again.
+    """
+
+    def __init__(self):
+        self._sources: dict[str, str] = {}
+        self._fingerprints: dict[str, str] = {}
+        # What was found to be the named backbone, and its fingerprint.
+        self._as_named: tuple[Any, str] | None = None
+        self.backbone_trained = False
+        self.backbone_stored = False
+        self.hub_kwargs: dict[str, Any] = {}
+
+    def set_source(self, part: str, source: Any) -> None:
+        self._sources[part] = str(source)
+
+    def source(self, part: str) -> str:
+        """A repository, folder or file, or `"new"`."""
+        return self._sources.get(part, "new")
+
+    def forget(self, part: str) -> None:
+        self._sources.pop(part, None)
+        self._fingerprints.pop(part, None)
+
+    # ---- Changes ----------------------------------------------------------------------------------------------------
+
+    def note_weights(self, state_dict: Mapping[str, torch.Tensor], *parts: str) -> None:
+        """Remembers the weights that these parts have now."""
+        for part in parts:
+            now = _fingerprint(state_dict, part)
+            if now is not None:
+                self._fingerprints[part] = now
+
+    def note_fingerprint(self, part: str, fingerprint: str) -> None:
+        """As `note_weights`, if the fingerprint is known."""
+        self._fingerprints[part] = fingerprint
+
+    def is_changed(self, state_dict: Mapping[str, torch.Tensor], part: str) -> bool:
+        """Whether a part's weights differ from those that were noted. Weights on the meta device count as unchanged."""
+        now = _fingerprint(state_dict, part)
+        return now is not None and now != self._fingerprints.get(part)
+
+    # ---- The backbone -----------------------------------------------------------------------------------------------
+
+    def backbone_fingerprint(self, state_dict: Mapping[str, torch.Tensor], config: KAdapterConfig) -> str:
+        """The fingerprint of the backbone as it is stored; of a changed one, as it is now."""
+        if config.backbone_fingerprint is None or self.is_changed(state_dict, "backbone"):
+            return _fingerprint(state_dict, "backbone") or ""
+        return config.backbone_fingerprint
+
+    def update_adapters(self, state_dict: Mapping[str, torch.Tensor], config: KAdapterConfig) -> None:
+        """Sets the backbone that each adapter was trained on: for an adapter that has changed, the present one."""
+        for name, adapter in config.knowledge_adapters.items():
+            part = f"adapters.{name}"
+            # An adapter that was loaded without a fingerprint keeps none: which backbone it was trained on is unknown.
+            never_set = adapter.backbone_fingerprint is None and self.source(part) == "new"
+            if never_set or self.is_changed(state_dict, part):
+                adapter.backbone_fingerprint = self.backbone_fingerprint(state_dict, config)
+                adapter.backbone_name_or_path = config.backbone_name_or_path
+
+    def fingerprint_if_as_named(
+        self, backbone: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], config: KAdapterConfig
+    ) -> str | None:
+        """
+        The fingerprint of the backbone that `config` names, if the one here is the same, bit for bit, after a cast.
+
+        The named one is read for the first comparison; later ones compare checksums. None if they differ, or if the named
+        one is not on this machine. Quantised and offloaded weights can't be compared, nor trained: they count as unchanged.
+        """
+        tensors = part_of(state_dict, "backbone")
+        opaque = is_opaque(backbone)
+        proof = None if opaque else (checksum(tensors), _files_of_backbone(config, self.hub_kwargs))
+        if self._as_named is not None and self._as_named[0] == proof:
+            return self._as_named[1]
+        try:
+            reference = load_quietly(config, **self.hub_kwargs).state_dict()
+        except Exception:  # for whatever reason: the weights that are here must not be lost
+            return config.backbone_fingerprint if opaque else None
+        if not opaque and not equal_bits(tensors, {f"backbone.{name}": tensor for name, tensor in reference.items()}):
+            return None
+        named = fingerprint(reference.values())
+        if proof is not None:
+            self._as_named = proof, named
+        return named
+
+
+def _fingerprint(state_dict: Mapping[str, torch.Tensor], part: str) -> str | None:
+    tensors = part_of(state_dict, part).values()
+    return None if any(tensor.is_meta for tensor in tensors) else fingerprint(tensors)
+
+
+def _files_of_backbone(config: KAdapterConfig, hub_kwargs: dict[str, Any]) -> list[tuple[str, int, int]] | None:
+    """Names, sizes and times of the files of the named backbone, which tell whether it was replaced; None if not found."""
+    name = config.backbone_name_or_path
+    if name is None:
+        return None
+    folder = Path(name) if os.path.isdir(name) else snapshot_of(name, revision=config.backbone_revision, **hub_kwargs)
+    if folder is None:
+        return None
+    files = [(path.name, path.stat()) for path in folder.iterdir() if path.is_file()]
+    return sorted((name, found.st_size, found.st_mtime_ns) for name, found in files)
+
+
+def summary_table(model: Any) -> str:
+    """The text of `KAdapterPreTrainedModel.knowledge_summary`."""
+    config = model.config
+    parts = {"backbone": ("backbone", model.backbone.parameters())}
+    for name, adapter in model.adapters.items():
+        state = "" if name in config.active_knowledge_adapters else " (inactive)"
+        parts[f"adapters.{name}"] = (f"adapter {name}{state}", adapter.parameters())
+    parts["fusion"] = (f"fusion ({config.fusion})", model.fusion.parameters())
+    parts["head"] = ("head", model.head_parameters())
+    rows = [("part", "parameters", "trainable", "dtype", "device", "source")]
+    seen: set[nn.Parameter] = set()  # tied weights count once, as the backbone's
+    total = trainable = 0
+    for part, (label, parameters) in parts.items():
+        own = set(parameters) - seen
+        if not own:
+            continue
+        seen |= own
+        count = sum(parameter.numel() for parameter in own)
+        training = sum(parameter.numel() for parameter in own if parameter.requires_grad)
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in own})
+        devices = sorted({str(parameter.device) for parameter in own})
+        source = model.origins.source(part)
+        rows.append((label, f"{count:,}", f"{training:,}", ", ".join(dtypes), ", ".join(devices), source))
+        total, trainable = total + count, trainable + training
+    rows.append(("total", f"{total:,}", f"{trainable:,}", "", "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in (1, 2) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""The task heads: which class a repository's head belongs to, and which Auto class loads it."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import transformers
+
+from .compat_kadapter import SeveralClasses
+from .format_kadapter import is_own_class
+
+
+# By name: the class, and the Auto class that loads it, if transformers has one for its task.
+HEADS: dict[str, tuple[type, str | None]] = {}
+# The module that a repository's auto_map names. It imports all others, so that they travel together.
+ENTRY_MODULE = "heads_kadapter"
+T = TypeVar("T", bound=type)
+
+
+def register_head(auto_class: str | None = None) -> Callable[[T], T]:
+    """
+    Class decorator for task heads (see `HeadModel`).
+
+    Args:
+        auto_class: the class of transformers that loads the head, such as `"AutoModelForSequenceClassification"`. Of several
+            heads with the same one, it takes the one that was saved, by default the one that was registered first. Leave it
+            out if transformers has none for the task.
+    """
+
+    def register(head: T) -> T:
+        HEADS[head.__name__] = (head, auto_class)
+        if auto_class is not None:
+            heads = SeveralClasses(heads_of(auto_class))
+            getattr(transformers, auto_class).register(
+                head.config_class, heads if len(heads) > 1 else head, exist_ok=True
+            )
+        return head
+
+    return register
+
+
+def heads_of(auto_class: str) -> list[type]:
+    """The heads that an Auto class chooses from, its default first."""
+    return [head for head, name in HEADS.values() if name == auto_class]
+
+
+def auto_map(saved: type) -> dict[str, str]:
+    """
+    config.json's `auto_map` for a repository that was saved from this class: which class each Auto class takes.
+
+    A head that does not have an Auto class to itself is there under its own name too.
+    """
+    classes = {"AutoConfig": "KAdapterConfig", "AutoModel": "KAdapterModel"}
+    # The module of a user's own head is not the entry module; it travels by `register_for_auto_class`.
+    ours = {name: found for name, found in HEADS.items() if is_own_class(found[0])}
+    for name, (_, auto) in ours.items():
+        if auto is not None:
+            classes.setdefault(auto, name)
+    autos = [auto for _, auto in ours.values()]
+    for name, (_, auto) in ours.items():
+        if auto is None or autos.count(auto) > 1:
+            classes[name] = name
+        if auto is not None and name == saved.__name__:
+            classes[auto] = name
+    return {auto: f"{ENTRY_MODULE}.{name}" for auto, name in classes.items()}

@@ -1,0 +1,134 @@
+"""Saving whole K-Adapters: `save_pretrained` of every class."""
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from .compat_kadapter import has_peft_adapter
+from .configuration_kadapter import KAdapterConfig
+from .format_kadapter import (
+    ADAPTER_FOLDER,
+    BACKBONE_FILE,
+    HEAD_FILE,
+    KAdapterLoadError,
+    adapter_metadata,
+    code_files,
+    file_of,
+    fingerprint,
+    is_own_class,
+    part_of,
+)
+from .peft_kadapter import plain_state_dict
+from .registry_kadapter import ENTRY_MODULE, auto_map
+from .replacing_kadapter import replace_files, write_json, write_tensors
+
+
+def save_repository(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """
+    What `KAdapterPreTrainedModel.save_pretrained` does, but for pushing to the Hub.
+
+    Raises:
+        KAdapterLoadError: the folder is a file, or holds the backbone.
+        OSError: the folder can't be written.
+    """
+    _check_target(folder, model.config.backbone_name_or_path)
+    config, origins = model.config, model.origins
+    state = plain_state_dict(model, state_dict)
+    tied = set(model.all_tied_weights_keys)
+    backbone = part_of(state, "backbone")
+    # A backbone that trains is stored even if no step has changed it yet (with warm-up from a learning rate of 0, say):
+    # Trainer loads checkpoints into models whose backbone has changed since.
+    named = None if origins.backbone_trained else origins.fingerprint_if_as_named(model.backbone, state, config)
+    saved = {
+        name: tensor for name, tensor in state.items() if name not in tied and (named is None or name not in backbone)
+    }
+    origins.update_adapters(state, config)
+    config.backbone_fingerprint = named or fingerprint(part_of(saved, "backbone").values())
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    own = next((tensor for name, tensor in saved.items() if name not in backbone), None)
+    config.dtype = str(model.dtype if own is None else own.dtype).removeprefix("torch.")
+    write_repository(model, folder, saved, state_dict)
+    origins.backbone_stored = named is None
+    origins.note_weights(state, "backbone", *(f"adapters.{name}" for name in model.adapters))
+
+
+def _check_target(folder: Path, backbone: str | None) -> None:
+    if folder.is_file():
+        raise KAdapterLoadError(f"'{folder}' is a file; save_pretrained needs a folder.")
+    if backbone and os.path.isdir(backbone) and folder.exists() and folder.samefile(backbone):
+        raise KAdapterLoadError(
+            f"'{folder}' holds the backbone, whose config.json the K-Adapter's would replace. Choose another folder."
+        )
+
+
+def write_repository(
+    model: Any,
+    folder: Path,
+    state: Mapping[str, torch.Tensor],
+    peft_state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """
+    Replaces the files of the repository in `folder` by those for these tensors.
+
+    Args:
+        model: of which class, configuration and PEFT adapter it is; its own tensors don't count.
+        state: the tensors to store, with the model's names.
+        peft_state: the state dict to take the weights of a PEFT adapter from, if not the model's own.
+    """
+    if folder.name.startswith("checkpoint-"):
+        # To push a checkpoint, Trainer copies its weights to the folder above, and expects the subfolder there.
+        (folder.parent / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
+    with replace_files(folder) as staging:
+        _write_files(model, staging, state)
+        model.write_model_card(staging, folder, backbone_stored=any(file_of(name) == BACKBONE_FILE for name in state))
+        if has_peft_adapter(model):
+            PreTrainedModel.save_pretrained(model, staging, state_dict=peft_state)
+
+
+def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        files.setdefault(file_of(name), {})[name] = tensor
+    for file, tensors in files.items():
+        metadata = {"format": "pt"}
+        if file not in (HEAD_FILE, BACKBONE_FILE):
+            name = Path(file).stem
+            metadata = adapter_metadata(name, model.config.knowledge_adapters[name].to_dict(), tensors)
+        write_tensors(folder / file, tensors, metadata)
+    index = {
+        "metadata": {
+            "total_parameters": sum(tensor.numel() for tensor in state.values()),
+            "total_size": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+            "fingerprints": {file: fingerprint(tensors.values()) for file, tensors in files.items()},
+        },
+        "weight_map": {name: file for file, tensors in files.items() for name in tensors},
+    }
+    write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
+    config = copy.deepcopy(model.config)
+    config.auto_map = auto_map(type(model))
+    config.backbone_config.dtype = model.backbone.dtype if model.backbone.dtype.is_floating_point else None
+    config.backbone_config.__dict__.pop("quantization_config", None)  # the named backbone has not been quantised
+    _copy_code(model, folder, config)
+    write_json(folder / CONFIG_NAME, json.loads(config.to_json_string()))
+
+
+def _copy_code(model: PreTrainedModel, folder: Path, config: KAdapterConfig) -> None:
+    """Copies this folder's modules, and that of a user's own head which was registered with `register_for_auto_class`."""
+    if type(model).is_remote_code() and not is_own_class(type(model)):
+        for path in custom_object_save(model, folder, config=config) or ():
+            # In a repository, the package's modules are beside the user's.
+            text = path.read_text(encoding="utf-8")
+            text = re.sub(r"^from kadapter_hf import", f"from .{ENTRY_MODULE} import", text, flags=re.MULTILINE)
+            path.write_text(text, encoding="utf-8")
+    for path in code_files():
+        shutil.copyfile(path, folder / path.name)
