@@ -412,7 +412,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         taken = [known for known in self.adapters if known.casefold() == name.casefold()]
         if taken:
             raise KAdapterConfigError(
-                f"there is already a knowledge adapter '{taken[0]}'; delete it first, or choose another name than '{name}'."
+                f"there is a knowledge adapter '{taken[0]}' already; delete it first, or choose another name than '{name}'."
             )
         self.adapters[name] = adapter.train(self.training)
         dtype = self.own_dtype()

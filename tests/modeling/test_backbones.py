@@ -532,7 +532,7 @@ class Promising(Silent):
 
 def test_model_that_does_not_keep_its_promise_is_refused_when_it_runs():
     model = KAdapterModel.from_backbone(Promising(BertConfig(**SIZES)), adapters={"factual": small_adapter()})
-    with pytest.raises(KAdapterConfigError, match="returned 0 hidden states, and its adapters read number 2"):
+    with pytest.raises(KAdapterConfigError, match="returned 0 hidden states, and the adapters read number 2"):
         model(**batch())
 
 

@@ -140,6 +140,15 @@ def test_knowledge_adapters_come_and_go_beside_lora(build, tmp_path):
     assert torch.equal(result(KAdapterForSequenceClassification.from_pretrained(tmp_path)), result(model))
 
 
+def test_adapter_that_changed_beside_lora_fits_its_backbone(build, tmp_path):
+    """Its file records the fingerprint of the backbone's own weights, those that LoRA wraps included."""
+    model = build()
+    model.add_adapter(lora())
+    disturb(model.adapters["factual"])
+    path = model.save_knowledge_adapter(tmp_path, "factual")
+    build(adapters=()).load_knowledge_adapter(path)
+
+
 # ---- Saving and loading ---------------------------------------------------------------------------------------------
 
 

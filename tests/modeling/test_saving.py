@@ -109,8 +109,8 @@ def test_every_field_of_the_configuration_comes_back(backbone, tmp_path):
         layer_norm_eps=1e-7,
         attend_to_padding=True,
         provenance={"corpus": "T-REx", "size": 3, "metrics": {"f1": 0.5}, "nothing": None, "é": ["☃", True]},
-        a_newer_field={"x": [1]},
     )
+    adapter.newer_fields = {"a_newer_field": {"x": [1]}}
     model = KAdapterForEntityTyping.from_backbone(
         backbone, {"factual": adapter}, num_labels=5, classifier_dropout=0.25, freeze_backbone=False, freeze_head=True
     )
