@@ -270,7 +270,7 @@ def _results(adapter: str, provenance: Mapping[str, Any]) -> list[EvalResult]:
             metric_type="f1" if key.endswith("f1") else key.removeprefix("eval_"),
             metric_name=key.removeprefix("eval_").replace("_", " "),
             metric_value=round(value, 4),
-            metric_args=adapter,
+            metric_args=adapter,  # type: ignore[arg-type]
         )
         for key, value in (metrics.items() if isinstance(metrics, dict) else ())
         if isinstance(value, (int, float)) and math.isfinite(value) and key != "eval_loss"

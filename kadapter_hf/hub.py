@@ -82,7 +82,8 @@ def push_knowledge_adapter_to_hub(self: KAdapterPreTrainedModel, name: str, repo
         raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
     origins, state = self.origins, plain_state_dict(self)
     origins.update_adapters(state, self.config)
-    if self.config.knowledge_adapters[name].backbone_fingerprint == origins.backbone_fingerprint(state, self.config):
+    trained_on = (self.config.knowledge_adapters or {})[name].backbone_fingerprint
+    if trained_on == origins.backbone_fingerprint(state, self.config):
         if origins.backbone_trained or origins.fingerprint_if_as_named(self.backbone, state, self.config) is None:
             raise BackboneMismatchError(
                 f"the knowledge adapter '{name}' was trained on a backbone that differs from "
@@ -103,7 +104,7 @@ def write_adapter_repository(
         config: of a K-Adapter with this adapter.
         tensors: the adapter's, with names that start with `adapters.<name>.`.
     """
-    adapter = config.knowledge_adapters[name]
+    adapter = (config.knowledge_adapters or {})[name]
     backbone = adapter.backbone_name_or_path or config.backbone_name_or_path
     alone = KAdapterConfig(
         backbone_name_or_path=backbone,

@@ -122,7 +122,7 @@ class Saved(NamedTuple):
 
     @property
     def adapter_files(self) -> list[str]:
-        return [adapter_path(name) for name in self.config.knowledge_adapters]
+        return [adapter_path(name) for name in self.config.knowledge_adapters or ()]
 
 
 def read_saved(folder: Path, source: Any) -> Saved:

@@ -158,7 +158,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     if arguments.cache_activations is not None:
         dtype = getattr(torch, arguments.activations_dtype)
         all_rows = concatenate_datasets([split.select_columns("input_ids") for split in data.values()])
-        model.to(training.device)
+        model.to(training.device)  # type: ignore[arg-type]
         with training.main_process_first(desc="activations"):
             cache = cached_activations(model, all_rows, tokenizer, arguments.cache_activations, dtype)
         data, collator = _numbered(data), CachedActivationsCollator(collator, cache)
@@ -185,7 +185,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         "language": arguments.language,
         "license": arguments.license,
     }
-    model.config.knowledge_adapters[name].provenance = {
+    model.config.knowledge_adapters[name].provenance = {  # type: ignore[index]
         "objective": objective,
         "corpus": Path(arguments.data).resolve().name if local else arguments.data,
         **{key: value for key, value in described.items() if value},

@@ -144,8 +144,8 @@ class KAdapterForSequenceClassification(HeadModel):
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=encoded.output.hidden_states,
-            attentions=encoded.output.get("attentions"),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 
@@ -178,8 +178,8 @@ class KAdapterForTokenClassification(HeadModel):
         return TokenClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=encoded.output.hidden_states,
-            attentions=encoded.output.get("attentions"),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 
@@ -226,8 +226,8 @@ class KAdapterForQuestionAnswering(HeadModel):
             loss=loss,
             start_logits=start_logits,
             end_logits=end_logits,
-            hidden_states=encoded.output.hidden_states,
-            attentions=encoded.output.get("attentions"),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 
@@ -278,8 +278,8 @@ class KAdapterForMultipleChoice(HeadModel):
         return MultipleChoiceModelOutput(
             loss=loss,
             logits=logits,
-            hidden_states=encoded.output.hidden_states,
-            attentions=encoded.output.get("attentions"),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 
@@ -330,8 +330,8 @@ class KAdapterForEntityTyping(HeadModel):
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=encoded.output.hidden_states,
-            attentions=encoded.output.get("attentions"),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 
@@ -385,8 +385,8 @@ class KAdapterForRelationClassification(HeadModel):
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            hidden_states=encoded.output.hidden_states,
-            attentions=encoded.output.get("attentions"),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
 
@@ -482,6 +482,6 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         return MaskedLMOutput(
             loss=loss,
             logits=logits,
-            hidden_states=encoded.output.hidden_states,
-            attentions=encoded.output.get("attentions"),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )

@@ -67,12 +67,13 @@ class Encoded:
     Args:
         backbone_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the backbone's last.
         knowledge (`dict[str, torch.FloatTensor]`): the output of each active adapter, of that shape.
-        output (`ModelOutput`): of the backbone.
+        hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
     """
 
     backbone_state: torch.Tensor
     knowledge: dict[str, torch.Tensor]
-    output: ModelOutput
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class KAdapterPreTrainedModel(PreTrainedModel):
@@ -84,6 +85,9 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     """
 
     config: KAdapterConfig
+    backbone: PreTrainedModel
+    adapters: nn.ModuleDict
+    fusion: KnowledgeFusion
     config_class = KAdapterConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
@@ -239,7 +243,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             ignore_mismatched_sizes,
             kwargs,
         )
-        return (model, info) if output_loading_info else model
+        return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
     def save_pretrained(
         self,
@@ -608,7 +612,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             )
         active = self.config.active_knowledge_adapters
         knowledge = {name: self.adapters[name](states, attention_mask) for name in active}
-        return Encoded(output["last_hidden_state"], knowledge, output)
+        return Encoded(output["last_hidden_state"], knowledge, output.get("hidden_states"), output.get("attentions"))
 
     def backbone_states_read(self) -> list[int]:
         """The indices of the backbone's hidden states that the active adapters read, in ascending order."""
@@ -694,6 +698,6 @@ class KAdapterModel(KAdapterPreTrainedModel):
             last_hidden_state=self.fusion(encoded.backbone_state, encoded.knowledge),
             backbone_last_hidden_state=encoded.backbone_state,
             knowledge_states=encoded.knowledge or None,
-            hidden_states=encoded.output.hidden_states,
-            attentions=encoded.output.get("attentions"),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )

@@ -262,8 +262,8 @@ class KAdapterForDependencyParsing(HeadModel):
             loss=loss,
             arc_logits=arc_logits,
             relation_logits=relation_logits,
-            hidden_states=encoded.output.hidden_states,
-            attentions=encoded.output.get("attentions"),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
     def _features(self, states: torch.Tensor, layer: nn.Linear, scorer: nn.Linear | None = None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The task heads: which class a repository's head belongs to, and which Auto class loads it."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import transformers
 
@@ -13,10 +13,10 @@ from .format_kadapter import is_own_class
 HEADS: dict[str, tuple[type, str | None]] = {}
 # The module that a repository's auto_map names. It imports all others, so that they travel together.
 ENTRY_MODULE = "heads_kadapter"
-T = TypeVar("T", bound=type)
+Head = TypeVar("Head", bound=type[Any])
 
 
-def register_head(auto_class: str | None = None) -> Callable[[T], T]:
+def register_head(auto_class: str | None = None) -> Callable[[Head], Head]:
     """
     Class decorator for task heads (see `HeadModel`).
 
@@ -26,7 +26,7 @@ def register_head(auto_class: str | None = None) -> Callable[[T], T]:
             out if transformers has none for the task.
     """
 
-    def register(head: T) -> T:
+    def register(head: Head) -> Head:
         HEADS[head.__name__] = (head, auto_class)
         if auto_class is not None:
             heads = SeveralClasses(heads_of(auto_class))

@@ -15,7 +15,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .compat_kadapter import has_peft_adapter
-from .configuration_kadapter import KAdapterConfig
 from .format_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
@@ -122,10 +121,10 @@ def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
     write_json(folder / CONFIG_NAME, json.loads(config.to_json_string()))
 
 
-def _copy_code(model: PreTrainedModel, folder: Path, config: KAdapterConfig) -> None:
+def _copy_code(model: PreTrainedModel, folder: Path, config: Any) -> None:
     """Copies this folder's modules, and that of a user's own head which was registered with `register_for_auto_class`."""
     if type(model).is_remote_code() and not is_own_class(type(model)):
-        for path in custom_object_save(model, folder, config=config) or ():
+        for path in map(Path, custom_object_save(model, folder, config=config) or ()):
             # In a repository, the package's modules are beside the user's.
             text = path.read_text(encoding="utf-8")
             text = re.sub(r"^from kadapter_hf import", f"from .{ENTRY_MODULE} import", text, flags=re.MULTILINE)
