@@ -38,9 +38,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.modeling_outputs import BaseModelOutput
 
-from kadapter_hf import KAdapterForRelationClassification, KAdapterModel, KnowledgeAdapterConfig
+from kadapter_hf import Encoded, KAdapterForRelationClassification, KAdapterModel, KnowledgeAdapterConfig
 from kadapter_hf.features import encode, relation_features
 from kadapter_hf.pretraining import PretrainingArguments, pretrain
 
@@ -133,9 +132,9 @@ class OnStates(KAdapterForRelationClassification):
     `states` is `(batch, 1 + adapters, 2, width)`: the backbone's last and the adapters', at both markers.
     """
 
-    def _encode(self, *_, states: torch.Tensor, **kwargs):
+    def encode(self, *_, states: torch.Tensor, **kwargs) -> Encoded:
         backbone, *adapters = states.unbind(1)
-        return backbone, dict(zip(self.config.active_knowledge_adapters, adapters, strict=True)), BaseModelOutput()
+        return Encoded(backbone, dict(zip(self.config.active_knowledge_adapters, adapters, strict=True)))
 
 
 def fit(model: OnStates, states: dict[str, list[dict]], metrics: Any, args: Arguments, seed: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from transformers import AutoConfig, AutoModel
 
 from .cards import write_model_card
-from .hub import push_knowledge_adapter_to_hub, push_to_hub
+from .hub import push_knowledge_adapter_to_hub, push_saved, push_to_hub
 from .modeling.configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
 from .modeling.fusion_kadapter import KnowledgeFusion, register_fusion
@@ -36,7 +36,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 AutoConfig.register(KAdapterConfig.model_type, KAdapterConfig, exist_ok=True)
 AutoModel.register(KAdapterConfig, KAdapterModel, exist_ok=True)
 # What the code that travels with a repository does without: model cards, and pushes that check what they send.
-for _method in (write_model_card, push_to_hub, push_knowledge_adapter_to_hub):
+for _method in (write_model_card, push_to_hub, push_saved, push_knowledge_adapter_to_hub):
     setattr(KAdapterPreTrainedModel, _method.__name__, _method)
 
 __all__ = [

@@ -63,6 +63,11 @@ def push_to_hub(
         return push_folder(Path(folder), repo_id, **kwargs)
 
 
+def push_saved(self: KAdapterPreTrainedModel, folder: Path, repo_id: str, **kwargs) -> None:
+    """Uploads what `save_pretrained` has saved, and the other files at the top of the folder; see `push_folder`."""
+    push_folder(folder, repo_id, **kwargs)
+
+
 def push_knowledge_adapter_to_hub(self: KAdapterPreTrainedModel, name: str, repo_id: str, **kwargs) -> CommitInfo:
     """
     Uploads one adapter and no other weights, as a repository of its own: `load_knowledge_adapter(repo_id)` reads it,

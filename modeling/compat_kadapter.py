@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 
 
 logger = logging.get_logger(__name__)
@@ -77,6 +77,15 @@ def take_auto_arguments(kwargs: dict[str, Any]) -> Any:
     for name in ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_name", "code_revision", "use_safetensors"):
         kwargs.pop(name, None)
     return (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+
+
+def is_remote_code(module: str) -> bool:
+    """
+    Whether a module was loaded from a repository, with `trust_remote_code`: all versions import it below this name.
+
+    Without it, such a module would register its classes with the Auto classes, which then no longer look at auto_map.
+    """
+    return module.split(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 class SeveralClasses(tuple):

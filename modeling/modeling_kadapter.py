@@ -263,8 +263,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             save_directory: a folder; created if needed. Files of an earlier save are replaced.
             is_main_process: other processes than the main one do nothing.
             state_dict: what to save instead of the model's own, as gathered by sharded training.
-            push_to_hub: also call `push_to_hub`, with `repo_id` (by default the folder's name) and its other arguments
-                from `kwargs`.
+            push_to_hub: also upload the folder, to `repo_id` (by default the folder's name) and with the other arguments
+                of `push_to_hub`, from `kwargs`.
             kwargs: those of `push_to_hub`; `max_shard_size`, `variant` and the like don't apply.
 
         Raises:
@@ -277,7 +277,11 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
             kwargs_of_push = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            self.push_to_hub(kwargs.get("repo_id") or folder.name, **kwargs_of_push)
+            self.push_saved(folder, kwargs.get("repo_id") or folder.name, **kwargs_of_push)
+
+    def push_saved(self, folder: Path, repo_id: str, **kwargs) -> None:
+        """Uploads what `save_pretrained` has saved; the package kadapter_hf replaces this method."""
+        self.push_to_hub(repo_id, **kwargs)
 
     def write_model_card(self, staging: Path, folder: Path, *, backbone_stored: bool) -> None:
         """

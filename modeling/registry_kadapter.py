@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import transformers
 
-from .compat_kadapter import SeveralClasses
+from .compat_kadapter import SeveralClasses, is_remote_code
 from .format_kadapter import is_own_class
 
 
@@ -28,7 +28,7 @@ def register_head(auto_class: str | None = None) -> Callable[[Head], Head]:
 
     def register(head: Head) -> Head:
         HEADS[head.__name__] = (head, auto_class)
-        if auto_class is not None:
+        if auto_class is not None and not is_remote_code(__name__):
             heads = SeveralClasses(heads_of(auto_class))
             getattr(transformers, auto_class).register(
                 head.config_class, heads if len(heads) > 1 else head, exist_ok=True

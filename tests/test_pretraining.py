@@ -133,9 +133,9 @@ def test_with_cached_activations_the_losses_are_the_same_and_the_backbone_runs_o
     factual, facts, backbone, tmp_path, monkeypatch
 ):
     computed = []
-    forward = pretraining.KAdapterForRelationClassification._run_backbone
+    forward = KAdapterForRelationClassification._run_backbone
     monkeypatch.setattr(
-        pretraining.KAdapterForRelationClassification,
+        KAdapterForRelationClassification,
         "_run_backbone",
         lambda self, *args, **kwargs: computed.append(1) or forward(self, *args, **kwargs),
     )

@@ -1,0 +1,296 @@
+"""The examples of docs/extend.md run as printed: heads, fusions, objectives and corpora in files of a user's own."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batch, disturb, small_adapter
+from datasets import load_dataset
+from transformers import (
+    AutoModel,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from kadapter_hf import (
+    KAdapterConfigError,
+    KAdapterForEntityTyping,
+    KAdapterForSequenceClassification,
+    KAdapterForTokenClassification,
+    KAdapterLoadError,
+    KAdapterModel,
+)
+from kadapter_hf.modeling.fusion_kadapter import FUSIONS
+from kadapter_hf.modeling.registry_kadapter import HEADS
+from kadapter_hf.objectives import OBJECTIVES
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+MODULES = {match[1]: block for block in BLOCKS if (match := re.match(r"# (\w+)\.py\n", block))}
+PROGRAMS = [block for block in BLOCKS if not block.startswith("# ")]
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    """The files of the page, which can be imported; what they register is gone afterwards."""
+    folder = tmp_path_factory.mktemp("modules")
+    for name, block in MODULES.items():
+        (folder / f"{name}.py").write_text(block, encoding="utf-8")
+    registries = (HEADS, FUSIONS, OBJECTIVES)
+    before = [dict(registry) for registry in registries]
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+    for registry, content in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(content)
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def head_class(modules):
+    return importlib.import_module("span_head").KAdapterForSpanClassification
+
+
+@pytest.fixture
+def head(head_class, build):
+    model = build(head_class, num_labels=3)
+    with torch.no_grad():
+        model.scale.fill_(2.0)
+    return model
+
+
+def spans(rows: int = 3) -> dict[str, torch.Tensor]:
+    return batch(rows) | {"span": torch.tensor([[1, 2]] * rows)}
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**spans()).logits
+
+
+# ---- Heads ----------------------------------------------------------------------------------------------------------
+
+
+def test_own_head_computes_what_it_says(head):
+    fused = KAdapterModel.forward(head, **batch(3)).last_hidden_state
+    expected = head.classifier(torch.cat([fused[:, 1], fused[:, 2]], dim=-1)) * 2.0
+    assert torch.allclose(logits(head), expected, atol=1e-6)
+
+
+def test_own_head_comes_back_with_its_own_parameters(head, head_class, tmp_path):
+    head.save_pretrained(tmp_path)
+    found, info = head_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and found.scale == 2.0
+    assert torch.equal(logits(found), logits(head))
+
+
+def test_auto_class_returns_the_head_that_was_saved(head, head_class, build, tmp_path):
+    head.save_pretrained(tmp_path / "own")
+    build(KAdapterForEntityTyping).save_pretrained(tmp_path / "typing")
+    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "own")) is head_class
+    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "typing")) is KAdapterForEntityTyping
+
+
+def test_own_head_trains_with_trainer(head, tmp_path):
+    rows = [{"input_ids": [0, 5, 6, 2], "attention_mask": [1] * 4, "span": [1, 2], "labels": n % 3} for n in range(4)]
+    before = head.scale.item()
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", learning_rate=0.1, use_cpu=True)
+    Trainer(head, arguments, train_dataset=rows).train()
+    found = type(head).from_pretrained(tmp_path / "checkpoint-2")
+    assert found.scale != before and torch.equal(logits(found), logits(head.eval()))
+
+
+def test_own_head_freezes_whole(head):
+    head.freeze_head()
+    assert not any(parameter.requires_grad for parameter in (head.scale, *head.classifier.parameters()))
+    head.unfreeze_head()
+    assert all(parameter.requires_grad for parameter in (head.scale, *head.classifier.parameters()))
+
+
+def test_own_head_is_cast_whole(head_class, backbone):
+    head = head_class.from_backbone(backbone, {"factual": small_adapter()}, dtype=torch.bfloat16)
+    assert head.scale.dtype == head.classifier.weight.dtype == torch.bfloat16
+
+
+def test_head_with_integer_buffers_comes_back(backbone, tmp_path):
+    class Normed(KAdapterForSequenceClassification):
+        def add_head(self, config, width):
+            super().add_head(config, width)
+            self.norm = torch.nn.BatchNorm1d(width)
+
+    model = Normed.from_backbone(backbone, {"factual": small_adapter()})
+    model.norm.num_batches_tracked.fill_(7)
+    model.save_pretrained(tmp_path)
+    assert Normed.from_pretrained(tmp_path).norm.num_batches_tracked == 7
+
+
+@pytest.fixture
+def of_an_unknown_class(head, tmp_path):
+    """A folder that a head saved whose class is not known any more."""
+    head.save_pretrained(tmp_path)
+    known = HEADS.pop("KAdapterForSpanClassification")
+    yield tmp_path
+    HEADS["KAdapterForSpanClassification"] = known
+
+
+@pytest.mark.parametrize("model_class", [KAdapterForSequenceClassification, KAdapterForTokenClassification])
+def test_another_head_refuses_to_drop_one_of_an_unknown_class(model_class, of_an_unknown_class):
+    with pytest.raises(KAdapterLoadError, match="'KAdapterForSpanClassification'.*register_head.*KAdapterModel"):
+        model_class.from_pretrained(of_an_unknown_class)
+
+
+def test_auto_class_refuses_to_drop_a_head_of_an_unknown_class(of_an_unknown_class):
+    with pytest.raises(KAdapterLoadError, match="'KAdapterForSpanClassification'"):
+        AutoModelForMultipleChoice.from_pretrained(of_an_unknown_class)
+
+
+def test_knowledge_under_a_head_of_an_unknown_class_is_still_to_be_had(of_an_unknown_class, head):
+    found = AutoModel.from_pretrained(of_an_unknown_class)
+    assert type(found) is KAdapterModel
+    with torch.no_grad():
+        expected = KAdapterModel.forward(head, **batch()).last_hidden_state
+        assert torch.equal(found(**batch()).last_hidden_state, expected)
+
+
+REMOTE = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.split(".")[0] in ("kadapter_hf", "span_head"):
+            raise ModuleNotFoundError(fullname, name=fullname)
+
+if sys.argv[2] == "blocked":
+    sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.save_pretrained(sys.argv[3])
+again = AutoModelForSequenceClassification.from_pretrained(sys.argv[3], trust_remote_code=True)
+ids = torch.arange(30).view(3, 10)
+with torch.no_grad():
+    for found in (model, again):
+        print(found(ids, torch.ones_like(ids), span=torch.tensor([[1, 2]] * 3)).logits.tolist())
+print(type(again).__name__)
+"""
+
+
+@pytest.mark.parametrize("where", ["blocked", "installed"])
+def test_own_head_travels_and_is_saved_again_elsewhere(where, head, head_class, tmp_path, monkeypatch):
+    """In a process that can't import its file, and in one of the two not the package either."""
+    monkeypatch.setattr(head_class, "_auto_class", None)  # what the next line sets
+    head_class.register_for_auto_class("AutoModelForSequenceClassification")
+    head.save_pretrained(tmp_path / "own")
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["auto_map"][
+        "AutoModelForSequenceClassification"
+    ] == ("span_head.KAdapterForSpanClassification")
+    command = [sys.executable, "-I", "-c", REMOTE, str(tmp_path / "own"), where, str(tmp_path / "again")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *found, name = done.stdout.splitlines()[-3:]
+    ids = torch.arange(30).view(3, 10)
+    with torch.no_grad():
+        expected = head(ids, torch.ones_like(ids), span=torch.tensor([[1, 2]] * 3)).logits
+    assert name == "KAdapterForSpanClassification"
+    for values in found:
+        assert torch.allclose(torch.tensor(json.loads(values)), expected, atol=1e-6)
+    assert {"span_head.py", "heads_kadapter.py"} <= {path.name for path in (tmp_path / "again").glob("*.py")}
+
+
+# ---- Fusions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gated(modules, build):
+    importlib.import_module("gated_fusion")
+    return build(KAdapterForSequenceClassification, fusion="gated", fusion_config={"initial_gate": 1.0})
+
+
+def test_own_fusion_computes_what_it_says(gated):
+    with torch.no_grad():
+        for name, gate in (("factual", 0.5), ("linguistic", -2.0)):
+            gated.fusion.gates[name].fill_(gate)
+        found = KAdapterModel.forward(gated, **batch())
+        expected = found.backbone_last_hidden_state
+        for name, gate in (("factual", 0.5), ("linguistic", -2.0)):
+            expected = expected + torch.sigmoid(torch.tensor(gate)) * found.knowledge_states[name]
+    assert torch.allclose(found.last_hidden_state, expected, atol=1e-6)
+
+
+def test_own_fusion_starts_from_its_configuration_and_comes_back(backbone, modules, tmp_path):
+    importlib.import_module("gated_fusion")
+    adapters = {"factual": small_adapter(), "linguistic": small_adapter()}
+    model = KAdapterModel.from_backbone(backbone, adapters, fusion="gated", fusion_config={"initial_gate": 1.0})
+    assert {gate.item() for gate in model.fusion.gates.values()} == {1.0}
+    disturb(model.fusion)
+    model.save_pretrained(tmp_path)
+    found = AutoModel.from_pretrained(tmp_path)
+    assert found.config.fusion_config == {"initial_gate": 1.0}
+    with torch.no_grad():
+        assert torch.equal(found(**batch()).last_hidden_state, model(**batch()).last_hidden_state)
+
+
+def test_own_fusion_trains_what_it_uses(gated):
+    gated.set_active_knowledge_adapters("factual")
+    assert gated.fusion.gates["factual"].requires_grad and not gated.fusion.gates["linguistic"].requires_grad
+
+
+def test_adapters_come_and_go_in_an_own_fusion(gated):
+    gated.delete_knowledge_adapter("factual")
+    gated.add_knowledge_adapter("places", small_adapter())
+    assert set(gated.fusion.gates) == {"linguistic", "places"} and gated.fusion.gates["places"] == 1.0
+
+
+def test_unknown_fusion_and_unknown_value_are_refused_by_name(backbone, modules):
+    importlib.import_module("gated_fusion")
+    with pytest.raises(KAdapterConfigError, match=r"fusion must be one of \['add', 'concat', 'gated'\], not 'mean'"):
+        KAdapterModel.from_backbone(backbone, fusion="mean")
+    with pytest.raises(KAdapterConfigError, match=r"the fusion 'gated' has no \['temperature'\]"):
+        KAdapterModel.from_backbone(backbone, fusion="gated", fusion_config={"temperature": 2.0})
+
+
+# ---- Objectives and corpora -----------------------------------------------------------------------------------------
+
+
+def test_own_objective_trains_an_adapter(modules, backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(backbone, "backbone")
+    with open("titles.jsonl", "w", encoding="utf-8") as file:
+        for n in range(20):
+            file.write(json.dumps({"title": f"the old city of {'rome' if n % 2 else 'vienna'}"}) + "\n")
+    importlib.import_module("title_objective")
+    (program,) = (block for block in PROGRAMS if "pretraining" in block)
+    exec(program, {})
+    assert KAdapterModel.from_pretrained("titles-adapter").active_knowledge_adapters == ["titles"]
+
+
+def test_own_corpus_becomes_a_data_set_and_a_report(modules, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("birthplaces").mkdir()
+    Path("birthplaces.tsv").write_text(
+        "Dante\tFlorence\tDante was born in Florence.\nMozart\tSalzburg\tMozart wrote operas.\nno columns\n"
+    )
+    (program,) = (block for block in PROGRAMS if "birthplaces" in block)
+    exec(program, {})
+    rows = load_dataset("parquet", data_files="birthplaces/train.parquet", cache_dir=str(tmp_path / "cache"))["train"]
+    assert rows[0] == {
+        "text": "Dante was born in Florence.",
+        "subject": [0, 5],
+        "object": [18, 26],
+        "relation": "place of birth",
+    }
+    assert capsys.readouterr().out.startswith("1 Counter(")
