@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, initialization as init
 
+from .compat_kadapter import set_attn_implementation
 from .configuration_kadapter import KnowledgeAdapterConfig
 from .layers_kadapter import TransformerEncoder
 
@@ -58,7 +59,7 @@ class KnowledgeAdapter(nn.Module):
         )
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        self.layers[0].encoder.config._attn_implementation = attn_implementation  # one object, shared by all layers
+        set_attn_implementation(self.layers[0].encoder.config, attn_implementation)  # one object, shared by all layers
 
     def forward(
         self,

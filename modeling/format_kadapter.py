@@ -47,7 +47,6 @@ _SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf
 
 # One path-safe segment: it names a file and is one component of a dotted tensor name.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_ADAPTER_FILE = re.compile(rf"{ADAPTER_FOLDER}/[A-Za-z0-9_-]+\.safetensors")
 
 
 class KAdapterConfigError(ValueError):
@@ -110,7 +109,8 @@ def part_of(state_dict: Mapping[str, torch.Tensor], part: str) -> dict[str, torc
 
 def is_weight_file(file: str) -> bool:
     """Whether a repository stores weights in a file of this name."""
-    return file in (HEAD_FILE, BACKBONE_FILE, *PEFT_FILES) or _ADAPTER_FILE.fullmatch(file) is not None
+    adapter = re.fullmatch(adapter_path("[A-Za-z0-9_-]+"), file)
+    return adapter is not None or file in (HEAD_FILE, BACKBONE_FILE, *PEFT_FILES)
 
 
 def is_own_file(file: str) -> bool:

@@ -138,9 +138,7 @@ class KAdapterForSequenceClassification(HeadModel):
         """
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(self.fused(encoded, first_position(encoded))))
-        loss = None
-        if labels is not None:
-            loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
+        loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -324,9 +322,7 @@ class KAdapterForEntityTyping(HeadModel):
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         fused = self.fused(encoded, _check_marker("entity_start", entity_start, encoded))
         logits = self.out_proj(self.dropout(self.dense(fused)))
-        loss = None
-        if labels is not None:
-            loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
+        loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -379,9 +375,7 @@ class KAdapterForRelationClassification(HeadModel):
         )
         pair = torch.cat([self.fused(encoded, marker) for marker in markers], dim=-1)
         logits = self.out_proj(self.dropout(self.dense(pair)))
-        loss = None
-        if labels is not None:
-            loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
+        loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,

@@ -9,6 +9,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compat_kadapter import attn_implementation_of
 from .configuration_kadapter import KnowledgeAdapterConfig
 
 
@@ -52,7 +53,7 @@ class SelfAttention(nn.Module):
             projection(states).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (batch, heads, length, head size)
             for projection in (self.query, self.key, self.value)
         )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn_implementation_of(self.config), eager_attention)
         dropout = self.dropout.p if self.training else 0.0
         attended, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_size**-0.5)
         return attended.flatten(2)
@@ -111,7 +112,7 @@ class TransformerEncoder(nn.Module):
 
     Args:
         config: the sizes.
-        attention: only its `_attn_implementation` counts, which may change later.
+        attention: holds the name of the attention implementation, which may change later.
     """
 
     def __init__(self, config: KnowledgeAdapterConfig, attention: PreTrainedConfig):

@@ -372,11 +372,11 @@ def _load_head(
     if head:
         model.load_state_dict(head, strict=False, assign=True)
     model.tie_weights()
-    new = wanted.keys() - head.keys()
-    for part in {name.partition(".")[0] for name in new}:
-        child = model.get_submodule(part) if part in dict(model.named_children()) else None
-        if child is not None:  # what is not in a child has the value that the head's constructor gave it
-            child.to(model.own_dtype()).apply(model._init_weights)
+    new = [name for name in wanted if name not in head]
+    children = dict(model.named_children())
+    for part in dict.fromkeys(name.partition(".")[0] for name in new):
+        if part in children:  # other tensors have the value that the head's constructor gave them
+            children[part].to(model.own_dtype()).apply(model._init_weights)
     if new:
         logger.warning(
             f"{type(model).__name__}: '{path.parent}' has no weights for {sorted(new)}: they are new and untrained. Train "

@@ -11,7 +11,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .format_kadapter import (
-    ADAPTER_FOLDER,
+    BACKBONE_FILE,
+    HEAD_FILE,
     PEFT_FILES,
     STAGING,
     KAdapterConfigError,
@@ -262,7 +263,7 @@ def read_repository_adapters(
     """
     adapters = {}
     for file in {adapter_path(name): None for name in config.knowledge_adapters} | files:
-        if not file.startswith(f"{ADAPTER_FOLDER}/"):
+        if file in (HEAD_FILE, BACKBONE_FILE):
             continue
         path = locate(folder, file)
         saved = read_adapter(path)
@@ -281,7 +282,7 @@ def read_repository_adapters(
 def adapter_names(folder: Path) -> list[str]:
     """The adapters that a folder has files of, also if replacing them was interrupted."""
     places = [folder, folder / STAGING] if is_moving(folder / STAGING) else [folder]
-    names = {path.stem for place in places for path in (place / ADAPTER_FOLDER).glob("*.safetensors")}
+    names = {path.stem for place in places for path in place.glob(adapter_path("*"))}
     obsolete = obsolete_files(places[-1])
     return sorted(name for name in names if adapter_path(name) not in obsolete)
 

@@ -13,7 +13,6 @@ from huggingface_hub.errors import HFValidationError
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 
 from .format_kadapter import (
-    ADAPTER_FOLDER,
     BACKBONE_FILE,
     HEAD_FILE,
     PEFT_CONFIG,
@@ -99,8 +98,7 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
     if os.path.isdir(source):
         return Path(source, subfolder)
     prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, HEAD_FILE, BACKBONE_FILE, f"{ADAPTER_FOLDER}/*.safetensors"]
-    patterns.append(PEFT_CONFIG)
+    patterns = [CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, HEAD_FILE, BACKBONE_FILE, adapter_path("*"), PEFT_CONFIG]
     kwargs = {key: value for key, value in hub_arguments(hub_kwargs, ("proxies",)).items() if value is not None}
     started = time.time()
     try:

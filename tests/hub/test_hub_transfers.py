@@ -162,7 +162,8 @@ def test_an_adapter_is_loaded_into_another_model(pulled):
     assert pulled[0]["adapter"]
 
 
-def test_a_pushed_model_comes_back_where_the_package_is_not_installed(filled, pushed, tmp_path):
+def test_a_pushed_model_comes_back_and_is_pushed_again_where_the_package_is_not_installed(filled, pushed, tmp_path):
+    """With transformers' own `push_to_hub`, which keeps the model card that is on the Hub."""
     code = """
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -173,9 +174,20 @@ sys.meta_path.insert(0, Blocked())
 from transformers import AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained("user/model", trust_remote_code=True)
-answer = [output(model), type(model).__module__.split(".")[0], "kadapter_hf" in sys.modules]
+answer = [output(model), type(model).__module__.split(".")[0]]
+for parameter in model.adapters["factual"].parameters():
+    parameter.data.add_(0.1)
+model.push_to_hub("user/model")
+model.push_to_hub("user/new")
+again = [AutoModel.from_pretrained(name, trust_remote_code=True) for name in ("user/model", "user/new")]
+answer += [output(model), *map(output, again), "kadapter_hf" in sys.modules]
 """
-    assert ask(filled, code, tmp_path) == [pushed.second["output"], "transformers_modules", False]
+    card = filled.files("user/model")["README.md"]
+    first, module, changed, again, new, imported = ask(filled, code, tmp_path, token="token")
+    assert (first, module, imported) == (pushed.second["output"], "transformers_modules", False)
+    assert changed != first and again == new == changed
+    assert filled.files("user/model")["README.md"] == card
+    assert not any("backbone.safetensors" in filled.files(name) for name in ("user/model", "user/new"))
 
 
 @pytest.mark.parametrize(

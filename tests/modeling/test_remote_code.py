@@ -104,6 +104,13 @@ def test_loads_without_the_package_and_again_from_what_that_saves(name, when, re
 
 
 @every_class
+def test_model_card_stays_with_the_model(name, saved, first, second):
+    """The code in the folder can't make one."""
+    card = (saved / name / "README.md").read_bytes()
+    assert (first[1] / name / "README.md").read_bytes() == (second[1] / name / "README.md").read_bytes() == card
+
+
+@every_class
 def test_all_classes_and_all_code_are_in_every_saved_folder(name, saved, first, second):
     for place in (saved, first[1], second[1]):
         folder = place / name
