@@ -12,9 +12,6 @@ from conftest import SMALL_ADAPTER
 from hub_server import MAIN, HubServer, Repository
 
 
-# All in one process, as they share what was pushed.
-pytestmark = pytest.mark.xdist_group("hub transfers")
-
 BACKBONE, MODEL, PRIVATE, WIDE = "user/tiny-backbone", "user/model", "user/private-model", "user/wide-model"
 FACTUAL = "adapters/factual.safetensors"
 INDEX = "model.safetensors.index.json"
