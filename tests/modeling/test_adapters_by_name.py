@@ -340,9 +340,15 @@ def test_file_describes_itself(build, backbone, tmp_path):
 # ---- Loading --------------------------------------------------------------------------------------------------------
 
 
-@every_class
-@pytest.mark.parametrize("kind", ["file", "folder", "repository"])
-def test_adapter_loads_from_each_kind_of_source_into_every_class(model_class, kind, build, tmp_path):
+@pytest.mark.parametrize(
+    ("model_class", "kind"),
+    [
+        *((model_class, "file") for model_class in ALL_CLASSES),
+        (KAdapterModel, "folder"),
+        (KAdapterModel, "repository"),
+    ],
+)
+def test_adapter_loads_from_each_kind_of_source_and_into_every_class(model_class, kind, build, tmp_path):
     source = build(KAdapterForSequenceClassification, seed=1)
     place = {"file": tmp_path / "x.safetensors", "folder": tmp_path / "x"}.get(kind, tmp_path / "repository")
     if kind == "repository":
