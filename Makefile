@@ -90,8 +90,9 @@ knowledge-variants: $(VENV)/.installed
 	$(RUN_ENV) $(VENV)/bin/python examples/knowledge_variants.py --data $(CORPORA) $(ARGS)
 	cp knowledge-output/variants/variants.md docs/
 
+# A file's tests run in one process, as many share what a fixture of their module has made.
 test: $(VENV)/.installed
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # Ray, too large for each test run, is for one slow test.
 $(VENV)/.ray: $(VENV)/.installed
@@ -99,10 +100,11 @@ $(VENV)/.ray: $(VENV)/.installed
 	@touch $@
 
 slow: $(VENV)/.ray
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "slow and not cuda" $(PYTEST_ARGS)
+	$(TEST_ENV) FUZZ_EXAMPLES=400 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not cuda" \
+		$(PYTEST_ARGS)
 
 floor: $(FLOOR)/.installed
-	$(TEST_ENV) $(FLOOR)/bin/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(TEST_ENV) $(FLOOR)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # mypy can't follow the import hook of an editable install, so it gets the installed layout as a tree of links.
 lint: $(VENV)/.lint

@@ -1,5 +1,6 @@
 """Tiny models that the tests share, built once per session with random weights, and where files come from."""
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -205,6 +206,15 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_to_collect():
+    """Keeps the garbage collector off the million objects of all that is imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

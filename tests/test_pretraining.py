@@ -15,9 +15,11 @@ import torch
 from conftest import assert_same_weights, contents, free_port, small_adapter
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, TrainerCallback
+from typer.testing import CliRunner, Result
 
 from kadapter_hf import KAdapterForDependencyParsing, KAdapterForRelationClassification, KAdapterModel, pretraining
 from kadapter_hf.activations import CachedActivationsCollator, cached_activations
+from kadapter_hf.cli import app
 from kadapter_hf.corpora import read_conllu
 from kadapter_hf.objectives import OBJECTIVES, Objective
 from kadapter_hf.pretraining import load_rows, main
@@ -370,8 +372,14 @@ def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, t
 
 
 def kadapter(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs the command in a process of its own."""
     command = [sys.executable, "-c", "from kadapter_hf.cli import app; app(prog_name='kadapter')", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def invoke(*arguments: str) -> Result:
+    """Runs the command in this process."""
+    return CliRunner().invoke(app, arguments, prog_name="kadapter", env={"COLUMNS": "200"})
 
 
 def test_the_command_trains_and_combines_and_both_adapters_give_what_each_gave_alone(
@@ -381,8 +389,8 @@ def test_the_command_trains_and_combines_and_both_adapters_give_what_each_gave_a
     done = kadapter("pretrain", "factual", *flags, *SMALL, "--max_steps", "2", "--seed", "7")
     assert done.returncode == 0, done.stderr
     assert "micro_f1: " in done.stdout
-    done = kadapter("combine", str(factual), str(tmp_path / "maps"), "--output", str(tmp_path / "both"))
-    assert done.returncode == 0, done.stderr
+    combined = invoke("combine", str(factual), str(tmp_path / "maps"), "--output", str(tmp_path / "both"))
+    assert combined.exit_code == 0, combined.output
     both = KAdapterModel.from_pretrained(tmp_path / "both")
     inputs = {"input_ids": torch.tensor([[0, 7, 8, 9, 2]])}
     with torch.no_grad():
@@ -393,16 +401,20 @@ def test_the_command_trains_and_combines_and_both_adapters_give_what_each_gave_a
 
 
 def test_help_teaches_with_an_example_and_lists_trainers_flags_for_each_objective():
-    done = kadapter("pretrain", "--help")
-    assert done.returncode == 0 and "Example: kadapter pretrain factual --data" in " ".join(done.stdout.split())
-    done = kadapter("pretrain", "factual", "--help")
-    assert done.returncode == 0 and "--cache_activations" in done.stdout and "--num_train_epochs" in done.stdout
+    done = invoke("pretrain", "--help")
+    assert done.exit_code == 0 and "Example: kadapter pretrain factual --data" in " ".join(done.stdout.split())
+    for objective in OBJECTIVES:
+        done = invoke("pretrain", objective, "--help")
+        assert done.exit_code == 0 and "--cache_activations" in done.stdout and "--num_train_epochs" in done.stdout
 
 
 def test_wrong_arguments_say_what_was_expected(tmp_path):
-    done = kadapter("pretrain", "factul", "--data", "x", "--output_dir", str(tmp_path))
-    assert done.returncode == 2 and "'factul' is not one of factual, linguistic" in done.stderr
+    done = invoke("pretrain", "factul", "--data", "x", "--output_dir", str(tmp_path))
+    assert done.exit_code == 2 and "'factul' is not one of factual, linguistic" in done.stderr
+    done = invoke("combine", str(tmp_path), "--output", str(tmp_path / "out"))
+    assert done.exit_code == 1 and "has no knowledge adapter: " in done.stderr
+
+
+def test_a_missing_flag_is_named_and_ends_the_process_with_exit_code_2(tmp_path):
     done = kadapter("pretrain", "factual", "--output_dir", str(tmp_path))
     assert done.returncode == 2 and "--data" in done.stderr
-    done = kadapter("combine", str(tmp_path), "--output", str(tmp_path / "out"))
-    assert done.returncode == 1 and "has no knowledge adapter: " in done.stderr

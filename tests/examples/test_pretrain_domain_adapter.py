@@ -1,18 +1,18 @@
 """The example of an objective of one's own, on a tiny backbone."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
-from kadapter_hf import KAdapterForMaskedLM
+from kadapter_hf import KAdapterForMaskedLM, pretraining
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_domain_adapter.py"
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
 
 
-def test_a_domain_adapter_is_trained_beside_the_backbones_own_language_model_head(backbone, tmp_path):
+def test_a_domain_adapter_is_trained_beside_the_backbones_own_language_model_head(backbone, tmp_path, monkeypatch):
     texts = [
         f"the {kind} {place} is in the old city ." for kind in ("big", "new") for place in ("river", "book", "mat")
     ]
@@ -28,8 +28,9 @@ def test_a_domain_adapter_is_trained_beside_the_backbones_own_language_model_hea
         "true",
     ]
     flags += [part for name, value in SMALL.items() for part in (f"--adapter_{name}", str(value))]
-    command = [sys.executable, SCRIPT, *flags, "--max_steps", "2", "--report_to", "none"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = [SCRIPT, *flags, "--max_steps", "2", "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    monkeypatch.setattr(pretraining, "OBJECTIVES", dict(pretraining.OBJECTIVES))
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     model = KAdapterForMaskedLM.from_pretrained(tmp_path / "out")
     assert model.config.knowledge_adapters["domain"].provenance["metrics"].keys() == {"eval_loss"}

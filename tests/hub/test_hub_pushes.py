@@ -10,9 +10,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load
 
 
-# All in one process, as they share what was pushed.
-pytestmark = pytest.mark.xdist_group("hub pushes")
-
 SCRIPT = Path(__file__).parent / "scripts" / "pushes.py"
 FACTUAL = "adapters/factual.safetensors"
 REFUSED_RACES = 3

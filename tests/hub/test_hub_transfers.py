@@ -12,13 +12,11 @@ from conftest import SMALL_ADAPTER
 from hub_server import MAIN, HubServer, Repository
 
 
-# All in one process, as they share what was pushed.
-pytestmark = pytest.mark.xdist_group("hub transfers")
-
 BACKBONE, MODEL, PRIVATE, WIDE = "user/tiny-backbone", "user/model", "user/private-model", "user/wide-model"
 FACTUAL = "adapters/factual.safetensors"
 INDEX = "model.safetensors.index.json"
 CHUNK = 10 * 2**20  # the client keeps what it has received in steps of this size
+BROKEN_AFTER = CHUNK + 2**20
 WIDE_ADAPTER = SMALL_ADAPTER | {"hidden_size": 320, "intermediate_size": 1280}  # its file is larger than that
 AGAIN = {"Retry-After": "1"}
 
@@ -37,10 +35,27 @@ DAMAGES = {
     "backbone-config": ("config.json", None),
     "card": ("README.md", None),
 }
+# Where the Hub asks to wait, by name of the repository: method and path of the request.
+BUSY_DOWNLOADS = {
+    "revision": ("GET", "/api/models/{}/revision/"),
+    "tree": ("GET", "/api/models/{}/tree/"),
+    "metadata": ("HEAD", "/{}/resolve/[0-9a-f]*/config.json"),
+    "file": ("GET", "/{}/resolve/[0-9a-f]*/config.json"),
+    "object": ("GET", "/cdn/{}/.*factual"),
+}
+BUSY_UPLOADS = {
+    "create": ("POST", "/api/repos/create"),
+    "info": ("GET", "/api/models/{}$"),
+    "preupload": ("POST", "/api/models/{}/preupload/"),
+    "batch": ("POST", "/{}.git/info/lfs/objects/batch"),
+    "put": ("PUT", "/upload/{}/"),
+    "verify": ("POST", "/{}.git/info/lfs/objects/verify"),
+    "commit": ("POST", "/api/models/{}/commit/"),
+}
 
 # Every program begins with this and sets `answer`.
 BEGIN = """
-import json, sys, time
+import json, os, sys, time
 import torch
 
 def output(model):
@@ -95,6 +110,56 @@ same = [torch.equal(*pair) for pair in zip(other.adapters.factual.parameters(), 
 answer["adapter"] = len(same) > 10 and all(same)
 """
 
+# Asks for what it can't have and at last for what it can; then, as `user`, for what is broken off, put off or damaged.
+TROUBLES = """
+from kadapter_hf import KAdapterModel
+
+def load(*arguments, **kwargs):
+    return output(KAdapterModel.from_pretrained(*arguments, **kwargs))
+
+wide, without, downloads, uploads, damages = map(str.split, sys.argv[1:])
+model = KAdapterModel.from_backbone("user/tiny-backbone")
+refusals = {
+    "private": attempt(load, "user/private-model"),
+    "private, stranger": attempt(load, "user/private-model", token="other"),
+    "private, wrong token": attempt(load, "user/private-model", token="wrong"),
+    "private adapter": attempt(model.load_knowledge_adapter, "user/private-model", "factual"),
+    "unknown": attempt(load, "user/unknown"),
+    "unknown, token": attempt(load, "user/unknown", token="token"),
+    "unknown adapter": attempt(model.load_knowledge_adapter, "user/unknown", "factual"),
+    "unknown backbone": attempt(KAdapterModel.from_backbone, "user/unknown"),
+    "unknown revision": attempt(load, "user/model", revision="nowhere"),
+    "gated": attempt(load, "user/gated"),
+    "orphan": attempt(load, "user/orphan"),
+}
+for name in without:
+    refusals[f"without {name}"] = attempt(load, f"user/without-{name}")
+refusals["private, token"] = attempt(load, "user/private-model", token="token")
+answer = {"refusals": refusals, "broken": attempt(load, *wide)}
+
+os.environ["HF_TOKEN"] = "token"
+busy = answer["busy"] = {place: attempt(load, f"user/busy-{place}") for place in downloads}
+model = KAdapterModel.from_pretrained("user/private-model")
+for place in uploads:
+    with torch.no_grad():
+        next(model.adapters.factual.parameters()).add_(1)  # else the Hub would have it already
+    busy[place] = attempt(lambda: model.push_to_hub(f"user/busy-{place}").oid)
+
+damaged = answer["damaged"] = {"once": [], "twice": []}
+for name in damages:
+    if name.startswith("backbone"):
+        damaged[name] = attempt(load, "user/model", backbone=f"user/{name}")
+    else:
+        damaged[name] = attempt(load, f"user/{name}")
+model = KAdapterModel.from_pretrained("user/model")
+answer["pushed"] = attempt(lambda: model.push_to_hub("user/card", tags=["new"]).oid)
+for number in range(3):
+    if number:
+        time.sleep(2)  # as a user needs to read the message
+    for name in ("once", "twice"):
+        damaged[name].append(attempt(load, f"user/{name}"))
+"""
+
 
 def ask(hub: HubServer, code: str, home: Path, *arguments: str, token: str | None = None, **environment: str) -> Any:
     """What a new process with this Hub sets `answer` to."""
@@ -140,6 +205,63 @@ def pulled(pushed, tmp_path_factory) -> tuple[dict[str, Any], Path]:
         answer = ask(hub, code, home, BACKBONE, pushed.first["oid"])
         assert not hub.errors
     return answer, home
+
+
+@dataclass
+class Troubled:
+    """A Hub, and what a process found on it."""
+
+    hub: HubServer
+    found: dict[str, Any]
+
+
+def place_of(tensor: str, content: bytes) -> int:
+    """Where in a safetensors file a tensor begins."""
+    header = int.from_bytes(content[:8], "little")
+    return 8 + header + json.loads(content[8 : 8 + header])[tensor]["data_offsets"][0]
+
+
+@pytest.fixture(scope="module")
+def troubled(pushed, tmp_path_factory) -> Troubled:
+    """A Hub that lacks, hides, breaks off, puts off and damages, each in repositories of its own, and `TROUBLES` on it."""
+    with HubServer() as hub:
+        hub.tokens["other"] = "somebody"
+        hub.repositories = copy.deepcopy(pushed.repositories)
+
+        def copy_of(repo: str, name: str) -> Repository:
+            hub.repositories[f"user/{name}"] = copy.deepcopy(pushed.repositories[repo])
+            return hub.repositories[f"user/{name}"]
+
+        for name, missing in WITHOUT.items():
+            repository = copy_of(MODEL, f"without-{name}")
+            files = repository.commits[repository.refs[MAIN]].files
+            repository.commit(MAIN, {path: file for path, file in files.items() if path != missing}, "less", None)
+        copy_of(MODEL, "gated").readers = set()
+        config = json.loads(hub.files(MODEL)["config.json"]) | {"backbone_name_or_path": "user/gone"}
+        hub.put("user/orphan", hub.files(MODEL) | {"config.json": json.dumps(config).encode()})
+
+        hub.break_download(f"{WIDE}/.*{FACTUAL}", after=BROKEN_AFTER)
+        for places in (BUSY_DOWNLOADS, BUSY_UPLOADS):
+            for place, (method, path) in places.items():
+                if places is BUSY_DOWNLOADS:
+                    copy_of(PRIVATE, f"busy-{place}")
+                hub.fail(method, path.format(f"user/busy-{place}"), 429, headers=AGAIN)
+
+        for name, (file, at) in DAMAGES.items():
+            source = BACKBONE if name.startswith("backbone") else WIDE if name == "unsampled-byte" else MODEL
+            if name == "backbone-unsampled":
+                at = place_of("roberta.embeddings.word_embeddings.weight", hub.files(BACKBONE)[file]) + at
+            copy_of(source, name)
+            hub.corrupt(f"/user/{name}/.*{re.escape(file)}$", at)
+        for name, damaged in {"once": [FACTUAL], "twice": [FACTUAL, "head.safetensors"]}.items():
+            copy_of(MODEL, name)
+            for file in damaged:
+                hub.corrupt(f"/user/{name}/.*{file}$", -1, times=1)
+
+        names = map(" ".join, ([WIDE], WITHOUT, BUSY_DOWNLOADS, BUSY_UPLOADS, DAMAGES))
+        found = ask(hub, TROUBLES, tmp_path_factory.mktemp("troubles"), *names)
+        assert not hub.errors
+        yield Troubled(hub, found)
 
 
 # ---- What was pushed comes back -----------------------------------------------------------------------------------------
@@ -206,124 +328,33 @@ answer = output(KAdapterModel.from_pretrained("user/model"))
 # ---- What breaks off is taken up again ----------------------------------------------------------------------------------
 
 
-def test_a_broken_download_goes_on_where_it_stopped(filled, pushed, tmp_path):
-    size = len(filled.files(WIDE)[FACTUAL])
-    filled.break_download(f"{WIDE}/.*{FACTUAL}", after=CHUNK + 2**20)
-    code = f"""
-from kadapter_hf import KAdapterModel
-answer = output(KAdapterModel.from_pretrained("{WIDE}"))
-"""
-    assert ask(filled, code, tmp_path) == pushed.wide
-    requests = filled.logged("GET", f"^/cdn/{WIDE}/.*{FACTUAL}")
-    assert size > CHUNK + 2**20
+def test_a_broken_download_goes_on_where_it_stopped(troubled, pushed):
+    assert troubled.found["broken"] == pushed.wide
+    requests = troubled.hub.logged("GET", f"^/cdn/{WIDE}/.*{FACTUAL}")
+    assert len(troubled.hub.files(WIDE)[FACTUAL]) > BROKEN_AFTER
     assert [(r.headers.get("range"), r.status) for r in requests] == [(None, 200), (f"bytes={CHUNK}-", 206)]
 
 
-# Where the Hub asks to wait, by name of the repository: method and path of the request.
-BUSY_DOWNLOADS = {
-    "revision": ("GET", "/api/models/{}/revision/"),
-    "tree": ("GET", "/api/models/{}/tree/"),
-    "metadata": ("HEAD", "/{}/resolve/[0-9a-f]*/config.json"),
-    "file": ("GET", "/{}/resolve/[0-9a-f]*/config.json"),
-    "object": ("GET", "/cdn/{}/.*factual"),
-}
-BUSY_UPLOADS = {
-    "create": ("POST", "/api/repos/create"),
-    "info": ("GET", "/api/models/{}$"),
-    "preupload": ("POST", "/api/models/{}/preupload/"),
-    "batch": ("POST", "/{}.git/info/lfs/objects/batch"),
-    "put": ("PUT", "/upload/{}/"),
-    "verify": ("POST", "/{}.git/info/lfs/objects/verify"),
-    "commit": ("POST", "/api/models/{}/commit/"),
-}
-
-
-@pytest.fixture(scope="module")
-def busy(pushed, tmp_path_factory) -> dict[str, Any]:
-    """What loading from, and pushing to, a Hub leads to that first says 429 at one of its places."""
-    with HubServer() as hub:
-        hub.repositories = copy.deepcopy(pushed.repositories)
-        for places in (BUSY_DOWNLOADS, BUSY_UPLOADS):
-            for place, (method, path) in places.items():
-                repo = f"user/busy-{place}"
-                if places is BUSY_DOWNLOADS:
-                    hub.repositories[repo] = copy.deepcopy(pushed.repositories[PRIVATE])
-                hub.fail(method, path.format(repo), 429, headers=AGAIN)
-        code = """
-from kadapter_hf import KAdapterModel
-answer = {place: attempt(lambda: output(KAdapterModel.from_pretrained(f"user/busy-{place}"))) for place in sys.argv[1].split()}
-model = KAdapterModel.from_pretrained("user/private-model")
-for place in sys.argv[2].split():
-    with torch.no_grad():
-        next(model.adapters.factual.parameters()).add_(1)  # else the Hub would have it already
-    answer[place] = attempt(lambda: model.push_to_hub(f"user/busy-{place}").oid)
-"""
-        home = tmp_path_factory.mktemp("busy")
-        answer = ask(hub, code, home, " ".join(BUSY_DOWNLOADS), " ".join(BUSY_UPLOADS), token="token")
-        assert sum(request.status == 429 for request in hub.log) == len(BUSY_DOWNLOADS) + len(BUSY_UPLOADS)
-        answer["oids"] = {repo: repository.refs[MAIN] for repo, repository in hub.repositories.items()}
-        assert not hub.errors
-        return answer
-
-
 @pytest.mark.parametrize("place", BUSY_DOWNLOADS)
-def test_a_download_waits_when_it_is_told_to(busy, pushed, place):
-    assert busy[place] == pushed.second["output"]
+def test_a_download_waits_when_it_is_told_to(troubled, pushed, place):
+    assert troubled.found["busy"][place] == pushed.second["output"]
 
 
 @pytest.mark.parametrize("place", BUSY_UPLOADS)
-def test_an_upload_waits_when_it_is_told_to(busy, place):
-    assert busy[place] == busy["oids"].get(f"user/busy-{place}")
+def test_an_upload_waits_when_it_is_told_to(troubled, place):
+    assert troubled.found["busy"][place] == troubled.hub.repositories[f"user/busy-{place}"].refs[MAIN]
+
+
+def test_each_place_told_to_wait_once(troubled):
+    waits = [request for request in troubled.hub.log if request.status == 429]
+    assert len(waits) == len(BUSY_DOWNLOADS) + len(BUSY_UPLOADS)
 
 
 # ---- What can't be had is named -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def refusals(pushed, tmp_path_factory) -> dict[str, Any]:
-    """The errors of one process that asks for what it can't have, and at last for what it can."""
-    with HubServer() as hub:
-        hub.tokens["other"] = "somebody"
-        hub.repositories = copy.deepcopy(pushed.repositories)
-        for name, missing in WITHOUT.items():
-            repository = hub.repositories[f"user/without-{name}"] = copy.deepcopy(pushed.repositories[MODEL])
-            files = repository.commits[repository.refs[MAIN]].files
-            repository.commit(MAIN, {path: file for path, file in files.items() if path != missing}, "less", None)
-        hub.repositories["user/gated"] = copy.deepcopy(pushed.repositories[MODEL])
-        hub.repositories["user/gated"].readers = set()
-        config = json.loads(hub.files(MODEL)["config.json"]) | {"backbone_name_or_path": "user/gone"}
-        hub.put("user/orphan", hub.files(MODEL) | {"config.json": json.dumps(config).encode()})
-        code = """
-from kadapter_hf import KAdapterModel
-
-def load(*arguments, **kwargs):
-    return output(KAdapterModel.from_pretrained(*arguments, **kwargs))
-
-model = KAdapterModel.from_backbone("user/tiny-backbone")
-answer = {
-    "private": attempt(load, "user/private-model"),
-    "private, stranger": attempt(load, "user/private-model", token="other"),
-    "private, wrong token": attempt(load, "user/private-model", token="wrong"),
-    "private adapter": attempt(model.load_knowledge_adapter, "user/private-model", "factual"),
-    "unknown": attempt(load, "user/unknown"),
-    "unknown, token": attempt(load, "user/unknown", token="token"),
-    "unknown adapter": attempt(model.load_knowledge_adapter, "user/unknown", "factual"),
-    "unknown backbone": attempt(KAdapterModel.from_backbone, "user/unknown"),
-    "unknown revision": attempt(load, "user/model", revision="nowhere"),
-    "gated": attempt(load, "user/gated"),
-    "orphan": attempt(load, "user/orphan"),
-}
-for name in sys.argv[1:]:
-    answer[f"without {name}"] = attempt(load, f"user/without-{name}")
-answer["private, token"] = attempt(load, "user/private-model", token="token")
-"""
-        answer = ask(hub, code, tmp_path_factory.mktemp("refusals"), *WITHOUT)
-        assert not hub.errors
-        return answer
-
-
-def test_a_private_model_is_loaded_with_a_token(refusals, pushed):
-    assert refusals["private, token"] == pushed.second["output"]
+def test_a_private_model_is_loaded_with_a_token(troubled, pushed):
+    assert troubled.found["refusals"]["private, token"] == pushed.second["output"]
 
 
 @pytest.mark.parametrize(
@@ -342,14 +373,14 @@ def test_a_private_model_is_loaded_with_a_token(refusals, pushed):
         ("orphan", "user/gone", "backbone=<folder or model>"),
     ],
 )
-def test_what_can_not_be_reached_is_named_with_a_way_out(refusals, name, repo, way_out):
-    error, message = refusals[name]
+def test_what_can_not_be_reached_is_named_with_a_way_out(troubled, name, repo, way_out):
+    error, message = troubled.found["refusals"][name]
     assert error == "KAdapterLoadError" and f"'{repo}'" in message and way_out in message
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_a_file_that_the_repository_lacks_is_named_with_a_way_out(refusals, name):
-    error, message = refusals[f"without {name}"]
+def test_a_file_that_the_repository_lacks_is_named_with_a_way_out(troubled, name):
+    error, message = troubled.found["refusals"][f"without {name}"]
     assert error == "KAdapterLoadError" and WITHOUT[name] in message and "ownload" in message
     assert f"models--user--without-{name}" in message  # its place in the cache
 
@@ -357,78 +388,26 @@ def test_a_file_that_the_repository_lacks_is_named_with_a_way_out(refusals, name
 # ---- What arrives damaged is refused ------------------------------------------------------------------------------------
 
 
-def place_of(tensor: str, content: bytes) -> int:
-    """Where in a safetensors file a tensor begins."""
-    header = int.from_bytes(content[:8], "little")
-    return 8 + header + json.loads(content[8 : 8 + header])[tensor]["data_offsets"][0]
-
-
-@pytest.fixture(scope="module")
-def damages(pushed, tmp_path_factory) -> dict[str, Any]:
-    """What loading leads to when other bytes are served than the Hub has."""
-    with HubServer() as hub:
-        hub.repositories = copy.deepcopy(pushed.repositories)
-        for name, (file, at) in DAMAGES.items():
-            source = BACKBONE if name.startswith("backbone") else WIDE if name == "unsampled-byte" else MODEL
-            if name == "backbone-unsampled":
-                at = place_of("roberta.embeddings.word_embeddings.weight", hub.files(BACKBONE)[file]) + at
-            hub.repositories[f"user/{name}"] = copy.deepcopy(pushed.repositories[source])
-            hub.corrupt(f"/user/{name}/.*{re.escape(file)}$", at)
-        for repo, files in {"user/once": [FACTUAL], "user/twice": [FACTUAL, "head.safetensors"]}.items():
-            hub.repositories[repo] = copy.deepcopy(pushed.repositories[MODEL])
-            for file in files:
-                hub.corrupt(f"/{repo}/.*{file}$", -1, times=1)
-        code = """
-from kadapter_hf import KAdapterModel
-
-def load(*arguments, **kwargs):
-    return output(KAdapterModel.from_pretrained(*arguments, **kwargs))
-
-answer = {}
-for name in sys.argv[1:]:
-    if name.startswith("backbone"):
-        answer[name] = attempt(load, "user/model", backbone=f"user/{name}")
-    elif name == "card":
-        answer[name] = attempt(load, f"user/{name}")
-        model = KAdapterModel.from_pretrained("user/model")
-        answer["push"] = attempt(lambda: model.push_to_hub(f"user/{name}", tags=["new"]).oid)
-    else:
-        answer[name] = attempt(load, f"user/{name}")
-for name in ("once", "twice"):
-    answer[name] = []
-    for _ in range(3):
-        answer[name].append(attempt(load, f"user/{name}"))
-        time.sleep(2)  # as a user needs to read the message
-"""
-        answer = ask(hub, code, tmp_path_factory.mktemp("damages"), *DAMAGES, token="token")
-        answer["pushed card"], answer["card there"] = (
-            hub.files(r)["README.md"].decode() for r in ("user/card", MODEL)
-        )
-        answer["pushed oid"] = hub.repositories["user/card"].refs[MAIN]
-        assert not hub.errors
-        return answer
-
-
 @pytest.mark.parametrize("name", [name for name in DAMAGES if name != "card"])
-def test_a_damaged_download_is_refused_and_named(damages, name):
-    error, message = damages[name]
+def test_a_damaged_download_is_refused_and_named(troubled, name):
+    error, message = troubled.found["damaged"][name]
     assert error in ("KAdapterLoadError", "BackboneMismatchError")
     assert Path(DAMAGES[name][0]).name in message or name.startswith("backbone") and f"user/{name}" in message
 
 
-def test_a_damaged_download_does_not_stay_in_the_cache(damages, pushed):
-    first, second, third = damages["once"]
+def test_a_damaged_download_does_not_stay_in_the_cache(troubled, pushed):
+    first, second, third = troubled.found["damaged"]["once"]
     assert first[0] == "KAdapterLoadError"
     assert second == third == pushed.second["output"]
 
 
-def test_two_damaged_downloads_do_not_stay_in_the_cache(damages, pushed):
-    first, second, third = damages["twice"]
+def test_two_damaged_downloads_do_not_stay_in_the_cache(troubled, pushed):
+    first, second, third = troubled.found["damaged"]["twice"]
     assert first[0] == "KAdapterLoadError" and FACTUAL in first[1] and "head.safetensors" in first[1]
     assert second == third == pushed.second["output"]
 
 
-def test_a_damaged_card_does_not_matter_to_a_model_and_stays_when_it_is_pushed(damages, pushed):
-    assert damages["card"] == pushed.second["output"]
-    assert damages["push"] == damages["pushed oid"]
-    assert damages["pushed card"] == damages["card there"]
+def test_a_damaged_card_does_not_matter_to_a_model_and_stays_when_it_is_pushed(troubled, pushed):
+    assert troubled.found["damaged"]["card"] == pushed.second["output"]
+    assert troubled.found["pushed"] == troubled.hub.repositories["user/card"].refs[MAIN]
+    assert troubled.hub.files("user/card")["README.md"] == troubled.hub.files(MODEL)["README.md"]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import pytest
@@ -28,9 +29,12 @@ from kadapter_hf.modeling.format_kadapter import _checksum, decode_floats
 DOCUMENTED = (KAdapterConfigError, KAdapterLoadError)
 INDEX = "model.safetensors.index.json"
 FACTUAL = "adapters/factual.safetensors"
+# How many examples each test tries. `make slow` asks for more, and then these tests are among the slow ones.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 40))
 FUZZ = settings(
-    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), max_examples=150
+    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), max_examples=EXAMPLES
 )
+pytestmark = [pytest.mark.slow] if EXAMPLES > 40 else []
 
 FIELDS = (
     *KAdapterConfig.__dataclass_fields__,
@@ -132,7 +136,7 @@ def assert_a_model_or_an_error(folder, model, **kwargs):
 # ---- Configurations -----------------------------------------------------------------------------------------------------
 
 
-@settings(FUZZ, max_examples=400)
+@FUZZ
 @given(content=mutations(config_dict()))
 def test_a_configuration_is_built_or_refused(content):
     try:
@@ -170,7 +174,7 @@ def test_a_changed_config_file_gives_a_model_or_a_documented_error(scratch, data
         shutil.copyfile(original / "config.json", folder / "config.json")
 
 
-@settings(FUZZ, max_examples=60)
+@FUZZ
 @given(data=st.data())
 def test_a_changed_config_of_another_class_gives_a_model_or_a_documented_error(scratch, data):
     folder, original, model = data.draw(st.sampled_from(scratch))
@@ -188,7 +192,7 @@ def test_a_changed_config_of_another_class_gives_a_model_or_a_documented_error(s
 NEWER = st.text("abcdefgh_", min_size=3, max_size=10).map(lambda name: f"newer_{name}")
 
 
-@settings(FUZZ, max_examples=40)
+@FUZZ
 @given(data=st.data(), name=NEWER, value=VALUES)
 def test_fields_of_a_newer_version_change_nothing(scratch, data, name, value):
     folder, original, model = scratch[0]
@@ -232,7 +236,7 @@ def test_a_changed_index_gives_the_model_or_a_documented_error(scratch, data):
         shutil.copyfile(original / INDEX, folder / INDEX)
 
 
-@settings(FUZZ, max_examples=100)
+@FUZZ
 @given(data=st.data(), name=st.sampled_from(("config.json", INDEX)))
 def test_changed_bytes_give_the_model_or_a_documented_error(scratch, data, name):
     folder, original, model = data.draw(st.sampled_from(scratch))

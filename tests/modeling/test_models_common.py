@@ -42,11 +42,8 @@ HEADS = {
 }
 every_class = pytest.mark.parametrize("model_class", ALL_CLASSES, ids=lambda model_class: model_class.__name__)
 # Where the classes share the code: without a head, with the backbone's own, with one that reads marked positions.
-each_kind = pytest.mark.parametrize(
-    "model_class",
-    [KAdapterModel, KAdapterForMaskedLM, KAdapterForRelationClassification],
-    ids=lambda model_class: model_class.__name__,
-)
+KINDS = (KAdapterModel, KAdapterForMaskedLM, KAdapterForRelationClassification)
+each_kind = pytest.mark.parametrize("model_class", KINDS, ids=lambda model_class: model_class.__name__)
 every_new_head = pytest.mark.parametrize("model_class", HEADS, ids=lambda model_class: model_class.__name__)
 
 
@@ -498,8 +495,10 @@ def test_builds_on_the_meta_device(model_class, build):
     }
 
 
-@every_class
-@pytest.mark.parametrize("dtype", [torch.float16, "bfloat16"])
+@pytest.mark.parametrize(
+    ("model_class", "dtype"),
+    [*((model_class, "bfloat16") for model_class in ALL_CLASSES), *((kind, torch.float16) for kind in KINDS)],
+)
 def test_dtype_reaches_every_part_and_the_output(model_class, dtype, build, tmp_path):
     wanted = torch.bfloat16 if dtype == "bfloat16" else dtype
     build(model_class).save_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 """The package computes what the original implementation computed (tests/fixtures/reference/README.md)."""
 
+import copy
 import functools
 import json
 import zlib
@@ -63,8 +64,9 @@ def adapter_config() -> KnowledgeAdapterConfig:
     )
 
 
+@functools.cache
 def reference_model(model_class, adapters=("factual", "linguistic"), fusion="concat", **kwargs):
-    """A model with the weights of the original run."""
+    """A model with the weights of the original run. Tests share it, and choose the active adapters if that matters."""
     backbone = RobertaModel(
         RobertaConfig(**{key: value for key, value in SIZES["backbone"].items() if key != "model_type"}),
         add_pooling_layer=False,
@@ -107,6 +109,7 @@ def inputs(arrays, prefix):
 @torch.no_grad()
 def test_backbone_and_adapter_states(arrays, prefix):
     model = reference_model(KAdapterModel)
+    model.set_active_knowledge_adapters(list(NAMES))
     output = model(**inputs(arrays, prefix), output_hidden_states=True)
     for layer in SIZES["adapter"]["adapter_list"]:
         assert_as_the_original(output.hidden_states[layer], arrays[f"{prefix}backbone.hidden_states.{layer}"])
@@ -168,7 +171,7 @@ def test_multiple_choice(arrays, prefix):
 @torch.no_grad()
 def test_factual_pretraining(arrays, prefix):
     """The original pre-trains the factual adapter alone; its com_dense is the fusion of one adapter."""
-    model = reference_model(KAdapterForRelationClassification, adapters=["factual"], num_labels=20)
+    model = reference_model(KAdapterForRelationClassification, adapters=("factual",), num_labels=20)
     fill(model.fusion.states["factual"], "fac.com_dense")
     fill(model.dense, "fac.dense")
     fill(model.out_proj, "fac.out_proj")
@@ -185,7 +188,8 @@ def test_factual_pretraining(arrays, prefix):
 @torch.no_grad()
 def test_without_attend_to_padding_real_positions_ignore_it(arrays):
     """The same rows with more padding behind them: nothing changes where there is a token."""
-    model = reference_model(KAdapterModel)
+    model = copy.deepcopy(reference_model(KAdapterModel))
+    model.set_active_knowledge_adapters(list(NAMES))
     for adapter in model.adapters.values():
         adapter.config.attend_to_padding = False
     rows = inputs(arrays, "padded_")

@@ -2,12 +2,13 @@
 
 import importlib
 import importlib.metadata
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ALL_CLASSES, inputs_for
+from conftest import ALL_CLASSES, inputs_for, small_adapter
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -47,11 +48,6 @@ AUTO = {
     KAdapterForRelationClassification: AutoModelForSequenceClassification,
 }
 every_class = pytest.mark.parametrize("model_class", AUTO, ids=lambda model_class: model_class.__name__)
-
-
-def run_python(code: str) -> str:
-    """What a fresh process prints."""
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
 def test_every_model_class_has_its_auto_class_where_there_is_one_for_its_task():
@@ -114,22 +110,29 @@ def test_auto_class_that_does_not_fit_says_so(build, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_one_import_is_enough(build, tmp_path):
-    build(KAdapterForEntityTyping).save_pretrained(tmp_path)
+@pytest.fixture(scope="module")
+def fresh(backbone, tmp_path_factory) -> dict:
+    """What a fresh process finds after one import of the package: the modules that came with it, and a model's class."""
+    folder = tmp_path_factory.mktemp("typing") / "model"
+    KAdapterForEntityTyping.from_backbone(backbone, {"factual": small_adapter()}).save_pretrained(folder)
     code = (
-        "import kadapter_hf; from transformers import AutoModelForSequenceClassification as Auto;"
-        f"print(type(Auto.from_pretrained({str(tmp_path)!r})).__module__)"
+        "import sys, json; from transformers import PreTrainedModel; before = set(sys.modules); import kadapter_hf;"
+        "added = sorted(set(sys.modules) - before);"
+        "from transformers import AutoModelForSequenceClassification as Auto;"
+        f"module = type(Auto.from_pretrained({str(folder)!r})).__module__;"
+        "print(json.dumps({'added': added, 'module': module}))"
     )
-    assert run_python(code).split()[-1] == "kadapter_hf.modeling.heads_kadapter"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_import_leaves_optional_packages_alone():
+def test_one_import_is_enough(fresh):
+    assert fresh["module"] == "kadapter_hf.modeling.heads_kadapter"
+
+
+def test_import_leaves_optional_packages_alone(fresh):
     """They are slow to import, and not all of them are always there; what transformers imports itself is its own."""
-    code = (
-        "import sys; from transformers import PreTrainedModel; before = set(sys.modules); import kadapter_hf;"
-        "print(sorted({'peft', 'datasets', 'matplotlib'} & set(sys.modules) - before))"
-    )
-    assert run_python(code).strip() == "[]"
+    assert not {"peft", "datasets", "matplotlib"} & set(fresh["added"])
 
 
 def test_import_twice_is_harmless():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_CLASSES, disturb, inputs_for, small_adapter
+from conftest import ALL_CLASSES, contents, disturb, inputs_for, small_adapter
 from safetensors.torch import save_file
 from test_registration import AUTO
 from transformers import set_seed
@@ -35,6 +35,8 @@ AUTO_MAP = {
 }
 NAMES = [model_class.__name__ for model_class in ALL_CLASSES]
 AUTO_OF = {model_class.__name__: auto_class.__name__ for model_class, auto_class in AUTO.items()}
+# A class for each way to load: without a head, one of several of an Auto class, without an Auto class.
+SOME = ("KAdapterModel", "KAdapterForSequenceClassification", "KAdapterForDependencyParsing")
 every_class = pytest.mark.parametrize("name", NAMES)
 
 
@@ -44,8 +46,8 @@ def run(source: Path, target: Path, mode: str, modules: Path) -> dict:
     command = [sys.executable, "-I", str(SCRIPT), str(source), str(target), mode]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("auto_classes.json", *(f"{name}.safetensors" for name in NAMES)):
-        shutil.copy(source / name, target / name)
+    for path in (source / "auto_classes.json", *source.glob("*.safetensors")):
+        shutil.copy(path, target)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -77,14 +79,20 @@ def first(saved, tmp_path_factory):
     return run(saved, target, "blocked", tmp_path_factory.mktemp("modules")), target
 
 
+def some_of(source: Path, target: Path) -> Path:
+    """A copy of some of the folders, as `SOURCE` of the script."""
+    for name in SOME:
+        shutil.copytree(source / name, target / name)
+        shutil.copy(source / f"{name}.safetensors", target)
+    shutil.copy(source / "auto_classes.json", target)
+    return target
+
+
 @pytest.fixture(scope="module")
 def second(first, tmp_path_factory):
-    """Likewise what another such process found in what the first one has saved."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("thrice")
-    for name in ("auto_classes.json", *(f"{name}.safetensors" for name in NAMES)):
-        shutil.copy(first[1] / name, source / name)
-    for name in NAMES:
-        shutil.copytree(first[1] / name, source / name)
+    """Likewise what another such process found in some of what the first one has saved."""
+    target = tmp_path_factory.mktemp("thrice")
+    source = some_of(first[1], tmp_path_factory.mktemp("source"))
     return run(source, target, "blocked", tmp_path_factory.mktemp("modules")), target
 
 
@@ -92,8 +100,9 @@ def test_package_could_not_be_imported(first, second):
     assert not first[0]["package imported"] and not second[0]["package imported"]
 
 
-@every_class
-@pytest.mark.parametrize("when", ["first", "second"])
+@pytest.mark.parametrize(
+    ("when", "name"), [*(("first", name) for name in NAMES), *(("second", name) for name in SOME)]
+)
 def test_loads_without_the_package_and_again_from_what_that_saves(name, when, request):
     found = request.getfixturevalue(when)[0][name]
     assert found["config"] == ["KAdapterConfig", "transformers_modules"]
@@ -104,15 +113,15 @@ def test_loads_without_the_package_and_again_from_what_that_saves(name, when, re
 
 
 @every_class
-def test_model_card_stays_with_the_model(name, saved, first, second):
+def test_model_card_stays_with_the_model(name, saved, first):
     """The code in the folder can't make one."""
-    card = (saved / name / "README.md").read_bytes()
-    assert (first[1] / name / "README.md").read_bytes() == (second[1] / name / "README.md").read_bytes() == card
+    assert (first[1] / name / "README.md").read_bytes() == (saved / name / "README.md").read_bytes()
 
 
 @every_class
-def test_all_classes_and_all_code_are_in_every_saved_folder(name, saved, first, second):
-    for place in (saved, first[1], second[1]):
+def test_all_classes_and_all_code_are_in_every_saved_folder(name, saved, first):
+    """Saved with the package and without it."""
+    for place in (saved, first[1]):
         folder = place / name
         assert sorted(path.name for path in folder.glob("*.py")) == CODE
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
@@ -126,18 +135,18 @@ def test_all_classes_and_all_code_are_in_every_saved_folder(name, saved, first, 
 
 @every_class
 def test_saved_files_are_the_same_with_and_without_the_package(name, saved, first):
-    files = sorted(path.relative_to(saved / name) for path in (saved / name).rglob("*") if path.is_file())
-    assert files == sorted(
-        path.relative_to(first[1] / name) for path in (first[1] / name).rglob("*") if path.is_file()
-    )
-    for file in files:
-        assert (saved / name / file).read_bytes() == (first[1] / name / file).read_bytes(), file
+    assert contents(first[1] / name) == contents(saved / name)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_saved_files_are_the_same_again_and_again(name, saved, second):
+    assert contents(second[1] / name) == contents(saved / name)
 
 
 @every_class
-def test_what_was_saved_without_the_package_loads_with_it(name, second):
+def test_what_was_saved_without_the_package_loads_with_it(name, first):
     model_class = getattr(kadapter_hf, name)
-    assert type(model_class.from_pretrained(second[1] / name)) is model_class
+    assert type(model_class.from_pretrained(first[1] / name)) is model_class
 
 
 def test_adapters_change_train_and_come_back_without_the_package(first):
@@ -159,9 +168,9 @@ def test_code_does_not_run_without_trust(first):
 
 
 def test_travelled_code_works_beside_the_installed_package(saved, tmp_path_factory):
-    target = tmp_path_factory.mktemp("beside")
-    found = run(saved, target, "installed", tmp_path_factory.mktemp("modules"))
-    for name in NAMES:
+    source, target = some_of(saved, tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("beside")
+    found = run(source, target, "installed", tmp_path_factory.mktemp("modules"))
+    for name in SOME:
         assert found[name]["same"] and found[name]["model"][0] == name
     assert found["changed"]["same"]
 

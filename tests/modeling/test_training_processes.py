@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights, free_port
+from conftest import assert_same_weights, free_port, load_script
 
 from kadapter_hf import KAdapterForMaskedLM, KAdapterForSequenceClassification, KAdapterForTokenClassification
 
@@ -91,15 +91,15 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights_bit_for_bi
         "freeze_backbone": False,
         "arguments": {"max_steps": 8, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3},
     }
-    whole = start([], settings | {"output": str(tmp_path / "whole")})
     killed = start([], settings | {"output": str(tmp_path / "killed"), "stop_after": 5})
     try:
         assert any("waiting" in line for line in killed.stdout)
     finally:
         kill(killed)
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-3"]
-    finish(whole)
     train(settings | {"output": str(tmp_path / "killed"), "resume": True})
+    script = load_script(Path(SCRIPT))
+    script.main(script.SETTINGS | settings | {"output": str(tmp_path / "whole")})  # in this process
     assert_same_weights(trained(tmp_path / "killed", settings), trained(tmp_path / "whole", settings))
 
 
