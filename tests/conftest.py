@@ -40,11 +40,11 @@ from kadapter_hf import (
     KAdapterForMultipleChoice,
     KAdapterForQuestionAnswering,
     KAdapterForRelationClassification,
-    KAdapterForSequenceClassification,
     KAdapterForTokenClassification,
     KAdapterModel,
     KnowledgeAdapterConfig,
 )
+from kadapter_hf.modeling.registry_kadapter import HEADS
 
 
 WORDS = (
@@ -87,17 +87,8 @@ TINY = {
         local_attention=8,
     ),
 }
-ALL_CLASSES = (
-    KAdapterModel,
-    KAdapterForMaskedLM,
-    KAdapterForSequenceClassification,
-    KAdapterForTokenClassification,
-    KAdapterForQuestionAnswering,
-    KAdapterForMultipleChoice,
-    KAdapterForEntityTyping,
-    KAdapterForRelationClassification,
-    KAdapterForDependencyParsing,
-)
+# Tests that hold for every class run for each registered head.
+ALL_CLASSES = (KAdapterModel, *(head for head, _ in HEADS.values()))
 # transformers 5.5.0 to 5.5.3 divide every model's gradients, not the loss, by the number of micro-batches once more.
 DIVIDES_GRADIENTS_AGAIN = version.parse(transformers.__version__) < version.parse("5.5.4")
 

@@ -18,6 +18,7 @@ from kadapter_hf import (
     KAdapterLoadError,
     KAdapterModel,
 )
+from kadapter_hf.modeling import backbone_kadapter
 from kadapter_hf.modeling.format_kadapter import equal_bits
 
 
@@ -456,6 +457,37 @@ def test_a_change_that_the_fingerprint_does_not_see_is_stored(tmp_path, build):
         weight[position] ^= 1
     assert model.backbone_fingerprint() == before
     assert_comes_back(model, tmp_path / "saved")
+
+
+@pytest.fixture
+def saved_twice(own_backbone, build, tmp_path, monkeypatch):
+    """A model that has been saved, and the loads of its backbone since then."""
+    model, loads = build(backbone=own_backbone), []
+    model.save_pretrained(tmp_path / "first")
+    load = backbone_kadapter.load_backbone
+    monkeypatch.setattr(backbone_kadapter, "load_backbone", lambda *a, **k: loads.append(a) or load(*a, **k))
+    return model, loads
+
+
+def test_a_backbone_that_was_compared_once_is_not_read_again_by_the_next_save(saved_twice, tmp_path):
+    model, loads = saved_twice
+    disturb(model.adapters)
+    model.save_pretrained(tmp_path / "second")
+    assert not loads and not (tmp_path / "second" / BACKBONE).exists()
+    assert_same_weights(KAdapterModel.from_pretrained(tmp_path / "second"), model)
+
+
+def test_a_bit_that_changes_after_a_save_is_stored_by_the_next(saved_twice, tmp_path):
+    model, _ = saved_twice
+    model.backbone.embeddings.word_embeddings.weight.data.view(-1).view(torch.int32)[700] ^= 1
+    assert_comes_back(model, tmp_path / "second")
+
+
+def test_a_backbone_whose_source_changes_after_a_save_is_stored_by_the_next(saved_twice, own_backbone, tmp_path):
+    model, _ = saved_twice
+    (own_backbone / "model.safetensors").unlink()
+    make_backbone(own_backbone)
+    assert_comes_back(model, tmp_path / "second")
 
 
 @pytest.mark.parametrize("size", (117, 80), ids=("larger", "smaller"))

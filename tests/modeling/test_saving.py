@@ -557,3 +557,14 @@ def test_stray_safetensors_in_the_folder_change_nothing(folder, once):
     wrong = {name: tensor + 1 for name, tensor in once[1].state_dict().items() if tensor.is_floating_point()}
     save_file(wrong, folder / "model.safetensors")
     assert_same_weights(KAdapterForSequenceClassification.from_pretrained(folder), once[1])
+
+
+def test_layers_of_a_new_head_are_initialised_in_their_order(build, tmp_path):
+    """Whatever the order in which Python's sets iterate: the same seed gives the same head in every process."""
+    build(KAdapterModel).save_pretrained(tmp_path)
+    set_seed(3)
+    model = KAdapterForEntityTyping.from_pretrained(tmp_path, num_labels=4)
+    set_seed(3)
+    width, std = model.config.hidden_size, model.backbone.config.initializer_range
+    for layer, shape in ((model.dense, (width, width)), (model.out_proj, (4, width))):
+        assert torch.equal(layer.weight, torch.empty(shape).normal_(std=std))
