@@ -93,7 +93,7 @@ def test_a_push_that_another_one_overtook_is_made_again_on_top_of_it(hub):
 
 
 def test_a_push_that_is_overtaken_each_time_says_so_and_changes_nothing(hub):
-    assert "KAdapterLoadError: 'user/contested' changed each time" in hub.found["contested"]
+    assert "KAdapterLoadError: 'user/contested' kept changing" in hub.found["contested"]
     assert not weights(hub, "user/contested")
     assert commits(hub, "user/contested").count("put") == REFUSED_RACES
 
