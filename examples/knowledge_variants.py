@@ -1,15 +1,14 @@
 """
-Why does the factual adapter help as little, or as much, as it does? Its training again, with one thing changed each time.
+Trains variants of the factual adapter, each with one change, to find out what limits its usefulness.
 
-Every variant is trained as `kadapter pretrain factual` does it and then judged by linear probes: a logistic regression
-reads the states at the two markers, those of the backbone beside those of the adapter, and nothing else trains. What a
-probe gets right is in these states, so no fusion, head or learning rate of a task stands between. The probes are asked
-for the relations that the adapter has learned (in rows and documents that it has not seen), for relations that it has
-not learned, and for those of another task.
+Each variant is trained as by `kadapter pretrain factual` and evaluated with linear probes: logistic regression on the
+states of the backbone and the adapter at the two markers, with everything else fixed. This measures the information in
+the states, independently of a task's fusion, head and learning rate. The probes predict relations that the adapter was
+trained on (in unseen rows and documents), relations that it was not trained on, and those of another task.
 
     python examples/knowledge_variants.py --data DIR --output_dir knowledge-output/variants
 
-DIR is that of knowledge.py. What was measured is kept in results.json: a run that was cut off goes on where it stopped.
+DIR is the same as for knowledge.py. Results are stored in results.json, from which an interrupted run is resumed.
 """
 
 import json
@@ -41,7 +40,7 @@ from kadapter_hf.pretraining import PretrainingArguments, pretrain
 UNTRAINED = "untrained adapter"
 REFERENCE = "3 epochs"
 BACKBONE = "the whole backbone in place of the adapter"
-# What each changes of the first: flags of `kadapter pretrain` or of Trainer, or the rows (a part, or whose relations).
+# Changes relative to the first: flags of `kadapter pretrain` or Trainer, or the rows (a fraction, or relations of one corpus).
 VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
     "seed 1": {"seed": 1},
@@ -66,19 +65,23 @@ console = Console()
 
 @dataclass
 class Arguments:
-    data: str = field(metadata={"help": "The folder of the corpora."})
+    data: str = field(metadata={"help": "The folder with the corpora."})
     backbone: str | None = field(
-        default=None, metadata={"help": f"A repository or folder; by default {DEFAULT_BACKBONE}."}
+        default=None, metadata={"help": f"A repository or folder. Default: {DEFAULT_BACKBONE}."}
     )
-    output_dir: str = field(default="knowledge-output/variants", metadata={"help": "Where adapters and results go."})
-    variants: list[str] | None = field(default=None, metadata={"help": "Some of them, by name; by default all."})
-    few: int = field(default=600, metadata={"help": "How many examples are few."})
-    draws: int = field(default=3, metadata={"help": "How often few are drawn."})
-    max_rows: int | None = field(default=None, metadata={"help": "Rows of each corpus at most, for a quick look."})
+    output_dir: str = field(
+        default="knowledge-output/variants", metadata={"help": "Output folder for adapters and results."}
+    )
+    variants: list[str] | None = field(default=None, metadata={"help": "Names of the variants to run. Default: all."})
+    few: int = field(default=600, metadata={"help": "Number of examples in the settings with few examples."})
+    draws: int = field(default=3, metadata={"help": "Number of samples of few examples."})
+    max_rows: int | None = field(
+        default=None, metadata={"help": "Maximum number of rows of each corpus, for a quick run."}
+    )
 
 
 def rows_to_learn(folder: Path, facts: Path, data: str, which: Any) -> str:
-    """The training rows that `which` asks for, with the same held-out rows beside them."""
+    """The training rows selected by `which`, with the same held-out rows."""
     if which is None:
         return str(facts)
     rows = load_dataset("parquet", data_dir=str(facts))
@@ -132,7 +135,7 @@ def training_arguments(folder: Path) -> TrainingArguments:
 
 
 def train_backbone(facts: Path, args: Arguments, folder: Path) -> str:
-    """All the backbone's weights learn the same rows, and no adapter does: what these rows are worth at best."""
+    """Fine-tunes the complete backbone on the same rows without an adapter, as an upper bound."""
     set_seed(0)
     rows = load_dataset("parquet", data_dir=str(facts))
     labels = sorted(set(rows["train"]["relation"]))
@@ -151,7 +154,7 @@ def train_backbone(facts: Path, args: Arguments, folder: Path) -> str:
 
 
 class Probes:
-    """The tasks' rows and what a linear probe reads of them."""
+    """The rows of the tasks, and linear probes on the states of a model."""
 
     def __init__(self, tasks: list[Task], args: Arguments):
         self.args = args
@@ -167,7 +170,7 @@ class Probes:
         ]
 
     def measure(self, model: KAdapterModel) -> dict[str, list[float]]:
-        """For each task and size the shares of right answers, one for each draw of the training examples."""
+        """The accuracies for each task and number of examples, one for each sample of the training examples."""
         scores: dict[str, list[float]] = {}
         for task, rows in zip(self.tasks, self.rows, strict=True):
             states = {name: states_at_markers(model, part, self.tokenizer, self.cache) for name, part in rows.items()}
@@ -228,15 +231,15 @@ def run(args: Arguments) -> None:
 
 
 def report(results: dict[str, dict[str, Any]], args: Arguments) -> str:
-    """What each variant's states give a probe beyond those of an untrained adapter, as a page of Markdown."""
+    """The gain of each variant over an untrained adapter, as a Markdown page."""
     lines = [
-        "# The factual adapter, varied",
+        "# Variants of the factual adapter",
         "",
-        "Made by `make knowledge-variants`. Right answers of a linear probe in percent: with",
+        "Generated by `make knowledge-variants`. Accuracy of linear probes in percent: for an untrained",
     ]
-    lines += ["an untrained adapter, and what each variant adds to that.", ""]
+    lines += ["adapter, and the gain of each variant over it.", ""]
     columns = list(next(iter(results.values()))["probes"])
-    lines += [f"| | its own micro-F1 | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    lines += [f"| | pre-training micro-F1 | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     baseline = results.get(UNTRAINED)
     for variant, result in results.items():
         own = result["pretraining"].get("eval_micro_f1")
@@ -248,8 +251,8 @@ def report(results: dict[str, dict[str, Any]], args: Arguments) -> str:
             else:
                 cells.append(f"{value - 100 * statistics.mean(baseline['probes'][column]):+.1f}")
         lines.append(f"| {variant} | {' | '.join(cells)} |")
-    lines += ["", f"- {machine()}", f"- few: the mean of {args.draws} draws"]
-    lines += [f"- {sum(result['minutes'] for result in results.values()):.0f} minutes of training in all", ""]
+    lines += ["", f"- {machine()}", f"- results with few examples: mean over {args.draws} samples"]
+    lines += [f"- total training time: {sum(result['minutes'] for result in results.values()):.0f} minutes", ""]
     return "\n".join(lines)
 
 

@@ -1,12 +1,12 @@
 """
-A third kind of knowledge, as an objective of your own: masked-language modelling on the texts of a domain.
+A custom objective for another kind of knowledge: masked-language modelling on texts of a domain.
 
-Rows have one column, `text`. The backbone's own language-model head predicts the masked words from the fused states, so
-what the adapter adds is what the backbone did not know of the domain; the metric is the held-out loss.
+Rows have one column, `text`. The backbone's language-model head predicts the masked words from the fused states, so the
+adapter learns what the backbone does not know about the domain. The metric is the held-out loss.
 
     python examples/pretrain_domain_adapter.py --data articles.jsonl --output_dir domain-adapter
 
-`--help` lists the flags: those of `kadapter pretrain`, and all of transformers' TrainingArguments.
+`--help` lists the flags: those of `kadapter pretrain` and all of transformers' TrainingArguments.
 """
 
 import sys
@@ -19,7 +19,7 @@ from kadapter_hf.pretraining import main
 
 
 def text_features(batch, tokenizer, *, max_length=None):
-    """Token ids, cut at `max_length`; what the collator masks are the labels."""
+    """Token ids, truncated to `max_length`; the collator masks some of them, which become the labels."""
     encoded = tokenizer(batch["text"], truncation=True, max_length=max_length)
     return dict(encoded) | {"row": range(len(batch["text"]))}
 

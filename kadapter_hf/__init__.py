@@ -1,4 +1,4 @@
-"""K-Adapter for the Hugging Face ecosystem: knowledge adapters beside a frozen encoder, by name."""
+"""K-Adapter for the Hugging Face ecosystem: named knowledge adapters for a frozen encoder."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -35,7 +35,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 AutoConfig.register(KAdapterConfig.model_type, KAdapterConfig, exist_ok=True)
 AutoModel.register(KAdapterConfig, KAdapterModel, exist_ok=True)
-# What the code that travels with a repository does without: model cards, and pushes that check what they send.
+# Methods that code loaded from a repository lacks: model cards, and Hub pushes with checks.
 for _method in (write_model_card, push_to_hub, push_saved, push_knowledge_adapter_to_hub):
     setattr(KAdapterPreTrainedModel, _method.__name__, _method)
 

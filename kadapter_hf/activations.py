@@ -1,8 +1,8 @@
 """
-The frozen backbone's states of a whole data set on disk, so that it runs once and not in every epoch.
+A disk cache of the frozen backbone's states for a data set, so that the backbone runs once instead of in every epoch.
 
-The states of an example depend on its token ids and the backbone's weights alone. A cache is a folder named by a hash of
-all that goes into it: another backbone, layer, tokenizer or text is another folder, and an old one is never mistaken.
+The states of an example depend only on its token ids and the backbone's weights. A cache is a folder named by a hash of
+these, so a different backbone, layer, tokenizer or text never uses an outdated cache.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 logger = logging.get_logger(__name__)
 
 STATES = "states.bin"
-ROW = "row"  # the column that says which example of the cache a row is
+ROW = "row"  # the column with the index of a row in the cache
 
 
 class ActivationCache:
     """
-    States of shape `(tokens, states, width)` for each row of a data set, mapped into memory.
+    Memory-mapped states of shape `(tokens, states, width)` for each row of a data set.
 
-    They come in the order of `model.backbone_states_read()`, with the backbone's last behind them.
+    They are in the order of `model.backbone_states_read()`, followed by the backbone's last state.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ def cached_activations(
     batch_size: int = 32,
 ) -> ActivationCache:
     """
-    The states of the rows of `dataset` (with `input_ids`), computed if `folder` has no cache of them yet.
+    The states of the rows of `dataset` (with `input_ids`); computed if `folder` has no cache of them yet.
 
     Args:
-        dtype: what they are kept in. With float32 training goes as without a cache, with bfloat16 it takes half the disk.
-        batch_size: how many rows the backbone computes at once.
+        dtype: dtype of the cache. float32 gives the same training as without a cache; bfloat16 needs half the disk space.
+        batch_size: batch size for the backbone.
 
     Raises:
-        ValueError: the backbone trains, or an adapter attends to padding: the states are not the example's alone then.
-        OSError: the disk has too little room; the message says how much is needed.
+        ValueError: the backbone trains, or an adapter attends to padding, so the states depend on more than the example.
+        OSError: not enough disk space; the message says how much is needed.
     """
     if any(parameter.requires_grad for parameter in model.backbone.parameters()):
-        raise ValueError("the states of a backbone that trains can't be cached: freeze_backbone() first.")
+        raise ValueError("the states of a backbone that trains can't be cached: call freeze_backbone() first.")
     if any(adapter.attend_to_padding for adapter in (model.config.knowledge_adapters or {}).values()):
         raise ValueError("the states can't be cached for an adapter with attend_to_padding=True, which reads padding.")
     layers = model.backbone_states_read()
@@ -95,24 +95,24 @@ def _compute(
     dtype: torch.dtype,
     batch_size: int,
 ) -> None:
-    """Writes the states beside `place` and moves them there, so that `place` is whole if it is there."""
+    """Writes the states to a temporary folder and renames it to `place`, so that `place` is never incomplete."""
     shape = (sum(lengths), len(layers) + 1, model.backbone.config.hidden_size)
     size = shape[0] * shape[1] * shape[2] * dtype.itemsize
     part = place.with_name(f"{place.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
         free = shutil.disk_usage(part).free
-        logger.warning(f"The backbone's states of {len(ids)} examples take {size / 1e9:.2f} GB in '{place}'.")
+        logger.warning(f"The backbone's states of {len(ids)} examples need {size / 1e9:.2f} GB in '{place}'.")
         if size > free:
             raise OSError(
-                f"'{place.parent}' has {free / 1e9:.2f} GB left and the backbone's states need {size / 1e9:.2f} GB. "
-                "Choose a larger disk, keep them in bfloat16, or train without a cache."
+                f"'{place.parent}' has {free / 1e9:.2f} GB left, and the backbone's states need {size / 1e9:.2f} GB. "
+                "Choose a larger disk, cache them in bfloat16, or train without a cache."
             )
         with open(part / STATES, "wb") as file:
             file.truncate(size)
         cache = ActivationCache(part / STATES, lengths, shape[1], shape[2], dtype, writable=True)
         collate = DataCollatorWithPadding(tokenizer)
-        # Rows of one length together: no time for padding, and no rounding by it.
+        # Batches of equal length avoid the cost of padding and rounding differences caused by it.
         order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
         model.eval()
         starts = range(0, len(order), batch_size)
@@ -125,7 +125,7 @@ def _compute(
             found = [*(output.hidden_states[layer] for layer in layers), output.last_hidden_state]
             stacked = torch.stack(found, dim=2).to("cpu", dtype)
             for position, row in enumerate(rows):
-                # Whatever side the padding is on.
+                # Padding may be on either side.
                 real = batch["attention_mask"][position].bool().cpu()
                 cache[row].copy_(stacked[position, real])
         os.replace(part, place)
@@ -134,7 +134,7 @@ def _compute(
 
 
 class CachedActivationsCollator:
-    """Another collator's batch, with the cached states of its rows as `backbone_states`, padded likewise."""
+    """Wraps a collator and adds the cached states of the rows as `backbone_states`, padded like the batch."""
 
     def __init__(self, collator: Callable[[list[dict]], dict[str, Any]], cache: ActivationCache):
         self.collator = collator

@@ -1,8 +1,8 @@
 """
-The model card (README.md) of a K-Adapter repository: made from what its configuration knows, and kept where a user edits it.
+The model card (README.md) of a K-Adapter repository: generated from its configuration, preserving the user's edits.
 
-A comment at the card's end holds a hash of each part that was made: of each key of the metadata and each section. A part
-that is as it was made is made anew by the next save; one that a user has changed, removed or added stays the user's.
+A comment at the end of the card holds a hash of each generated part, i.e. each metadata key and each section. The next
+save regenerates unchanged parts. Parts that a user has changed, removed or added are kept as they are.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-TRAINERS_SECTION = "## Training procedure"  # in the card that Trainer writes: its hyperparameters and results
-# Start of the comment in Trainer's card. transformers has it as a constant, in a module that is slow to import.
+TRAINERS_SECTION = "## Training procedure"  # section of Trainer's card with hyperparameters and results
+# Start of the comment in Trainer's card. The constant in transformers is in a module that is slow to import.
 TRAINERS_COMMENT = "<!-- This model card has been generated automatically according to the information the Trainer had"
-# What `kadapter pretrain` calls its objectives, as the Hub's tasks.
+# The Hub's tasks for the objectives of `kadapter pretrain`.
 TASKS = {
     "factual": ("text-classification", "relation classification"),
     "linguistic": ("token-classification", "dependency parsing"),
@@ -44,9 +44,9 @@ TEMPLATE = """\
 
 # {{ name }}
 
-{{ ["No knowledge adapter yet", "A knowledge adapter", "Knowledge adapters"][[adapters | length, 2] | min] }} beside \
-{{ "a fine-tuned" if backbone_stored else "the frozen" }} {{ backbone_link }}: a
-[K-Adapter](https://arxiv.org/abs/2002.01808), in the format of the package kadapter-hf.
+{{ ["No knowledge adapter yet", "A knowledge adapter", "Knowledge adapters"][[adapters | length, 2] | min] }} for \
+{{ "a fine-tuned" if backbone_stored else "the frozen" }} {{ backbone_link }} ([K-Adapter](https://arxiv.org/abs/2002.01808)),
+saved with the package kadapter-hf.
 
 ## Use
 
@@ -54,16 +54,16 @@ TEMPLATE = """\
 {{ snippet }}
 ```
 
-Without the package, from the code in this repository: \
+Without the package, using the code in this repository: \
 `AutoModel.from_pretrained("{{ source }}", trust_remote_code=True)`.
 
 ## Knowledge adapters
 
-| adapter | reads the backbone's states | transformer layers | width | attention heads |
+| adapter | backbone states | transformer layers | width | attention heads |
 |---|---|---|---|---|
 {% for adapter, config in adapters.items() -%}
 | {{ adapter }} | {{ config.backbone_layers | join(", ") }} | {{ config.num_hidden_layers }} in each of \
-{{ config.backbone_layers | length }} | {{ config.hidden_size }} | {{ config.num_attention_heads }} |
+{{ config.backbone_layers | length }} adapter layers | {{ config.hidden_size }} | {{ config.num_attention_heads }} |
 {% endfor %}
 ## Training
 {% for adapter, rows in facts.items() %}
@@ -103,7 +103,7 @@ Not recorded.
 | revision | {{ revision }} |
 | fingerprint of its weights | {{ fingerprint }} |
 {% if fingerprint != "not known" %}
-Loading refuses a backbone with other weights.
+Loading refuses a backbone with different weights.
 {% endif %}
 ## Citation
 
@@ -129,14 +129,14 @@ def card_text(
     tags: Sequence[str] | None = None,
 ) -> str | None:
     """
-    A repository's README.md; None if one of the earlier ones can't be read and should stay as it is.
+    The README.md of a repository; None if an earlier card can't be read and must not be overwritten.
 
     Args:
-        repo_id: where it is on the Hub; None for a folder, whose card is the same wherever it is.
-        backbone_stored: whether the repository has a backbone of its own.
-        earlier: cards to keep a user's parts of, if they are there: first the local one, then the one on the Hub. If both
-            have the same part changed, the later one's is kept.
-        tags: to be added to those of the card.
+        repo_id: the repository on the Hub; None for a folder, whose card does not depend on its location.
+        backbone_stored: whether the repository stores a backbone.
+        earlier: existing cards whose edits are kept, if the files exist: first the local one, then the one on the Hub. If
+            both have changed the same part, the later one wins.
+        tags: tags to add to those of the card.
     """
     made = make_card(config, repo_id, backbone_stored)
     text = _with_hashes(made)
@@ -144,21 +144,21 @@ def card_text(
         if path.is_file():
             try:
                 text = merge_card(path.read_text(encoding="utf-8"), text)
-            except ValueError as error:  # not UTF-8, or metadata that are not YAML
-                logger.warning(f"the model card '{path}' can't be read and stays as it is: {error}")
+            except ValueError as error:  # not UTF-8, or metadata that is not YAML
+                logger.warning(f"the model card '{path}' can't be read and is not updated: {error}")
                 return None
     return _with_tags(text, tags) if tags else text
 
 
 def write_model_card(model: KAdapterPreTrainedModel, staging: Path, folder: Path, *, backbone_stored: bool) -> None:
-    """What `KAdapterPreTrainedModel.write_model_card` does in this package."""
+    """Implements `KAdapterPreTrainedModel.write_model_card` in this package."""
     text = card_text(model.config, None, backbone_stored=backbone_stored, earlier=[folder / CARD_FILE])
     if text is not None:
         (staging / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool) -> str:
-    """The card as it is without a user's edits."""
+    """The generated card, without a user's edits."""
     adapters = config.knowledge_adapters or {}
     told = {adapter: _provenance(adapter_config) for adapter, adapter_config in adapters.items()}
     results = [result for adapter, provenance in told.items() for result in _results(adapter, provenance)]
@@ -198,7 +198,7 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
     return str(card).rstrip() + "\n"
 
 
-# ---- What the card says ---------------------------------------------------------------------------------------------
+# ---- Content of the card --------------------------------------------------------------------------------------------
 
 
 def _snippet(architecture: str, source: str, adapters: list[str], backbone: str, backbone_stored: bool) -> str:
@@ -212,9 +212,9 @@ def _snippet(architecture: str, source: str, adapters: list[str], backbone: str,
     return (
         f"from kadapter_hf import {', '.join(sorted({architecture, 'KAdapterModel'}))}\n"
         "from transformers import AutoTokenizer\n\n"
-        f"# As it was saved{'' if architecture == 'KAdapterModel' else ', with its head'}\n"
+        f"# The saved model{'' if architecture == 'KAdapterModel' else ', including its head'}\n"
         f'model = {architecture}.from_pretrained("{source}")\n\n'
-        "# Or what it knows beside a backbone, to combine with other adapters and to fine-tune\n"
+        "# Or only the adapters, to combine with others and fine-tune\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{backbone}")\n'
         f'model = KAdapterModel.from_backbone("{backbone}", {{{sources}}})\n'
         'inputs = tokenizer("The Danube flows through Vienna.", return_tensors="pt")\n'
@@ -223,12 +223,12 @@ def _snippet(architecture: str, source: str, adapters: list[str], backbone: str,
 
 
 def _provenance(config: KnowledgeAdapterConfig) -> dict[str, Any]:
-    """As in config.json, where keys are strings."""
+    """The provenance as in config.json, where keys are strings."""
     return config.to_dict()["provenance"] or {}
 
 
 def _facts(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The recorded facts as cells of a table, what has a place of its own left out."""
+    """The provenance as table cells, except for the parts shown elsewhere."""
     return {
         _cell(key.replace("_", " ")): _cell(
             ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, dict) else value
@@ -239,7 +239,7 @@ def _facts(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _epochs(provenance: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The recorded course of the training as rows of a table, each with the same columns."""
+    """The training history as table rows with the same columns."""
     rows = provenance.get("training")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return []
@@ -278,13 +278,13 @@ def _results(adapter: str, provenance: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _all_of(told: Mapping[str, dict[str, Any]], key: str) -> list[str] | None:
-    """What the adapters say of themselves under this key, each once."""
+    """The distinct values of all adapters for this key of their provenance."""
     values = [value for provenance in told.values() for value in _listed(provenance.get(key))]
     return list(dict.fromkeys(values)) or None
 
 
 def _only_of(told: Mapping[str, dict[str, Any]], key: str) -> str | None:
-    """The same, if all say the same."""
+    """The value for this key, if all adapters agree."""
     values = {str(provenance.get(key)) for provenance in told.values() if provenance.get(key)}
     return values.pop() if len(values) == 1 else None
 
@@ -294,23 +294,23 @@ def _listed(value: Any) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """Text that can't end a cell of a table, or begin one of Markdown's or HTML's own."""
+    """Escapes text so that it can't end a table cell or be interpreted as Markdown or HTML."""
     text = " ".join(str(value).split())
     return re.sub(r"([\\|`*\[\]<>])", r"\\\1", text)
 
 
-# ---- What a user has changed ----------------------------------------------------------------------------------------
+# ---- A user's edits -------------------------------------------------------------------------------------------------
 
 _HASHES = re.compile(r"<!-- kadapter-hf: [^{]*(\{.*\}) -->\s*$")
-_NOTE = "what was made for this card from the model; a part that you change stays as you leave it"
+_NOTE = "hashes of the generated parts; parts that you edit are kept"
 
 
 def merge_card(old: str, new: str) -> str:
     """
-    `old` with those parts replaced by `new`'s that are as an earlier save made them.
+    Updates those parts of `old` that are unchanged since they were generated to those of `new`.
 
-    A card without a save's hashes is the user's own: only what its metadata lack is added. One that Trainer wrote is
-    replaced, but for its section on the training.
+    A card without hashes was written by the user: only missing metadata is added. A card written by Trainer is replaced,
+    except for its section on the training.
 
     Raises:
         ValueError: the metadata of `old` can't be read.
@@ -329,7 +329,7 @@ def merge_card(old: str, new: str) -> str:
     if old_hashes is None and isinstance(data.get("tags"), list):
         data["tags"] = list(dict.fromkeys([*data["tags"], *new_data["tags"]]))
     header = REGEX_YAML_BLOCK.search(old)
-    # Untouched metadata keep a user's comments and line breaks.
+    # Unchanged metadata keeps the user's comments and line breaks.
     metadata = header[2].strip() if header and data == old_data else yaml_dump(data).strip()
     text = "\n\n".join(section.strip() for section in sections.values())
     return _append_hashes(f"---\n{metadata}\n---\n\n{text}\n", new_hashes or {})
@@ -346,28 +346,28 @@ def _merge(old: dict[str, Any], new: dict[str, Any], hashes: Mapping[str, str]) 
 
 
 def _split(card: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The metadata of a card, and its text by section: each heading of the second level begins one."""
+    """The metadata of a card, and its text by section; sections start at second-level headings."""
     header = REGEX_YAML_BLOCK.search(card)
     try:
         data = yaml.safe_load(header[2]) or {} if header else {}
     except yaml.YAMLError as error:
-        raise ValueError(f"its metadata are not YAML: {error}") from error
+        raise ValueError(f"its metadata is not YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ValueError("its metadata are not a YAML mapping")
+        raise ValueError("its metadata is not a YAML mapping")
     sections: dict[str, str] = {}
     key, fenced = "", False
     for line in (card[header.end() :] if header else card).splitlines(keepends=True):
         fenced ^= line.startswith("```")
         if line.startswith("## ") and not fenced:
             key = line.strip()
-            while key in sections:  # a heading may be there twice
+            while key in sections:  # headings may repeat
                 key += "'"
         sections[key] = sections.get(key, "") + line
     return data, sections
 
 
 def _with_tags(card: str, tags: Sequence[str]) -> str:
-    """With more tags, as if a user had written them into the card."""
+    """Adds tags, as if a user had written them into the card."""
     data, _ = _split(card)
     there = data["tags"] if isinstance(data.get("tags"), list) else []
     text = REGEX_YAML_BLOCK.sub("", card, count=1)
@@ -392,6 +392,6 @@ def _without_hashes(card: str) -> tuple[str, dict[str, str] | None]:
 
 
 def _hash(value: Any) -> str:
-    # Blank lines at a section's end are where the next one begins.
+    # Blank lines at the end of a section only separate it from the next.
     text = value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Collators for features that transformers' own don't pad: all pad to the longest row of the batch, to no fixed length."""
+"""Collators for features that those of transformers don't pad. They pad to the longest row of the batch."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 
 class DataCollatorForDependencyParsing:
-    """Pads sentences to the longest in tokens, and `word_starts` (with -1) and both labels (with -100) in words."""
+    """Pads token ids to the most tokens of a row, and `word_starts` (with -1) and both labels (with -100) to the most words."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.pad = DataCollatorWithPadding(tokenizer)

@@ -1,11 +1,11 @@
 """
-From rows of a corpus to what the models take: token ids, marker positions, labels.
+Features of corpus rows: token ids, marker positions and labels.
 
-Each function takes a batch of rows as `datasets.Dataset.map(batched=True)` gives it, so that one call of a fast tokenizer
-does the whole batch. Use them through `encode`, which counts the rows that had to be left out.
+Each function takes a batch of rows as passed by `datasets.Dataset.map(batched=True)`, so that a fast tokenizer processes the
+batch in one call. Call them through `encode`, which reports dropped rows.
 
-The defaults give the same ids as the original's converters (`examples/utils_glue.py` and the `convert_examples_to_features`
-of its scripts). There a marker is a token of its own, and the text between two markers is tokenised apart from the rest.
+The defaults produce the same ids as the original's converters (`examples/utils_glue.py` and `convert_examples_to_features` in
+its scripts): a marker is a separate token, and the text between two markers is tokenised separately.
 """
 
 import itertools
@@ -24,12 +24,12 @@ Batch = Mapping[str, Sequence[Any]]
 
 def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer: PreTrainedTokenizerBase, **kwargs):
     """
-    A data set of features: `features(batch, tokenizer, **kwargs)` for all rows, without the columns of the corpus.
+    Applies `features(batch, tokenizer, **kwargs)` to all rows and removes the columns of the corpus.
 
-    Rows that can't be encoded within the tokenizer's or `max_length` tokens are left out, counted and named in a warning.
+    Rows that don't fit into the tokenizer's maximum or `max_length` are dropped; a warning counts and lists them.
 
     Raises:
-        ValueError: no row is left, or a label is not among those given.
+        ValueError: no row is left, or a label is unknown.
     """
 
     def numbered(batch: Batch, indices: list[int]) -> dict[str, list]:
@@ -42,15 +42,15 @@ def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
-        load_from_cache_file=False,  # datasets knows a function of a package by its name, not by what it does
+        load_from_cache_file=False,  # datasets identifies a package's function by name, not by its code
         desc="Tokenizing",
     )
     kept = set(encoded["row"]) if len(encoded) else set()
     dropped = [row for row in range(len(dataset)) if row not in kept]
     if dropped:
         logger.warning(
-            f"{len(dropped)} of {len(dataset)} rows don't fit into the model's length (or have a word of which the "
-            f"tokenizer leaves nothing) and are left out; the first of them: {dropped[:5]}."
+            f"{len(dropped)} of {len(dataset)} rows are dropped, as they exceed the model's maximum length or have a word "
+            f"without tokens; the first ones: {dropped[:5]}."
         )
     if not kept:
         raise ValueError("no row is left: the corpus is empty, or its texts don't fit into max_length tokens.")
@@ -67,19 +67,19 @@ def relation_features(
     original: bool = False,
 ) -> dict[str, list]:
     """
-    For `KAdapterForRelationClassification`: rows of the relation schema, each entity between two markers.
+    Features for `KAdapterForRelationClassification` from rows of the relation schema, with markers around each entity.
 
     Args:
-        labels: the relations; a row's label is its place among them.
-        markers: around the subject and the object, with a leading space where the tokenizer is to see one. The
-            original's for T-REx and TACRED by default; for SemEval-2010 Task 8 it has `(" @", " ^")`.
-        max_length: tokens with the special ones; by default as many as the model takes.
-        original: cut long rows at their end, as the original does, and leave out those whose markers are cut. By
-            default the window moves so that it has both entities in it.
+        labels: the relations; a row's label is the index of its relation.
+        markers: around the subject and the object, with a leading space if the tokenizer should see one. The default is
+            the original's for T-REx and TACRED; for SemEval-2010 Task 8 it uses `(" @", " ^")`.
+        max_length: maximum number of tokens, including special tokens; by default the model's maximum.
+        original: truncate long rows at the end, as the original does, and drop rows that lose a marker. By default, the
+            window is moved so that it contains both entities.
 
     Returns:
-        `input_ids`, `attention_mask`, `subject_start`, `object_start` (positions of the first of each two markers),
-        `labels`, and `row`, the places in the batch of the rows that were kept.
+        `input_ids`, `attention_mask`, `subject_start`, `object_start` (positions of the markers before the entities),
+        `labels`, and `row`, the indices in the batch of the rows that were kept.
     """
     subject, object_ = (tokenizer.encode(marker, add_special_tokens=False) for marker in markers)
     marked = []
@@ -103,13 +103,13 @@ def typing_features(
     original: bool = False,
 ) -> dict[str, list]:
     """
-    For `KAdapterForEntityTyping`: rows of the typing schema, the entity between two markers.
+    Features for `KAdapterForEntityTyping` from rows of the typing schema, with markers around the entity.
 
-    Arguments and result as for `relation_features`, with `entity_start`, and in `labels` 1.0 or 0.0 for each type.
+    Arguments and result as in `relation_features`, with `entity_start`; `labels` has 1.0 or 0.0 for each type.
     """
     ids = tokenizer.encode(marker, add_special_tokens=False)
     marked = [(text, [(start, end, ids)]) for text, (start, end) in zip(batch["text"], batch["entity"], strict=True)]
-    # The original's typing, unlike its SemEval, has a space behind the closing marker, whatever the text has there.
+    # For entity typing, unlike for SemEval, the original always adds a space after the closing marker.
     encoded = _encode_marked(marked, tokenizer, max_length, original, space_after=True)
     encoded["entity_start"] = [starts[0] for starts in encoded.pop("starts")]
     encoded["labels"] = []
@@ -123,10 +123,11 @@ def multiple_choice_features(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
 ) -> dict[str, list]:
     """
-    For `KAdapterForMultipleChoice`: `context`, `question`, `choices` (a list of texts) and `label` (the right one's place).
+    Features for `KAdapterForMultipleChoice` from rows with `context`, `question`, `choices` (a list of texts) and `label` (the
+    index of the correct one).
 
-    Each choice is `context, question, choice`, with the tokenizer's separator behind each. Where that is too long, the
-    context loses its end.
+    Each choice is encoded as `context, question, choice`, each followed by the tokenizer's separator. If that is too long,
+    the context is truncated at the end.
 
     Returns:
         `input_ids`, `attention_mask` (choices × length), `labels`, and `row`.
@@ -159,14 +160,13 @@ def dependency_features(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], *, max_length: int | None = None
 ) -> dict[str, list]:
     """
-    For `KAdapterForDependencyParsing`: rows of the dependency schema, whole sentences.
+    Features for `KAdapterForDependencyParsing` from rows of the dependency schema.
 
-    A sentence that is too long, or a word of which the tokenizer leaves nothing, leaves the row out: part of a tree is
-    none.
+    Rows with too long a sentence or with a word without tokens are dropped, because trees can't be truncated.
 
     Returns:
-        `input_ids`, `attention_mask`, `word_starts` (each word's first token), `head_labels` (0 is the root, else the
-        head's number from 1 on), `relation_labels`, and `row`.
+        `input_ids`, `attention_mask`, `word_starts` (each word's first token), `head_labels` (0 for the root, otherwise
+        the number of the head, starting at 1), `relation_labels`, and `row`.
     """
     pieces = []
     for row, tokens in enumerate(batch["tokens"]):
@@ -174,7 +174,7 @@ def dependency_features(
         place = 0
         for token in tokens:
             start = text.index(token, place)
-            # Words are tokenised apart: in one go, "don't" (do + n't) may become "don", "'" and "t".
+            # Words are tokenised separately: as one text, "don't" (do + n't) may become "don", "'" and "t".
             pieces.append(token if start == place > 0 else f" {token}")
             place = start + len(token)
     tokenized = iter(_tokenize(pieces, tokenizer))
@@ -201,7 +201,7 @@ def _encode_marked(
     original: bool,
     space_after: bool = False,
 ) -> dict[str, list]:
-    """Texts with spans and each span's marker to `input_ids`, `attention_mask`, `starts` (of the spans) and `row`."""
+    """Encodes texts with spans and markers to `input_ids`, `attention_mask`, `starts` (of the spans) and `row`."""
     before, after = _specials(tokenizer)
     most = most_tokens(tokenizer, max_length) - len(before) - len(after)
     pieces = []
@@ -228,7 +228,7 @@ def _encode_marked(
         if len(ids) > most and not original:
             if end - min(starts) > most:
                 continue
-            # As much of the text before the entities as behind them, as far as there is any.
+            # Keeps equal amounts of text before and after the entities, as far as possible.
             first = min(max((min(starts) + end - most) // 2, 0), len(ids) - most)
         ids = ids[first : first + most]
         starts = [start - first for start in starts]
@@ -243,7 +243,7 @@ def _encode_marked(
 
 
 def _tokenize(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each piece on its own, without special tokens; pieces may be empty or longer than the model."""
+    """The ids of each piece, without special tokens; pieces may be empty or longer than the model's maximum."""
     if not pieces:
         return []
     return tokenizer(
@@ -252,39 +252,39 @@ def _tokenize(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
 
 
 def _spaced(text: str) -> str:
-    """With a space before it, which in RoBERTa's vocabulary makes it begin with a word."""
+    """Adds a leading space, which marks the start of a word in RoBERTa's vocabulary."""
     return text if not text or text[0].isspace() else f" {text}"
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind one text."""
+    """The special tokens that the tokenizer adds before and after a text."""
     inner = tokenizer.encode(" a", add_special_tokens=False)
     whole = tokenizer.encode(" a")
     for place in range(len(whole)):
         if whole[place : place + len(inner)] == inner:
             return whole[:place], whole[place + len(inner) :]
-    raise ValueError(f"{type(tokenizer).__name__} does not put a text's tokens between its special ones.")
+    raise ValueError(f"{type(tokenizer).__name__} does not put the tokens of a text between its special tokens.")
 
 
 def most_tokens(
     tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, backbone: PreTrainedConfig | None = None
 ) -> int:
     """
-    How many tokens a row may have: `max_length`, but never more than the model takes.
+    The maximum number of tokens of a row: `max_length`, limited to the model's maximum.
 
     Args:
-        backbone: its configuration knows if the tokenizer does not.
+        backbone: configuration of the backbone, used if the tokenizer does not define a maximum.
 
     Raises:
-        ValueError: nothing says how many tokens the model takes.
+        ValueError: the model's maximum is unknown.
     """
     most = tokenizer.model_max_length
-    if most > 10**6 and backbone is not None:  # the tokenizer does not know
+    if most > 10**6 and backbone is not None:  # not defined by the tokenizer
         # RoBERTa's position ids start at padding_idx + 1.
         most = getattr(backbone, "max_position_embeddings", 512) - 2
     most = min(max_length or most, most)
     if most > 10**6:
-        raise ValueError("the tokenizer does not say how many tokens its model takes: give max_length.")
+        raise ValueError("the tokenizer does not define the model's maximum length: pass max_length.")
     return most
 
 

@@ -1,4 +1,4 @@
-"""Pushing K-Adapters to the Hub: one commit with what has changed, and a model card merged with the one that is there."""
+"""Pushing K-Adapters to the Hub: a single commit of the changed files, and a model card merged with the existing one."""
 
 import contextlib
 import copy
@@ -45,18 +45,18 @@ def push_to_hub(
 ) -> CommitInfo:
     """
     Uploads the K-Adapter as one commit: its adapters, fusion, head, configuration, code and model card, and its backbone
-    only if that is not the one that the configuration names. Files that the Hub already has are not sent again, and edits
-    to the model card there are kept.
+    only if it differs from the one that the configuration names. Files that are already on the Hub are not uploaded again,
+    and edits to the model card there are kept.
 
     Args:
         repo_id: the repository; created if needed.
-        max_shard_size: ignored; a K-Adapter has its own files.
+        max_shard_size: ignored; a K-Adapter has a fixed set of files.
         kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision` (a branch, created if needed),
             `create_pr` and `tags`, as in `PreTrainedModel.push_to_hub`.
 
     Raises:
         KAdapterLoadError: the repository is the backbone's own, or others kept pushing at the same time.
-        HfHubHTTPError: the Hub refused.
+        HfHubHTTPError: the Hub refused the push.
     """
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder)
@@ -70,18 +70,18 @@ def push_saved(self: KAdapterPreTrainedModel, folder: Path, repo_id: str, **kwar
 
 def push_knowledge_adapter_to_hub(self: KAdapterPreTrainedModel, name: str, repo_id: str, **kwargs) -> CommitInfo:
     """
-    Uploads one adapter and no other weights, as a repository of its own: `load_knowledge_adapter(repo_id)` reads it,
-    and `AutoModel.from_pretrained(repo_id)` returns it beside the backbone that it was trained on.
+    Uploads one adapter without other weights as a separate repository. `load_knowledge_adapter(repo_id)` loads the
+    adapter, and `AutoModel.from_pretrained(repo_id)` loads it together with the backbone it was trained on.
 
     Args:
-        repo_id: the repository; created if needed. One that holds another model is left as it is.
+        repo_id: the repository; created if needed. A repository with another model is not changed.
         kwargs: as in `push_to_hub`.
 
     Raises:
         KAdapterLoadError: the repository holds more than an adapter of this name.
         BackboneMismatchError: the adapter was trained on a backbone that exists only in this model; push the whole
             model with `push_to_hub`, which includes the backbone.
-        HfHubHTTPError: the Hub refused.
+        HfHubHTTPError: the Hub refused the push.
     """
     if name not in self.adapters:
         raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
@@ -92,7 +92,7 @@ def push_knowledge_adapter_to_hub(self: KAdapterPreTrainedModel, name: str, repo
         if origins.backbone_trained or origins.fingerprint_if_as_named(self.backbone, state, self.config) is None:
             raise BackboneMismatchError(
                 f"the knowledge adapter '{name}' was trained on a backbone that differs from "
-                f"'{self.config.backbone_name_or_path}', and is of no use without it: push both with push_to_hub."
+                f"'{self.config.backbone_name_or_path}', and is useless without it: push both with push_to_hub."
             )
     with tempfile.TemporaryDirectory() as folder:
         write_adapter_repository(Path(folder), name, self.config, part_of(state, f"adapters.{name}"))
@@ -103,11 +103,11 @@ def write_adapter_repository(
     folder: Path, name: str, config: KAdapterConfig, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """
-    Writes a repository with one adapter and no other weights, also without the backbone's.
+    Writes a repository with one adapter and no other weights. The backbone's weights are not needed.
 
     Args:
-        config: of a K-Adapter with this adapter.
-        tensors: the adapter's, with names that start with `adapters.<name>.`.
+        config: the configuration of a K-Adapter with this adapter.
+        tensors: the adapter's tensors; their names start with `adapters.<name>.`.
     """
     adapter = (config.knowledge_adapters or {})[name]
     backbone = adapter.backbone_name_or_path or config.backbone_name_or_path
@@ -118,7 +118,7 @@ def write_adapter_repository(
         backbone_config=copy.deepcopy(config.backbone_config),
         knowledge_adapters={name: adapter},
         frozen_knowledge_adapters=[name],
-        fusion="add",  # has no weights, so that everything that is loaded is trained
+        fusion="add",  # has no weights, so nothing that is loaded is untrained
         architectures=[KAdapterModel.__name__],
         dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
     )
@@ -136,9 +136,7 @@ def _advice_to_log_in() -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
-            error.append_to_message(
-                "\nLog in with `hf auth login`, or give a token that may write there with token=…."
-            )
+            error.append_to_message("\nLog in with `hf auth login`, or pass a token with write access with token=….")
         raise
 
 
@@ -159,17 +157,17 @@ def push_folder(
     """
     Uploads the K-Adapter repository in `folder`, after checking that its files are complete.
 
-    Files that the Hub already has are not sent again; weight and code files of a K-Adapter that are only there are deleted.
-    Other files at the top of the folder (a tokenizer's, say) are uploaded too, but no pickles.
+    Files that are already on the Hub are not uploaded again; a K-Adapter's weight and code files that exist only there are
+    deleted. Other files at the top level of the folder (e.g. the tokenizer's) are uploaded too, except pickles.
 
     Args:
-        adapter: the folder holds only this adapter, and may only replace another version of it.
-        private, token, revision, create_pr, tags and the commit's: as in `PreTrainedModel.push_to_hub`.
+        adapter: the folder holds only this adapter, and may only replace an earlier version of it.
+        private, token, revision, create_pr, tags, commit_message, commit_description: as in `PreTrainedModel.push_to_hub`.
 
     Raises:
-        KAdapterLoadError: the folder is no K-Adapter repository or a file in it is damaged; the repository on the Hub is
-            the backbone's own, or, with `adapter`, holds something else; or others kept pushing at the same time.
-        HfHubHTTPError: the Hub refused.
+        KAdapterLoadError: the folder is not a K-Adapter repository, or a file in it is damaged; the repository on the Hub is
+            the backbone's own or, with `adapter`, holds something else; or others kept pushing at the same time.
+        HfHubHTTPError: the Hub refused the push.
     """
     config = KAdapterConfig.from_dict(read_config_dict(folder))
     files = checked_files(folder)
@@ -177,8 +175,8 @@ def push_folder(
         raise KAdapterLoadError(f"'{repo_id}' is the backbone's own repository: choose another one to push to.")
     if os.path.isabs(config.backbone_name_or_path or ""):
         logger.warning(
-            f"the backbone is '{config.backbone_name_or_path}', a folder of this machine: others can load what is pushed "
-            "only with backbone=…"
+            f"the backbone is '{config.backbone_name_or_path}', a local folder: others can load the pushed model only with "
+            "backbone=…"
         )
     api = HfApi(token=token)
     repo_id = patiently(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
@@ -222,7 +220,7 @@ def push_folder(
 
 def checked_files(folder: Path) -> set[str]:
     """
-    What to upload from a repository: its weights, which are read once to see that they are whole, and the rest at its top.
+    The files to upload from a repository: its weights, after checking them, and other files at the top level.
 
     Raises:
         KAdapterLoadError: a file is missing or damaged.
@@ -237,7 +235,7 @@ def checked_files(folder: Path) -> set[str]:
 def _check_is_only(adapter: str, repo_id: str, there: set[str], revision: str | None, token: Any) -> None:
     """
     Raises:
-        KAdapterLoadError: the repository holds more than this adapter, which pushing it would remove.
+        KAdapterLoadError: the repository holds more than this adapter; pushing would remove the rest.
     """
     if CONFIG_NAME not in there:
         return

@@ -1,4 +1,4 @@
-"""What is in an adapter file, a K-Adapter folder or a repository on the Hub, and whether it fits a backbone."""
+"""The contents of an adapter file, a K-Adapter folder or a repository on the Hub, and whether they fit a backbone."""
 
 import fnmatch
 import math
@@ -30,16 +30,16 @@ from .modeling.reading_kadapter import read_adapter, read_adapter_metadata, read
 from .modeling.sources_kadapter import repository_folder
 
 
-# What a safetensors header calls the dtypes that adapters come in.
+# Names of the dtypes of adapters in a safetensors header.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SIZES = ("backbone_layers", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
 
-# ---- What there is --------------------------------------------------------------------------------------------------
+# ---- Contents -------------------------------------------------------------------------------------------------------
 
 
 class Adapter(NamedTuple):
-    """What a file says of its adapter; `tensors` has the dtype and the shape of each."""
+    """The description of an adapter in a file; `tensors` maps names to dtype and shape."""
 
     name: str
     config: KnowledgeAdapterConfig
@@ -49,7 +49,7 @@ class Adapter(NamedTuple):
 
 
 def describe(source: str, revision: str | None, token: str | None) -> dict[str, Any]:
-    """What --json prints, but for what is about a backbone."""
+    """The output of --json, except for the comparison with a backbone."""
     path = Path(source)
     if path.is_file():
         adapters = described({path.name: on_disk(path)}, {path.name: path.stat().st_size}, None)
@@ -58,7 +58,7 @@ def describe(source: str, revision: str | None, token: str | None) -> dict[str, 
         return {"source": source, "from": "folder", "commit": None, **describe_folder(path)}
     if not is_repo_id(source) or path.suffix == ".safetensors":
         raise KAdapterLoadError(
-            f"'{source}' is neither a file nor a folder here, and can't be a repository on the Hub, which is called owner/name."
+            f"'{source}' is neither a local file or folder nor a valid name of a repository on the Hub (owner/name)."
         )
     api = HfApi(token=token)
     try:
@@ -66,8 +66,8 @@ def describe(source: str, revision: str | None, token: str | None) -> dict[str, 
     except (OSError, HTTPError) as error:
         if type(error) is RepositoryNotFoundError:
             raise KAdapterLoadError(
-                f"'{source}' is neither a file nor a folder here, and not a repository on the Hub, or a private one: check "
-                f"the name, and {LOGIN}."
+                f"'{source}' is neither a local file or folder nor a repository on the Hub, or it is private: check the name, "
+                f"and {LOGIN}."
             ) from None
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
@@ -87,18 +87,18 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
 
 def describe_repository(api: HfApi, repo: str, there: ModelInfo) -> dict[str, Any]:
-    """Of weights, only the headers are downloaded."""
+    """Downloads only the headers of weight files."""
     siblings = {file.rfilename: file for file in there.siblings or ()}
     saved = None
     if CONFIG_NAME in siblings:
-        # By commit: all files are of one then, and which commit the cache takes a branch for stays as it is.
+        # By commit, so that all files are from the same one and the branch in the cache is not updated.
         wanted = [file for file in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME) if file in siblings]
         paths = [Path(api.hf_hub_download(repo, file, revision=there.sha)) for file in wanted]
         saved = read_saved(paths[0].parent, repo)
     files = saved.adapter_files if saved else sorted(fnmatch.filter(siblings, adapter_path("*")))
     missing = set(files) - set(siblings)
     if missing:
-        raise KAdapterLoadError(f"'{repo}' has no '{min(missing)}', which its {CONFIG_NAME} describes.")
+        raise KAdapterLoadError(f"'{repo}' lacks '{min(missing)}', which its {CONFIG_NAME} describes.")
     adapters = {file: on_hub(api, repo, siblings[file], there.sha) for file in files}
     return summary(repo, saved, adapters, {file: found.size for file, found in siblings.items()})
 
@@ -109,7 +109,7 @@ def cached_folder(repo: str, revision: str | None, reason: Exception) -> Path:
     except KAdapterLoadError:
         place = f"the Hub's cache{f' with the revision {revision}' if revision else ''}"
         raise KAdapterLoadError(
-            f"'{repo}' is neither a file nor a folder here nor in {place}, and the Hub can't be reached: check the name and "
+            f"'{repo}' is neither a local file or folder nor in {place}, and the Hub can't be reached: check the name and "
             f"the network. The reason: {sentence(reason, repo)}"
         ) from None
 
@@ -131,7 +131,7 @@ def read_saved(folder: Path, source: Any) -> Saved:
 
 
 def on_disk(path: Path) -> Adapter:
-    """An adapter file of this machine, which is checked as for loading."""
+    """A local adapter file, checked as for loading."""
     saved = read_adapter(path)
     tensors = {
         name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in saved.tensors.items()
@@ -141,7 +141,7 @@ def on_disk(path: Path) -> Adapter:
 
 
 def on_hub(api: HfApi, repo: str, file: RepoSibling, commit: str | None) -> Adapter:
-    """An adapter file's header, which is checked as for loading; whether its values are right can't be seen from here."""
+    """The header of an adapter file on the Hub, checked as for loading; the values of its tensors are not checked."""
     try:
         header = api.parse_safetensors_file_metadata(repo, file.rfilename, revision=commit)
         name, config, told = read_adapter_metadata(header.metadata, f"{repo}: {file.rfilename}")
@@ -156,7 +156,7 @@ def on_hub(api: HfApi, repo: str, file: RepoSibling, commit: str | None) -> Adap
 def summary(
     source: Any, saved: Saved | None, adapters: dict[str, Adapter], sizes: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """A repository, as --json prints it; one without a config.json has only adapters."""
+    """The output of --json for a repository; one without a config.json has only adapters."""
     if saved is None and not adapters:
         raise KAdapterLoadError(
             f"'{source}' is not a K-Adapter: it has neither {CONFIG_NAME} nor {adapter_path('<name>')}."
@@ -188,7 +188,7 @@ def summary(
 def described(
     adapters: dict[str, Adapter], sizes: Mapping[str, int | None], config: KAdapterConfig | None
 ) -> list[dict[str, Any]]:
-    """The adapters, as --json prints them."""
+    """The output of --json for the adapters."""
     found = []
     for file, adapter in adapters.items():
         fields = adapter.config.to_dict()
@@ -216,19 +216,19 @@ def described(
     return found
 
 
-# ---- Whether it fits a backbone -------------------------------------------------------------------------------------
+# ---- Comparison with a backbone -------------------------------------------------------------------------------------
 
 
 def fit(adapters: list[dict[str, Any]], backbone: str, token: str | None) -> dict[str, Any]:
     """
-    Whether all of the adapters fit (None: can't be told), and why not; each adapter gets the same about itself.
+    Whether all adapters fit (None if unknown), and the reason if not; the same is added to each adapter.
     """
     try:
         config = AutoConfig.from_pretrained(backbone, token=token)
         check_is_encoder(config)
     except KAdapterConfigError as error:
         verdict: tuple[bool | None, str] = False, str(error)
-    except Exception as error:  # whatever a foreign configuration class refuses with
+    except Exception as error:  # a foreign configuration class may raise anything
         verdict = None, f"the configuration of '{backbone}' can't be read: {one_line(error)}"
     else:
         verdict = True, ""
@@ -242,7 +242,7 @@ def fit(adapters: list[dict[str, Any]], backbone: str, token: str | None) -> dic
 
 
 def fingerprint_at_hand(backbone: str) -> str | None:
-    """The fingerprint of a backbone's weights, if they are on this machine."""
+    """The fingerprint of a backbone's weights, if they are available locally."""
     try:
         with quiet():
             return fingerprint(load_backbone(backbone, local_files_only=True).state_dict().values())
@@ -254,13 +254,13 @@ def compared(adapter: dict[str, Any], config: PreTrainedConfig, weights: str | N
     trained_on = adapter["backbone"]
     width, deepest = trained_on["hidden_size"], max(adapter["backbone_layers"] or [0])
     if width != config.hidden_size:
-        return False, f"it was trained on a backbone of width {width}, and this one's is {config.hidden_size}"
+        return False, f"it was trained on a backbone of width {width}, and this one has width {config.hidden_size}"
     if deepest > config.num_hidden_layers:
         return False, f"it reads the state of layer {deepest}, and this backbone has {config.num_hidden_layers} layers"
     if trained_on["fingerprint"] is None:
-        return None, "it does not say which weights its backbone had"
+        return None, "it does not record the fingerprint of its backbone"
     if weights is None:
-        return None, "width and layers fit, and the weights of this backbone are not on this machine to be compared"
+        return None, "width and layers fit, but the weights of this backbone are not available locally for comparison"
     if weights != trained_on["fingerprint"]:
         return False, (
             f"it was trained on '{trained_on['name']}' with fingerprint {trained_on['fingerprint'][:12]}…, and this "

@@ -1,4 +1,4 @@
-"""How errors and texts from elsewhere are shown to people."""
+"""Formatting of errors and of untrusted text for display."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 
 LOGIN = "log in with `hf auth login` or give --token"
-# The Hub's refusals that need other words than its own, the more special ones first.
+# Errors of the Hub that get a different message, subclasses first.
 REFUSALS = {
     GatedRepoError: f"is gated: ask for access on its page on the Hub, and {LOGIN}",
     RepositoryNotFoundError: f"is not on the Hub, or private: check the name, and {LOGIN}",
@@ -24,32 +24,30 @@ REFUSALS = {
 
 
 def sentence(error: Exception, repo: str | None = None) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, HfHubHTTPError):
         words = next((words for kind, words in REFUSALS.items() if isinstance(error, kind)), None)
         if words is None and error.response.status_code == 401:
             words = f"needs a valid token: {LOGIN}"
-        words = words or f"is refused by the Hub: {(error.server_message or text).rstrip('.')}"
+        words = words or f"was refused by the Hub: {(error.server_message or text).rstrip('.')}"
         text = f"'{repo or error.request.url}' {words}."
     elif isinstance(error, LocalEntryNotFoundError) and repo is not None:
-        text = (
-            f"'{repo}' is not whole in the Hub's cache, and the Hub can't be reached: check the name and the network."
-        )
+        text = f"'{repo}' is not completely cached, and the Hub can't be reached: check the name and the network."
     elif isinstance(error, HTTPError):
         text = f"the Hub can't be reached ({text}): check the network."
     return one_line(text)
 
 
 def one_line(value: Any) -> str:
-    """Text for people: in one line, and without what a terminal would take for a command, as files are of strangers."""
+    """Text in one line, without control characters for the terminal, as files may come from strangers."""
     return "".join(
         char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(str(value).split())
     )
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a repository on the Hub can have this name."""
+    """Whether this is a valid name of a repository on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:

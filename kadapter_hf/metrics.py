@@ -1,11 +1,11 @@
 """
-Metrics for Trainer: `compute_metrics` functions, or makers of one where the names of the labels matter.
+Metrics for Trainer: `compute_metrics` functions, or factories for them where the names of the labels matter.
 
     Trainer(…, compute_metrics=typing_metrics)
     Trainer(…, compute_metrics=tacred_metrics(labels))
     Trainer(…, compute_metrics=dependency_metrics(labels), preprocess_logits_for_metrics=decode_for_metrics)
 
-All values are shares between 0 and 1. What is divided by nothing is 0.
+All values are between 0 and 1. Division by zero yields 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ Metrics = dict[str, float]
 
 def relation_metrics(prediction: EvalPrediction) -> Metrics:
     """
-    `micro_f1` and `macro_f1` over all labels, none left out, and `accuracy`, which for one label a row is the micro-F1.
+    `micro_f1` and `macro_f1` over all labels, and `accuracy`, which equals the micro-F1 if each row has a single label.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -48,8 +48,8 @@ def relation_metrics(prediction: EvalPrediction) -> Metrics:
 
 def tacred_metrics(labels: Sequence[str], no_relation: str = "no_relation") -> Callable[[EvalPrediction], Metrics]:
     """
-    Makes TACRED's metrics: `micro_precision`, `micro_recall` and `micro_f1`, in which `no_relation` is no answer:
-    precision is over the rows that are given another label, recall over those that have another.
+    Returns TACRED's metrics: `micro_precision`, `micro_recall` and `micro_f1`. `no_relation` does not count as an answer:
+    precision is over rows with another predicted label, recall over rows with another true label.
 
     Source: Zhang et al., EMNLP 2017, and its scorer; `micro_f1_tacred` in the original's `examples/utils_glue.py`.
 
@@ -70,14 +70,14 @@ def tacred_metrics(labels: Sequence[str], no_relation: str = "no_relation") -> C
 
 def semeval_metrics(labels: Sequence[str]) -> Callable[[EvalPrediction], Metrics]:
     """
-    Makes the metrics of SemEval-2010 task 8, for labels such as `Cause-Effect(e1,e2)` and `Other`.
+    Returns the metrics of SemEval-2010 Task 8, for labels such as `Cause-Effect(e1,e2)` and `Other`.
 
-    - `macro_f1`: the task's official one, the mean of the F1 of each type but `Other`. A row counts as correct only
-      if type and direction are; with the direction alone wrong, it counts against precision and against recall.
-    - `macro_f1_original`: what `macro_f1_semeval` in the original's `examples/utils_glue.py` computes: `Other` is a
-      type like the others, and with the direction alone wrong, a row counts against precision but not against recall.
+    - `macro_f1`: the official metric, the mean F1 over all types except `Other`. A row is correct only if type and direction
+      are correct; a wrong direction lowers both precision and recall.
+    - `macro_f1_original`: as computed by `macro_f1_semeval` in the original's `examples/utils_glue.py`. `Other` is treated like
+      any other type, and a wrong direction lowers precision but not recall.
 
-    Source of the first: Hendrickx et al., SemEval 2010, and the task's scorer.
+    Source of the former: Hendrickx et al., SemEval 2010, and the task's scorer.
     """
     names = [label.partition("(")[0] for label in labels]
     types = sorted(set(names))
@@ -105,12 +105,12 @@ def semeval_metrics(labels: Sequence[str]) -> Callable[[EvalPrediction], Metrics
 
 def typing_metrics(prediction: EvalPrediction) -> Metrics:
     """
-    Of entity typing, where an entity may have several types. It is given those whose logit is above 0.
+    Metrics of entity typing, where an entity may have several types. Types with a logit above 0 are predicted.
 
     - `micro_precision`, `micro_recall`, `micro_f1`: over all types of all entities.
-    - `macro_precision`, `macro_recall`: the mean over the entities, where one that is given (that has) no type counts
-      as 0; `macro_f1` is the F1 of these two means.
-    - `accuracy`: the share of entities with exactly the right types.
+    - `macro_precision`, `macro_recall`: means over the entities; an entity without predicted (true) types counts as 0.
+      `macro_f1` is the F1 of these two means.
+    - `accuracy`: the share of entities whose predicted types are exactly the true ones.
 
     Source: the loose measures of Ling and Weld, AAAI 2012; `entity_typing_accuracy` in the original's
     `examples/utils_glue.py`.
@@ -138,15 +138,15 @@ def decode_for_metrics(
     logits: tuple[torch.Tensor, ...], labels: tuple[torch.Tensor, ...] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    A parser's logits as trees: give it to Trainer as `preprocess_logits_for_metrics`. Trainer then keeps two numbers a
-    word, and can put batches of different lengths together.
+    Decodes a parser's logits to trees; pass it to Trainer as `preprocess_logits_for_metrics`. Trainer then stores only two
+    numbers per word, and can concatenate batches of different lengths.
 
     Args:
-        logits: `arc_logits` and `relation_logits` of `DependencyParserOutput`; what follows them is not looked at.
-        labels: not looked at.
+        logits: `arc_logits` and `relation_logits` of `DependencyParserOutput`; further items are ignored.
+        labels: ignored.
 
     Returns:
-        The heads and the relations, both `(batch, words)`, with -100 where a row has fewer words.
+        Heads and relations, both `(batch, words)`, padded with -100.
     """
     arc_logits, relation_logits = logits[:2]
     heads = torch.full(arc_logits.shape[:2], -100, device=arc_logits.device)
@@ -159,13 +159,13 @@ def decode_for_metrics(
 
 def attachment_scores(prediction: EvalPrediction, punctuation: int | None = None) -> Metrics:
     """
-    The share of words with the right head (`uas`) and with the right head and relation (`las`); with the index of the
-    relation of punctuation, also without the words that have it (`uas_without_punctuation`, …).
+    The share of words with the correct head (`uas`), and with the correct head and relation (`las`). If `punctuation` is
+    given, also without punctuation (`uas_without_punctuation`, …).
 
     Args:
-        prediction: heads and relations as `decode_for_metrics` gives them, and both kinds of labels. Words with a label
-            of -100 don't count.
-        punctuation: the index of the relation whose words the second pair leaves out.
+        prediction: heads and relations as returned by `decode_for_metrics`, and both kinds of labels. Words with a label
+            of -100 are ignored.
+        punctuation: the index of the relation of punctuation.
     """
     heads, relations = (np.asarray(part) for part in prediction.predictions)
     head_labels, relation_labels = (np.asarray(part) for part in prediction.label_ids)
@@ -182,7 +182,7 @@ def attachment_scores(prediction: EvalPrediction, punctuation: int | None = None
 
 
 def dependency_metrics(labels: Sequence[str], punctuation: str = "punct") -> Callable[[EvalPrediction], Metrics]:
-    """Makes `attachment_scores` with the place of `punctuation` among the labels, if it is one of them."""
+    """Returns `attachment_scores` with the index of `punctuation`, if it is one of the labels."""
     labels = list(labels)
     return partial(attachment_scores, punctuation=labels.index(punctuation) if punctuation in labels else None)
 
@@ -191,13 +191,13 @@ def dependency_metrics(labels: Sequence[str], punctuation: str = "punct") -> Cal
 
 
 def _arrays(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions and labels. Of several outputs, as with hidden states, the logits are the first."""
+    """Predictions and labels. If there are several outputs, e.g. hidden states, the first are the logits."""
     found: Any = prediction.predictions
     return np.asarray(found[0] if isinstance(found, tuple) else found), np.asarray(prediction.label_ids)
 
 
 def _classes(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
-    """The predicted and the right class of each row, where the predictions are logits or classes already."""
+    """The predicted and the correct class of each row; predictions may be logits or classes."""
     found, right = _arrays(prediction)
     return (found.argmax(-1) if found.ndim > right.ndim else found), right
 

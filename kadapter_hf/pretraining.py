@@ -1,7 +1,7 @@
 """
-Pre-training of one knowledge adapter beside a frozen backbone, with the stock Trainer (paper, section 3.3).
+Pre-training of one knowledge adapter on a frozen backbone, with the stock Trainer (paper, section 3.3).
 
-What the adapter learns from is an objective; see `kadapter_hf.objectives`.
+An objective defines what the adapter learns; see `kadapter_hf.objectives`.
 """
 
 import shlex
@@ -45,39 +45,41 @@ def _help(default: Any, text: str) -> Any:
 
 @dataclass
 class PretrainingArguments:
-    """What Trainer's own arguments don't say."""
+    """Arguments in addition to those of Trainer."""
 
     data: str = field(
         metadata={
-            "help": "Rows to learn from: a folder that `kadapter prepare` wrote, a file of JSON lines or Parquet, or a "
-            "data set on the Hub. A split called validation or test is for evaluation."
+            "help": "Training rows: a folder written by `kadapter prepare`, a JSON Lines or Parquet file, or a data set on "
+            "the Hub. A split named validation or test is used for evaluation."
         }
     )
-    name: str | None = _help(None, "What the adapter is called; by default as its objective.")
-    backbone: str = _help(DEFAULT_BACKBONE, "The frozen encoder: a repository or folder.")
-    eval_size: float = _help(0.1, "The part of the rows that is held out where the data have no split for it.")
-    max_length: int | None = _help(None, "Tokens of a row at most; by default as many as the backbone takes.")
+    name: str | None = _help(None, "Name of the adapter. Default: the name of the objective.")
+    backbone: str = _help(DEFAULT_BACKBONE, "The frozen backbone: a repository or folder.")
+    eval_size: float = _help(0.1, "Fraction of the rows to hold out if the data has no split for evaluation.")
+    max_length: int | None = _help(None, "Maximum number of tokens of a row. Default: the backbone's maximum.")
     cache_activations: str | None = _help(
-        None, "A folder to keep the backbone's states in: it runs once for each row then, not in each epoch."
+        None, "Folder to cache the backbone's states in, so that it runs once per row instead of in each epoch."
     )
-    activations_dtype: str = _help("float32", "What they are kept in: float32, or bfloat16 for half the disk.")
+    activations_dtype: str = _help(
+        "float32", "Data type of the cached states: float32, or bfloat16 for half the disk space."
+    )
     adapter_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "The backbone's states that the adapter reads; by default the first, middle and last but one."
+            "help": "The backbone states that the adapter reads. Default: the first, middle and second-to-last."
         },
     )
     adapter_hidden_size: int = _help(768, "Width of the adapter's transformer layers.")
-    adapter_num_hidden_layers: int = _help(2, "Transformer layers in each of its adapter layers.")
-    adapter_num_attention_heads: int = _help(12, "Their attention heads.")
-    adapter_intermediate_size: int = _help(3072, "Width of their feed-forward part.")
-    dropout: float = _help(0.1, "In the adapter and in the head.")
-    language: str | None = _help(None, "The corpus's language (en, …), for the model card.")
-    license: str | None = _help(None, "The adapter's licence (apache-2.0, cc-by-sa-4.0, …), for the model card.")
+    adapter_num_hidden_layers: int = _help(2, "Transformer layers in each adapter layer.")
+    adapter_num_attention_heads: int = _help(12, "Attention heads of the transformer layers.")
+    adapter_intermediate_size: int = _help(3072, "Width of the feed-forward part of the transformer layers.")
+    dropout: float = _help(0.1, "Dropout in the adapter and in the head.")
+    language: str | None = _help(None, "Language of the corpus (en, …), for the model card.")
+    license: str | None = _help(None, "Licence of the adapter (apache-2.0, cc-by-sa-4.0, …), for the model card.")
     fusion: str = _help(
         "add",
-        "How the head sees the adapter beside the backbone: add or concat, the original's. With concat, part of what is "
-        "learned ends up in the fusion, which is thrown away with the head.",
+        "How the outputs of the backbone and the adapter are combined for the head: add, or concat as in the original. "
+        "With concat, part of what is learned ends up in the fusion, which is discarded with the head.",
     )
 
     def __post_init__(self):
@@ -99,7 +101,7 @@ class PretrainingArguments:
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the training after the step under way, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C stops the training after the current step and saves a checkpoint; a second one stops it immediately."""
 
     interrupted = False
 
@@ -122,15 +124,15 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     """
     Trains an adapter and saves it as an adapter repository in `training.output_dir`.
 
-    Besides the adapter, with its provenance, the folder gets the head it was trained with (which loading the adapter
-    leaves behind), the tokenizer, `trainer_state.json` and a figure of the losses.
+    Besides the adapter and its provenance, the folder contains the head it was trained with (ignored when the adapter is
+    loaded into another model), the tokenizer, `trainer_state.json` and a plot of the losses.
 
     Returns:
         The metrics on the held-out rows.
 
     Raises:
-        ValueError: an unknown objective, data that don't fit it, or nothing to learn in them.
-        KeyboardInterrupt: Ctrl-C; a checkpoint is in the output folder.
+        ValueError: the objective is unknown, or the data does not fit it or has fewer than two labels.
+        KeyboardInterrupt: Ctrl-C; the output folder contains a checkpoint.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"there is no objective '{objective}'; there are {sorted(OBJECTIVES)}")
@@ -140,7 +142,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     rows = _train_and_eval_rows(task, arguments, training.seed)
     labels = task.labels_of(rows["train"])
     if task.schema is not None and len(labels) < 2:
-        raise ValueError(f"'{arguments.data}' has only the label {labels}: there is nothing to tell apart.")
+        raise ValueError(f"'{arguments.data}' has only the label {labels}: at least two are needed.")
     if task.schema is not None:
         rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
     tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
@@ -199,7 +201,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     pushes = training.push_to_hub
-    training.push_to_hub = False  # Trainer's own model card would take the place of the K-Adapter's
+    training.push_to_hub = False  # Trainer's model card would overwrite the K-Adapter's
     trainer.save_model()
     trainer.save_state()
     folder = Path(str(training.output_dir))
@@ -224,14 +226,14 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
     if wanted is None:
         if last is not None:
             raise ValueError(
-                f"'{last}' is from an earlier run: go on from there with --resume_from_checkpoint true, or choose "
-                "another --output_dir."
+                f"'{last}' is from an earlier run: continue it with --resume_from_checkpoint true, or choose another "
+                "--output_dir."
             )
         return None
     if str(wanted).lower() != "true":
         return str(wanted)
     if last is None:
-        logger.warning(f"'{folder}' has no checkpoint to resume from: the training begins anew.")
+        logger.warning(f"'{folder}' has no checkpoint to resume from: starting from the beginning.")
     return last
 
 
@@ -241,16 +243,16 @@ def _train_and_eval_rows(task: Objective, arguments: PretrainingArguments, seed:
         if name in splits:
             return {"train": splits["train"], "eval": splits[name]}
     if len(splits["train"]) < 2:
-        raise ValueError(f"'{arguments.data}' has {len(splits['train'])} rows: too few to learn from.")
+        raise ValueError(f"'{arguments.data}' has {len(splits['train'])} rows, which is too few to train on.")
     parts = splits["train"].train_test_split(arguments.eval_size, seed=seed)
     return {"train": parts["train"], "eval": parts["test"]}
 
 
 def load_rows(data: str, schema: Schema | None) -> DatasetDict:
     """
-    The rows of a folder or file of Parquet, a file of JSON lines, or a data set on the Hub, checked against a schema.
+    Loads rows from Parquet files, a JSON Lines file or a data set on the Hub, and checks them against a schema.
 
-    Rows that break the schema are left out, counted in a warning.
+    Rows that violate the schema are dropped with a warning.
 
     Raises:
         ValueError: a column is missing, there is no split to train on, or no row is left.
@@ -259,14 +261,14 @@ def load_rows(data: str, schema: Schema | None) -> DatasetDict:
     if path.suffix in (".json", ".jsonl") and schema is not None:
         rows, report = read_jsonl(path, schema)
         if report.dropped:
-            logger.warning(f"'{data}': rows left out: {report.reasons()}")
+            logger.warning(f"'{data}': dropped rows: {report.reasons()}")
         return DatasetDict(train=rows)
     if path.suffix in (".json", ".jsonl", ".parquet"):
         splits = load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=data)
     else:
         splits = load_dataset("parquet", data_dir=data) if path.is_dir() else load_dataset(data)
     if "train" not in splits:
-        raise ValueError(f"'{data}' has no split called train; it has {list(splits)}")
+        raise ValueError(f"'{data}' has no split named train; it has {list(splits)}")
     if schema is not None:
         for name, rows in splits.items():
             check_columns(rows.column_names, schema)
@@ -283,24 +285,24 @@ def _without_problems(rows: Dataset, schema: Schema, name: str) -> Dataset:
         else:
             kept.append(number)
     if report.dropped:
-        logger.warning(f"'{name}': rows left out: {report.reasons()}")
+        logger.warning(f"'{name}': dropped rows: {report.reasons()}")
     return rows.select(kept) if report.dropped else rows
 
 
 def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:
-    """The rows whose labels occur in training; the others, which nothing could predict, are counted in a warning."""
+    """Drops, with a warning, rows with labels that don't occur in training and so can't be predicted."""
     unknown = sorted(label_set(rows, schema) - known)
     if not unknown:
         return rows
     kept = [number for number, labels in enumerate(row_labels(rows, schema)) if known.issuperset(labels)]
     logger.warning(
-        f"{len(rows) - len(kept)} held-out rows have labels that training has not, and are left out: {unknown[:5]}"
+        f"{len(rows) - len(kept)} held-out rows are dropped, as their labels don't occur in training: {unknown[:5]}"
     )
     return rows.select(kept)
 
 
 def _numbered(data: dict[str, Dataset]) -> dict[str, Dataset]:
-    """The splits with the number that each row has in all of them, one after the other."""
+    """Numbers the rows consecutively over all splits."""
     numbered, first = {}, 0
     for name, split in data.items():
         numbered[name] = split.add_column(ROW, list(range(first, first + len(split))))
@@ -322,7 +324,7 @@ def _course(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _quality(metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics without those of speed."""
+    """The metrics without those about speed."""
     return {key: value for key, value in metrics.items() if not key.endswith(("_second", "runtime", "epoch"))}
 
 
@@ -344,13 +346,13 @@ def parser(objective: str) -> HfArgumentParser:
     return HfArgumentParser(
         (PretrainingArguments, TrainingArguments),  # type: ignore[arg-type]
         prog=f"kadapter pretrain {objective}",
-        description=f"Trains a knowledge adapter beside a frozen backbone ({objective}). Example: kadapter pretrain "
+        description=f"Trains a knowledge adapter on a frozen backbone ({objective}). Example: kadapter pretrain "
         f"{objective} --data corpus --backbone FacebookAI/roberta-large --output_dir {objective}-adapter",
         allow_abbrev=False,
     )
 
 
 def main(arguments: Sequence[str]) -> dict[str, float]:
-    """`kadapter pretrain`: the objective's name, then the flags of `PretrainingArguments` and `TrainingArguments`."""
+    """`kadapter pretrain`: the name of the objective, then the flags of `PretrainingArguments` and `TrainingArguments`."""
     objective, *flags = arguments
     return pretrain(objective, *parser(objective).parse_args_into_dataclasses(args=flags))

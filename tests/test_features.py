@@ -186,7 +186,7 @@ def test_rows_that_do_not_fit_are_left_out_counted_and_named(wordpiece, caplog):
     rows = relations("[Bath] is near {Bristol}", far, "[Bath] by {Bristol}", far)
     found = encode(rows, relation_features, wordpiece, labels=["near"], max_length=24)
     assert len(found) == 2
-    assert "2 of 4 rows don't fit" in caplog.text and "[1, 3]" in caplog.text
+    assert "2 of 4 rows are dropped" in caplog.text and "[1, 3]" in caplog.text
 
 
 def test_a_long_text_keeps_what_is_around_the_entities(wordpiece):
@@ -215,7 +215,7 @@ def test_an_unknown_type_is_named(wordpiece):
 
 def test_a_tokenizer_without_a_maximum_needs_max_length(wordpiece):
     boundless = AutoTokenizer.from_pretrained(wordpiece.name_or_path, model_max_length=int(1e30))
-    with pytest.raises(ValueError, match="give max_length"):
+    with pytest.raises(ValueError, match="pass max_length"):
         encode(relations("[a] by {b}"), relation_features, boundless, labels=["near"])
 
 

@@ -203,7 +203,7 @@ def test_bfloat16_takes_half_the_disk(build, cached):
 def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(build, cached, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 100))
-    with pytest.raises(OSError, match="GB left and the backbone's states need .* GB"):
+    with pytest.raises(OSError, match="GB left, and the backbone's states need .* GB"):
         cached(build(KAdapterModel, adapters=["factual"]), TEXTS)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -356,7 +356,7 @@ def test_rows_that_break_the_schema_are_left_out_and_named(tmp_path, caplog):
     Dataset.from_list([*FACTS[:5], bad]).to_parquet(tmp_path / "train.parquet")
     rows = load_rows(str(tmp_path), OBJECTIVES["factual"].schema)["train"]
     assert rows["text"][:] == [row["text"] for row in FACTS[:5]]
-    assert "rows left out: 1 × " in caplog.text and "row 5" in caplog.text
+    assert "dropped rows: 1 × " in caplog.text and "row 5" in caplog.text
 
 
 def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, tmp_path):

@@ -15,13 +15,13 @@ from .push import push
 
 
 app = typer.Typer(
-    help="K-Adapter: knowledge adapters beside a frozen Hugging Face encoder.",
+    help="K-Adapter: knowledge adapters for a frozen Hugging Face encoder.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(prepare, name="prepare")
-# Its flags are transformers' own, and so is its --help.
+# Its flags and its --help come from transformers.
 flags = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=flags)(pretrain)
 for command in (combine, convert, info, push, pull):
@@ -36,6 +36,8 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
-    """K-Adapter: knowledge adapters beside a frozen Hugging Face encoder."""
+    """K-Adapter: knowledge adapters for a frozen Hugging Face encoder."""

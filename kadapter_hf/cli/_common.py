@@ -1,4 +1,4 @@
-"""What the commands share: how errors come out, JSON for scripts, and the options about the Hub."""
+"""Shared by the commands: error output, JSON output, and the options for the Hub."""
 
 import json
 import re
@@ -15,8 +15,8 @@ from rich.console import Console
 from ..messages import is_repo_id, sentence
 
 
-# What data, a machine or the Hub can be at fault with. KAdapterLoadError and the Hub's refusals are OSErrors,
-# KAdapterConfigError is a ValueError; HTTPError is that of the HTTP client: nobody answered.
+# Errors caused by the data, the machine or the Hub. KAdapterLoadError and errors from the Hub are OSErrors;
+# KAdapterConfigError is a ValueError; HTTPError is raised by the HTTP client if there is no response.
 FAULTS = (
     ValueError,
     OSError,
@@ -32,14 +32,14 @@ FAULTS = (
 @contextmanager
 def plain_errors(repo: str | None = None) -> Iterator[None]:
     """
-    Ends the command with one sentence and exit code 1 where the data, the machine or the Hub is at fault.
+    Exits with code 1 and a one-sentence message if an error is caused by the data, the machine or the Hub.
 
     Args:
-        repo: the repository that a refusal of the Hub is about.
+        repo: the repository that errors from the Hub are about.
     """
     try:
         yield
-    except BrokenPipeError:  # of `| head`, which has read enough
+    except BrokenPipeError:  # e.g. output piped to `head`
         raise
     except FAULTS as error:
         Console(stderr=True, soft_wrap=True).print(f"Error: {sentence(error, repo)}", markup=False, highlight=False)
@@ -52,16 +52,14 @@ def print_json(content: dict[str, Any]) -> None:
 
 def _checked_repo(repo: str) -> str:
     if not is_repo_id(repo):
-        raise typer.BadParameter(f"'{repo}' can't be a repository on the Hub, which is called owner/name.")
+        raise typer.BadParameter(f"'{repo}' is not a valid name of a repository on the Hub (owner/name).")
     return repo
 
 
 def _checked_token(token: str | None) -> str | None:
-    # The HTTP client would refuse it too, and say what it is.
+    # The HTTP client would reject it too, but print the token.
     if token is not None and not re.fullmatch(r"[!-~]+", token):
-        raise typer.BadParameter(
-            "that is not a token: it is empty, or has a space or another character that none has."
-        )
+        raise typer.BadParameter("not a valid token: it is empty, or contains a space or another invalid character.")
     return token
 
 
@@ -76,7 +74,7 @@ Token = Annotated[
     typer.Option(
         callback=_checked_token,
         show_default=False,
-        help="For the Hub; by default HF_TOKEN or that of `hf auth login`.",
+        help="Access token for the Hub. Default: HF_TOKEN or the token of `hf auth login`.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]

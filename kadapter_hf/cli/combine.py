@@ -1,4 +1,4 @@
-"""`kadapter combine`: adapters that were trained apart, in one K-Adapter."""
+"""`kadapter combine`: combines separately trained adapters in one K-Adapter."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,21 +14,22 @@ from ._common import AsJson, plain_errors, print_json
 
 def combine(
     sources: Annotated[list[str], typer.Argument(help="Adapter repositories, folders or .safetensors files.")],
-    output: Annotated[Path, typer.Option(help="The folder for the K-Adapter.")],
+    output: Annotated[Path, typer.Option(help="The output folder for the K-Adapter.")],
     backbone: Annotated[
-        str | None, typer.Option(help="The backbone's repository or folder; by default what the first adapter names.")
+        str | None,
+        typer.Option(help="The backbone: a repository or folder. Default: as recorded in the first adapter."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    Join knowledge adapters that were trained apart into one K-Adapter, ready to be fine-tuned.
+    Combine separately trained knowledge adapters in one K-Adapter, ready for fine-tuning.
 
     Example: `kadapter combine factual-adapter linguistic-adapter --output both`
     """
     with plain_errors():
         backbone = backbone or read_adapter(adapter_file(sources[0], None)).config.backbone_name_or_path
         if backbone is None:
-            raise KAdapterLoadError(f"'{sources[0]}' does not name its backbone: say which with --backbone.")
+            raise KAdapterLoadError(f"'{sources[0]}' does not name its backbone: specify it with --backbone.")
         model = KAdapterModel.from_backbone(backbone, adapters=sources)
         model.save_pretrained(output)
     if as_json:

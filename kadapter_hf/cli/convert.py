@@ -1,4 +1,4 @@
-"""`kadapter convert`: the original release's checkpoints to K-Adapter repositories."""
+"""`kadapter convert`: converts checkpoints of the original release to K-Adapter repositories."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,38 +19,42 @@ NAMES_SHOWN = 20
 def convert(
     checkpoint: Annotated[
         Path,
-        typer.Argument(show_default=False, help="A pre-trained adapter's pytorch_model.bin, or a fine-tuned model's."),
+        typer.Argument(
+            show_default=False, help="The pytorch_model.bin of a pre-trained adapter or a fine-tuned model."
+        ),
     ],
-    output: Annotated[Path, typer.Option(show_default=False, help="The folder to write to; it must be new or empty.")],
+    output: Annotated[Path, typer.Option(show_default=False, help="The output folder, which must be new or empty.")],
     name: Annotated[
         str | None,
-        typer.Option(show_default="factual or linguistic, as its head tells", help="What to call the adapter."),
+        typer.Option(show_default="factual or linguistic, depending on its head", help="Name of the adapter."),
     ] = None,
     layers: Annotated[
         str,
         typer.Option(
-            help="The backbone states that the adapter layers read, the original's adapter_list. Its training scripts have "
-            "0,11,22; the paper and the usage example 0,11,23. The file does not say."
+            help="The backbone states that the adapter layers read (adapter_list in the original), which the file does not "
+            "contain. The original training scripts use 0,11,22; the paper and the usage example use 0,11,23."
         ),
     ] = "0,11,22",
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads in the adapters; the file does not say.")] = 12,
+    heads: Annotated[
+        int, typer.Option(min=1, help="Attention heads in the adapters, which the file does not contain.")
+    ] = 12,
     backbone: Annotated[
-        str, typer.Option(help="The backbone's repository or folder; its config.json is enough.")
+        str, typer.Option(help="The backbone: a repository or folder. Its config.json is sufficient.")
     ] = "FacebookAI/roberta-large",
     with_head: Annotated[
-        bool, typer.Option("--with-head", help="Keep the relation head that a factual adapter was pre-trained with.")
+        bool, typer.Option("--with-head", help="Keep the relation head of a pre-trained factual adapter.")
     ] = False,
     backbone_weights: Annotated[
         Path | None,
-        typer.Option(show_default=False, help="A fine-tuned model's backbone, its pytorch_pretrained_model.bin."),
+        typer.Option(show_default=False, help="The backbone of a fine-tuned model: its pytorch_pretrained_model.bin."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read everything again afterwards, and compare all tensors.")
+        bool, typer.Option("--verify", help="Read input and output again afterwards and compare all tensors.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """
-    Convert checkpoints of microsoft/K-Adapter. No code in them is run.
+    Convert checkpoints of microsoft/K-Adapter. No code from them is run.
 
     Example: `kadapter convert fac-adapter/pytorch_model.bin --output factual-adapter --verify`
 
@@ -73,18 +77,18 @@ def convert(
     if as_json:
         print_json(described(made, verified))
     elif verified is not None:
-        Console().print(f"Verified: {verified:,} tensors are those of the checkpoint, bit for bit.")
+        Console().print(f"Verified: {verified:,} tensors are identical to those of the checkpoint, bit for bit.")
 
 
 def numbers(layers: str) -> list[int]:
     try:
         return [int(layer) for layer in layers.split(",")]
     except ValueError:
-        raise ValueError(f"--layers takes numbers with commas between, such as 0,11,22, not '{layers}'") from None
+        raise ValueError(f"--layers takes comma-separated numbers, e.g. 0,11,22, not '{layers}'") from None
 
 
 def described(made: Conversion, verified: int | None) -> dict[str, Any]:
-    """What --json prints."""
+    """The output of --json."""
     return {
         "output": str(made.output),
         "class": made.model_class,
@@ -98,22 +102,22 @@ def described(made: Conversion, verified: int | None) -> dict[str, Any]:
 
 
 def show(made: Conversion) -> None:
-    """Prints what became of each tensor, and what was written."""
+    """Prints which tensors were used or dropped, and which files were written."""
     console = Console(soft_wrap=True)
     for source in made.sources:
-        table = Table("tensors", "number", "MB", f"what became of them ({source.path.name})")
+        table = Table("tensors", "number", "MB", f"result ({source.path.name})")
         for column in table.columns:
             column.overflow = "fold"
         table.columns[1].justify = table.columns[2].justify = "right"
         for fate, names in fates(source).items():
-            # Of many tensors with one fate, such as an adapter's, the first and the last say enough.
+            # Of many tensors with the same result, e.g. an adapter's, only the first and the last are shown.
             label = ", ".join(names) if len(names) <= NAMES_SHOWN else f"{names[0]} … {names[-1]}"
             size = sum(source.sizes[tensor] for tensor in names) / 1e6
             table.add_row(label, f"{len(names):,}", f"{size:,.2f}", fate)
         console.print(table)
     if not made.backbone_known:
         console.print(
-            "The backbone's weights are not on this machine, so its fingerprint is left out: loading will say that the "
+            "The backbone's weights are not available locally, so its fingerprint is omitted: loading will warn that the "
             "backbone could not be verified."
         )
     written = ", ".join(f"{file} ({size / 1e6:,.1f} MB)" for file, size in made.files.items())
@@ -121,7 +125,7 @@ def show(made: Conversion) -> None:
 
 
 def fates(source: Source) -> dict[str, list[str]]:
-    """The tensors of a file by what became of them."""
+    """The tensors of a file, grouped by result."""
     found: dict[str, list[str]] = {}
     for tensor, ours in source.targets.items():
         found.setdefault(f"used: {file_of(ours[0])}", []).append(tensor)

@@ -1,4 +1,4 @@
-"""`kadapter info`: what is in an adapter file, a K-Adapter folder or a repository on the Hub."""
+"""`kadapter info`: shows the contents of an adapter file, a K-Adapter folder or a repository on the Hub."""
 
 from typing import Annotated, Any
 
@@ -22,16 +22,16 @@ def info(
         str | None,
         typer.Option(
             show_default=False,
-            help="Say whether the adapters fit this backbone, a repository or folder: exit code 1 if they don't, 0 if they "
-            "do or if that can't be told. Its weights are compared only if they are on this machine.",
+            help="Check whether the adapters fit this backbone (a repository or folder). The exit code is 1 if they don't fit, "
+            "else 0. The weights are compared only if they are available locally.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    Show what a K-Adapter is: its adapters, what they know and which backbone they were trained on.
+    Show the contents of a K-Adapter: its adapters, their provenance, and the backbone they were trained on.
 
-    Of a repository on the Hub no weights are downloaded. When the Hub can't be reached, what is in its cache is shown.
+    Weights on the Hub are not downloaded. If the Hub can't be reached, the cached version is shown.
 
     Example: `kadapter info factual-adapter`
 
@@ -52,7 +52,7 @@ def info(
 def show(found: dict[str, Any]) -> None:
     console = Console(soft_wrap=True)
     if found["from"] == "cache":
-        console.print("The Hub can't be reached: this is what its cache has.")
+        console.print("The Hub can't be reached; showing the cached version.")
     if "class" in found:
         rows = {
             "class": found["class"],
@@ -63,14 +63,14 @@ def show(found: dict[str, Any]) -> None:
             "fusion": found["fusion"],
             "task head": "yes" if found["has_head"] else "no",
             "backbone": backbone_words(found["backbone"]),
-            "backbone's weights": "in here" if found["has_backbone"] else "not in here",
+            "backbone's weights": "included" if found["has_backbone"] else "not included",
             "other files": ", ".join(f"{file} ({size or 0:,} bytes)" for file, size in found["other_files"].items()),
         }
         print_rows(console, found["source"], rows)
     for adapter in found["adapters"]:
         rows = {
             "file": adapter["file"],
-            "reads the backbone's states": ", ".join(map(str, adapter["backbone_layers"] or ())),
+            "backbone states": ", ".join(map(str, adapter["backbone_layers"] or ())),
             "transformer layers": "{num_hidden_layers} in each, of width {hidden_size}".format_map(adapter),
             "attention heads": str(adapter["num_attention_heads"]),
             "parameters": f"{adapter['parameters']:,} ({adapter['dtype']})",
@@ -80,7 +80,7 @@ def show(found: dict[str, Any]) -> None:
             **provenance_words(adapter["provenance"]),
         }
         if "fits" in adapter:
-            verdict = {True: "yes", False: "no", None: "can't be told"}[adapter["fits"]]
+            verdict = {True: "yes", False: "no", None: "unknown"}[adapter["fits"]]
             rows[f"fits {found['compared_with']}"] = f"{verdict}: {adapter['reason']}"
         print_rows(console, f"adapter {adapter['name']}", rows)
 
@@ -92,7 +92,7 @@ def backbone_words(backbone: dict[str, Any]) -> str:
 
 
 def provenance_words(provenance: dict[str, Any] | None) -> dict[str, str]:
-    """What was recorded, but for the course of the training, which is long."""
+    """The provenance, without the training history, which is long."""
     words = {}
     for key, value in (provenance or {}).items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""`kadapter prepare`: a corpus to Parquet files, the list of its labels and a report on what was left out."""
+"""`kadapter prepare`: converts a corpus to Parquet files, a list of its labels and a report on dropped records."""
 
 import os
 from enum import Enum
@@ -17,17 +17,18 @@ from ._common import plain_errors
 
 ROWS_SHOWN = 20
 
-File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, show_default=False, help="The corpus.")]
-Output = Annotated[Path, typer.Option(show_default=False, help="The folder to write to; it is made if need be.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first record that can't be used.")]
+File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, show_default=False, help="The file of the corpus.")]
+Output = Annotated[Path, typer.Option(show_default=False, help="The output folder, created if needed.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unusable record.")]
 Names = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, help="JSON file of relation names by Wikidata number.")
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="JSON file that maps Wikidata numbers to relation names."),
 ]
 
 prepare = typer.Typer(
-    help="Turn a corpus into a data set that trains an adapter.\n\n"
-    "The output folder has **train.parquet**, the labels (**relations.json** or **labels.json**) and **report.json**, "
-    "which names what was left out and why. Read it with `datasets.load_dataset(FOLDER)`.",
+    help="Convert a corpus to a data set for training an adapter.\n\n"
+    "The output folder contains **train.parquet**, the labels (**relations.json** or **labels.json**) and "
+    "**report.json**, which lists dropped records and the reasons. Load it with `datasets.load_dataset(FOLDER)`.",
     no_args_is_help=True,
 )
 
@@ -47,24 +48,24 @@ class Executor(str, Enum):
 def trex(
     folders: Annotated[
         list[Path],
-        typer.Argument(exists=True, show_default=False, help="Folders of T-REx's JSON files, or such files."),
+        typer.Argument(exists=True, show_default=False, help="JSON files of T-REx, or folders of them."),
     ],
     output: Output,
-    min_examples: Annotated[int, typer.Option(min=1, help="Leave out relations with fewer examples.")] = 50,
-    split: Annotated[Split, typer.Option(help="What falls into train or test as a whole.")] = Split.document,
-    seed: Annotated[int, typer.Option(help="Another seed is another split.")] = 0,
+    min_examples: Annotated[int, typer.Option(min=1, help="Drop relations with fewer examples.")] = 50,
+    split: Annotated[Split, typer.Option(help="The unit to split into train and test.")] = Split.document,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     executor: Annotated[Executor, typer.Option(help="Where to run.")] = Executor.local,
     workers: Annotated[
-        int, typer.Option(min=1, help="Files read at a time, each held in memory.", show_default="number of CPUs")
+        int, typer.Option(min=1, help="Files to read in parallel, each held in memory.", show_default="number of CPUs")
     ] = os.cpu_count() or 1,
-    partition: Annotated[str, typer.Option(help="Slurm: the partition.")] = "normal",
-    time: Annotated[str, typer.Option(help="Slurm: the time limit of each job.")] = "24:00:00",
+    partition: Annotated[str, typer.Option(help="Slurm: partition.")] = "normal",
+    time: Annotated[str, typer.Option(help="Slurm: time limit of each job.")] = "24:00:00",
     strict: Strict = False,
 ) -> None:
     """
     T-REx: Wikidata triples aligned with Wikipedia, from the raw JSON files, split 90 to 10.
 
-    Run it again after an interruption and it goes on where it was; after a complete run it only splits anew.
+    An interrupted run is resumed by running the command again; after a complete run, only the split is repeated.
 
     Example: `kadapter prepare trex re-nlg/ --output data/trex --workers 8`
     """
@@ -84,7 +85,9 @@ def trex(
             time=time,
         )
         if report is None:
-            Console().print(f"Submitted. When the jobs are through, {output} has train.parquet and report.json.")
+            Console().print(
+                f"Submitted. When the jobs have finished, {output} contains train.parquet and report.json."
+            )
         else:
             show(report, output)
 
@@ -103,7 +106,7 @@ def fewrel(file: File, output: Output, names: Names = None, strict: Strict = Fal
 @prepare.command()
 def docred(file: File, output: Output, names: Names = None, strict: Strict = False) -> None:
     """
-    DocRED and Re-DocRED: the pairs of entities that share a sentence.
+    DocRED and Re-DocRED: pairs of entities in the same sentence.
 
     Example: `kadapter prepare docred train_revised.json --names rel_info.json --output data/re-docred`
     """
@@ -114,7 +117,7 @@ def docred(file: File, output: Output, names: Names = None, strict: Strict = Fal
 @prepare.command()
 def tacred(file: File, output: Output, strict: Strict = False) -> None:
     """
-    TACRED, TACREV and Re-TACRED, in their JSON form.
+    TACRED, TACREV and Re-TACRED, in JSON format.
 
     Example: `kadapter prepare tacred train.json --output data/tacred`
     """
@@ -138,7 +141,8 @@ def conllu(
     file: File,
     output: Output,
     pipeline: Annotated[
-        str | None, typer.Option(help="Parse FILE, one text a line, with this spaCy pipeline.", show_default=False)
+        str | None,
+        typer.Option(help="Parse FILE, with one text per line, with this spaCy pipeline.", show_default=False),
     ] = None,
     strict: Strict = False,
 ) -> None:
@@ -165,7 +169,7 @@ def lines_of(file: Path) -> list[str]:
 
 
 def write(dataset: Dataset, report: Report, output: Path, labels: str) -> None:
-    """The data set, its labels and the report, as files in `output`; shows the report."""
+    """Writes the data set, its labels and the report to `output`, and prints the report."""
     disable_progress_bars()
     output.mkdir(parents=True, exist_ok=True)
     draft = output / ".train.draft"
@@ -177,7 +181,7 @@ def write(dataset: Dataset, report: Report, output: Path, labels: str) -> None:
 
 
 def show(report: Report, output: Path) -> None:
-    """Prints the most frequent labels, what was left out, and where the files are."""
+    """Prints the most frequent labels, the dropped records, and the location of the files."""
     console = Console()
     table = Table("label", "count")
     table.columns[1].justify = "right"
@@ -187,11 +191,9 @@ def show(report: Report, output: Path) -> None:
         table.add_row(f"… and {len(report.labels) - ROWS_SHOWN} more", "")
     console.print(table)
     if report.dropped:
-        dropped = Table("left out because", "count", "the first")
+        dropped = Table("dropped because", "count", "first records")
         dropped.columns[1].justify = "right"
         for reason, count in report.dropped.most_common():
             dropped.add_row(reason, f"{count:,}", ", ".join(report.first_dropped[reason][:2]))
         console.print(dropped)
-    console.print(
-        f"{report.kept:,} rows kept, {report.dropped.total():,} left out. Written to {output}.", markup=False
-    )
+    console.print(f"{report.kept:,} rows kept, {report.dropped.total():,} dropped. Written to {output}.", markup=False)

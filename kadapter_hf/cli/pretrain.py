@@ -1,4 +1,4 @@
-"""`kadapter pretrain`: a knowledge adapter from rows of a schema, with the stock Trainer."""
+"""`kadapter pretrain`: trains a knowledge adapter on rows of a schema, with the stock Trainer."""
 
 from typing import Annotated
 
@@ -9,19 +9,19 @@ from ._common import plain_errors
 
 def pretrain(
     context: typer.Context,
-    objective: Annotated[str, typer.Argument(help="What the adapter learns from.", show_default=False)] = "",
+    objective: Annotated[str, typer.Argument(help="The objective to train on.", show_default=False)] = "",
 ) -> None:
     """
-    Train a knowledge adapter beside a frozen backbone: `factual` (relations), `linguistic` (dependency trees), `typing`.
+    Train a knowledge adapter on a frozen backbone: `factual` (relations), `linguistic` (dependency trees) or `typing`.
 
-    Every flag of transformers' TrainingArguments is understood too; `kadapter pretrain factual --help` lists them all.
+    All flags of transformers' TrainingArguments are supported too; `kadapter pretrain factual --help` lists them.
 
     Example: `kadapter pretrain factual --data fewrel --backbone FacebookAI/roberta-large --output_dir factual-adapter`
     """
-    if objective in ("", "-h", "--help"):  # behind an objective, --help is about all of its flags
+    if objective in ("", "-h", "--help"):  # after an objective, --help lists all of its flags
         typer.echo(context.get_help())
         raise typer.Exit(0 if objective else 2)
-    from ..objectives import OBJECTIVES  # imported here, as Trainer takes seconds that the other commands don't need
+    from ..objectives import OBJECTIVES  # imported here, as importing Trainer takes seconds
     from ..pretraining import main
 
     if objective not in OBJECTIVES:
@@ -30,7 +30,9 @@ def pretrain(
         with plain_errors():
             metrics = main([objective, *context.args])
     except KeyboardInterrupt:
-        typer.echo("Stopped, with a checkpoint. To go on from it, add --resume_from_checkpoint true.", err=True)
+        typer.echo(
+            "Stopped after saving a checkpoint. To continue from it, add --resume_from_checkpoint true.", err=True
+        )
         raise typer.Exit(130) from None
     for key, value in metrics.items():
         typer.echo(f"{key.removeprefix('eval_')}: {value:.4f}")

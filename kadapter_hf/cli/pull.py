@@ -1,4 +1,4 @@
-"""`kadapter pull`: a K-Adapter repository, or one adapter in it, from the Hub."""
+"""`kadapter pull`: downloads a K-Adapter repository, or one of its adapters, from the Hub."""
 
 import os
 import shutil
@@ -29,20 +29,20 @@ def pull(
     output: Annotated[
         Path | None,
         typer.Option(
-            show_default=False, help="A folder for the files; it must be new or empty. By default the Hub's cache."
+            show_default=False, help="The output folder, which must be new or empty. Default: the Hub's cache."
         ),
     ] = None,
     revision: Revision = None,
     adapter: Annotated[
-        str | None, typer.Option(show_default=False, help="Only the file of this adapter, OUTPUT/ADAPTER.safetensors.")
+        str | None, typer.Option(show_default=False, help="Download only this adapter, to OUTPUT/ADAPTER.safetensors.")
     ] = None,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    Download a K-Adapter repository from the Hub, check that its files are whole, and say how to load it.
+    Download a K-Adapter repository from the Hub, check its files, and show how to load it.
 
-    What is in the cache is found by `from_pretrained(REPO)`, without a network too. The backbone is not downloaded.
+    `from_pretrained(REPO)` finds cached repositories, even without a network. The backbone is not downloaded.
 
     Example: `kadapter pull me/both --output both`
 
@@ -58,21 +58,19 @@ def pull(
     if as_json:
         print_json({"repo_id": repo, **pulled})
         return
-    typer.echo(f"{repo} at commit {pulled['commit']} is whole, in {pulled['path']}.")
+    typer.echo(f"{repo} at commit {pulled['commit']} is complete, in {pulled['path']}.")
     backbone = one_line(pulled["backbone"]["name"])
     if pulled["backbone"]["included"]:
-        typer.echo("Its backbone is in it.")
+        typer.echo("It includes its backbone.")
     elif os.path.isabs(backbone):
-        typer.echo(
-            f"Its backbone is {backbone}, a folder where it was made: elsewhere, say what it is with backbone=…."
-        )
+        typer.echo(f"Its backbone is {backbone}, a folder on its author's machine: pass the backbone with backbone=….")
     else:
-        typer.echo(f"Its backbone, {backbone}, is fetched when it is first loaded.")
+        typer.echo(f"Its backbone, {backbone}, is downloaded when the model is first loaded.")
     typer.echo(f"To load it: {pulled['load']}")
 
 
 def pull_repository(repo: str, output: Path | None, revision: str | None, token: str | None) -> dict[str, Any]:
-    # Before anything large comes: whether it is a K-Adapter at all.
+    # Checks that it is a K-Adapter before downloading anything large.
     read_config(downloaded(repo, CONFIG_NAME, revision, token).parent, repo)
     pickles = [f"*{ending}" for ending in PICKLES]
     folder = Path(patiently(snapshot_download, repo, revision=revision, token=token, ignore_patterns=pickles))
@@ -128,13 +126,13 @@ def downloaded(repo: str, file: str, revision: str | None, token: str | None) ->
         return Path(patiently(hf_hub_download, repo, file, revision=revision, token=token))
     except RemoteEntryNotFoundError:
         raise KAdapterLoadError(
-            f"'{repo}' has no {file}. `kadapter info {repo}` says what is in it, if it is a K-Adapter."
+            f"'{repo}' has no {file}. If it is a K-Adapter, `kadapter info {repo}` shows its contents."
         ) from None
 
 
 @contextmanager
 def whole(output: Path) -> Iterator[Path]:
-    """Yields the path of a folder to make beside `output`, which becomes `output` afterwards, or vanishes on an error."""
+    """Yields the path of a temporary folder, to be created, which is renamed to `output`, or deleted on an error."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".kadapter-", dir=output.parent) as temporary:
         draft = Path(temporary, output.name)

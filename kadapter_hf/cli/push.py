@@ -1,4 +1,4 @@
-"""`kadapter push`: a K-Adapter folder, or one adapter, to the Hub."""
+"""`kadapter push`: uploads a K-Adapter folder or one adapter to the Hub."""
 
 import tempfile
 from pathlib import Path
@@ -24,28 +24,28 @@ def push(
         typer.Argument(
             exists=True,
             show_default=False,
-            help="A K-Adapter folder, as save_pretrained or `kadapter pretrain` wrote it, or an adapter's .safetensors file.",
+            help="A K-Adapter folder written by save_pretrained or `kadapter pretrain`, or an adapter's .safetensors file.",
         ),
     ],
     repo: Repo,
     adapter: Annotated[
         str | None,
-        typer.Option(show_default=False, help="Only this adapter of the folder, as a repository of its own."),
+        typer.Option(show_default=False, help="Push only this adapter of the folder, as a separate repository."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is created, make it private.")] = False,
     revision: Annotated[
-        str | None, typer.Option(show_default=False, help="The branch to push to; it is made if need be.")
+        str | None, typer.Option(show_default=False, help="The branch to push to, created if needed.")
     ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Push as a pull request.")] = False,
-    message: Annotated[str | None, typer.Option(show_default=False, help="The commit's message.")] = None,
+    message: Annotated[str | None, typer.Option(show_default=False, help="The commit message.")] = None,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
     """
-    Push a K-Adapter folder or one adapter to the Hub, as one commit, after a check that all files are whole.
+    Push a K-Adapter folder or one adapter to the Hub as one commit, after checking all files.
 
-    The repository is made if need be. Files that the Hub has already are not sent again, and a model card that was edited
-    there keeps the edits.
+    The repository is created if needed. Files that are already on the Hub are not uploaded again, and edits to the model
+    card there are kept.
 
     Example: `kadapter push factual-adapter me/factual-adapter`
 
@@ -82,30 +82,30 @@ def push(
 
 def config_of(source: Path, saved: SavedAdapter, token: str | None) -> KAdapterConfig:
     """
-    A K-Adapter's configuration with this adapter in it: the folder's, or for a file one beside the backbone that it names.
+    A K-Adapter configuration with this adapter: the folder's, or, for a file, a new one with the backbone that it names.
 
     Raises:
-        BackboneMismatchError: the backbone that the adapter was trained on is only in the folder.
+        BackboneMismatchError: the backbone that the adapter was trained on exists only in the folder.
         KAdapterLoadError: there is no folder, and the backbone's configuration can't be read.
     """
     if (source / CONFIG_NAME).exists():
         config = read_config(source)
         if BACKBONE_FILE in read_index(source)[0] and saved.config.backbone_fingerprint == config.backbone_fingerprint:
             raise BackboneMismatchError(
-                f"the adapter '{saved.name}' was trained on the backbone in '{source}' and would be of no use without it: "
-                "push the folder, without --adapter."
+                f"the adapter '{saved.name}' was trained on the backbone in '{source}' and is useless without it: push the "
+                "folder without --adapter."
             )
         config.knowledge_adapters = {saved.name: saved.config}
         return config
     name = saved.config.backbone_name_or_path
     if name is None:
         raise KAdapterLoadError(
-            f"'{source}' does not name its backbone, which a repository must: push its folder instead."
+            f"'{source}' does not name its backbone, which a repository requires: push its folder instead."
         )
     try:
         with quiet():
             backbone = AutoConfig.from_pretrained(name, token=token)
-    except Exception as error:  # whatever a foreign configuration class refuses with
+    except Exception as error:  # a foreign configuration class may raise anything
         raise KAdapterLoadError(
             f"the configuration of the backbone '{name}' of '{source}' can't be read: {error}"
         ) from error

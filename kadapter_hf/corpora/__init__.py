@@ -1,8 +1,8 @@
 """
-Corpora to data sets of three schemas, which `schema.py` describes: relation, typing and dependency.
+Conversion of corpora to data sets of three schemas, defined in `schema.py`: relation, typing and dependency.
 
-Each reader returns a `datasets.Dataset` and a report on what it left out and why. T-REx, too large to be read at once, has
-a pipeline of its own: `kadapter_hf.corpora.trex`.
+Each reader returns a `datasets.Dataset` and a report on dropped records. T-REx is too large to be read at once and has a
+separate pipeline: `kadapter_hf.corpora.trex`.
 """
 
 from .conllu import parse_text, read_conllu

@@ -1,4 +1,4 @@
-"""Dependency trees: CoNLL-U files (Universal Dependencies), and raw text that a spaCy pipeline parses."""
+"""Dependency trees from CoNLL-U files (Universal Dependencies), or from raw text parsed by a spaCy pipeline."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,28 +12,29 @@ from .schema import DEPENDENCY, Record, Report, Row, build, progress, token_span
 
 def read_conllu(path: str | Path, strict: bool = False) -> tuple[Dataset, Report]:
     """
-    A CoNLL-U file as rows of the dependency schema. Needs the `conllu` library, from the extra `knowledge`.
+    Reads a CoNLL-U file as rows of the dependency schema. Requires the `conllu` library, from the extra `knowledge`.
 
-    Multiword and empty rows are no words of the tree. The text is the sentence's `# text` where its words make that up;
-    elsewhere, as in French "du" (de + le), the words as the rows' SpaceAfter joins them.
+    Multiword tokens and empty nodes are not part of the tree. The text is the sentence's `# text` if it consists of the
+    words; otherwise (e.g. French "du" = de + le), the words are joined according to SpaceAfter.
 
     Raises:
         ImportError: the `conllu` library is missing.
-        ValueError: the file has no usable sentence; with `strict`, a sentence isn't usable.
+        ValueError: the file has no usable sentence; with `strict`, a sentence is unusable.
     """
     return build(path, DEPENDENCY, _sentences(path), strict)
 
 
 def parse_text(lines: Iterable[str], pipeline: str, strict: bool = False) -> tuple[Dataset, Report]:
     """
-    Raw text as rows of the dependency schema, one for each sentence that the pipeline finds in a line.
+    Parses raw text to rows of the dependency schema, one for each sentence that the pipeline finds in a line.
 
     Args:
-        pipeline: the name or folder of an installed spaCy pipeline with a parser, such as "en_core_web_sm".
+        pipeline: the name or folder of an installed spaCy pipeline with a parser, e.g. "en_core_web_sm".
 
     Raises:
         ImportError: spaCy is missing; it is in the extra `parse`.
-        ValueError: the pipeline isn't there or has no parser; no usable sentence, or with `strict` one that isn't.
+        ValueError: the pipeline is not installed or has no parser; no sentence is usable; with `strict`, one is
+            unusable.
     """
     try:
         import spacy
@@ -67,10 +68,10 @@ def _sentences(path: str | Path) -> Iterator[Record]:
 
 
 def _row(sentence: Any) -> Row | str:
-    # Ids of multiword rows (3-4) and empty rows (8.1) are tuples.
+    # Ids of multiword tokens (3-4) and empty nodes (8.1) are tuples.
     words = [row for row in sentence if isinstance(row["id"], int)]
     if [word["id"] for word in words] != list(range(1, len(words) + 1)):
-        return "words are not numbered from 1 on"
+        return "words are not numbered from 1"
     if not all({"form", "head", "deprel"} <= word.keys() and isinstance(word["head"], int) for word in words):
         return "a word has no head or no label"
     tokens = [word["form"] for word in words]
@@ -86,7 +87,7 @@ def _row(sentence: Any) -> Row | str:
 
 
 def _make_up(tokens: list[str], text: str) -> bool:
-    """Whether the text is these tokens with nothing but space between them."""
+    """Whether the text consists of these tokens with only whitespace between them."""
     spans = token_spans(text, tokens)
     if spans is None:
         return False
@@ -96,7 +97,7 @@ def _make_up(tokens: list[str], text: str) -> bool:
 
 
 def _joined(sentence: Any) -> str:
-    """The words with the spaces that their rows ask for; those of a multiword row apart, so that each can be found."""
+    """Joins the words according to SpaceAfter; words of a multiword token are separated, so that each can be found."""
     text, multiword_end, multiword_misc = "", 0, None
     for row in sentence:
         if isinstance(row["id"], int):
@@ -121,7 +122,7 @@ def _parsed(lines: Iterable[str], parser: Any, pipeline: str) -> Iterator[Record
 
 
 def _parsed_row(sentence: Any) -> Row | str:
-    # spaCy has tokens of nothing but space; they can be heads only of each other.
+    # spaCy has whitespace tokens; only other whitespace tokens can depend on them.
     words = [token for token in sentence if not token.is_space]
     numbers = {token.i: number for number, token in enumerate(words, start=1)}
     if any(token.head.i not in numbers for token in words):

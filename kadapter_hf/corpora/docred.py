@@ -1,4 +1,4 @@
-"""DocRED (Yao et al., 2019) and Re-DocRED (Tan et al., 2022): Wikidata relations in Wikipedia documents, as words."""
+"""DocRED (Yao et al., 2019) and Re-DocRED (Tan et al., 2022): Wikidata relations in tokenised Wikipedia documents."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -13,16 +13,17 @@ from .schema import MALFORMED, RELATION, Record, Report, Row, build, progress, r
 
 def read_docred(path: str | Path, names: str | Path | None = None, strict: bool = False) -> tuple[Dataset, Report]:
     """
-    A DocRED or Re-DocRED file as rows of the relation schema, one for each labelled pair that shares a sentence.
+    Reads a DocRED or Re-DocRED file as rows of the relation schema, one for each labelled pair in the same sentence.
 
-    The text is that one sentence. Of several pairs of mentions the row has the first in the file's order, the head's
-    before the tail's, that don't overlap. A pair that shares none is left out and counted, also with `strict`.
+    The text is that sentence. Of several pairs of mentions, the first one without overlap is used, in the order of the
+    file, with the head's mentions in the outer loop. Pairs without a common sentence are dropped and counted, even with
+    `strict`.
 
     Args:
-        names: DocRED's rel_info.json, to have relations by name and not by their Wikidata number.
+        names: DocRED's rel_info.json, to use names of relations instead of Wikidata numbers.
 
     Raises:
-        ValueError: the file isn't DocRED's; with `strict`, a record isn't usable.
+        ValueError: the file is not in DocRED's format; with `strict`, a record is unusable.
     """
     apart = Report()
     dataset, report = build(path, RELATION, _records(path, relation_names(names), apart), strict)

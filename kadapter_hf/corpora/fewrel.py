@@ -1,4 +1,4 @@
-"""FewRel (Han et al., 2018): Wikidata relations in Wikipedia sentences, as words."""
+"""FewRel (Han et al., 2018): Wikidata relations in tokenised Wikipedia sentences."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +11,21 @@ from .schema import MALFORMED, RELATION, Record, Report, Row, build, progress, r
 
 def read_fewrel(path: str | Path, names: str | Path | None = None, strict: bool = False) -> tuple[Dataset, Report]:
     """
-    A FewRel file, such as train_wiki.json, as rows of the relation schema. Head is the subject, tail the object.
+    Reads a FewRel file, e.g. train_wiki.json, as rows of the relation schema. The head is the subject, the tail the object.
 
-    Of an entity that is mentioned several times the first mention counts.
+    Only the first mention of an entity is used.
 
     Args:
-        names: the file pid2name.json, to have relations by name and not by their Wikidata number.
+        names: the file pid2name.json, to use names of relations instead of Wikidata numbers.
 
     Raises:
-        ValueError: the file isn't FewRel's; with `strict`, a record isn't usable.
+        ValueError: the file is not in FewRel's format; with `strict`, a record is unusable.
     """
     return build(path, RELATION, _records(path, relation_names(names)), strict)
 
 
 def relation_names(path: str | Path | None) -> dict[str, str]:
-    """Names of Wikidata relations from a file of id -> name, or id -> [name, description]. No file: none."""
+    """Names of Wikidata relations, from a file of id -> name or id -> [name, description]; empty without a file."""
     if path is None:
         return {}
     content = read_json(path, dict)

@@ -1,5 +1,5 @@
 """
-The three schemas that every corpus is brought to, what can be wrong with a row, and the report of what was left out.
+The three schemas for corpora, the validation of rows, and the report on dropped records.
 
 Spans are `[start, end)` in characters (code points) of the row's text, as in `text[start:end]`.
 """
@@ -18,9 +18,9 @@ from rich.progress import track
 
 NAMES_PER_REASON = 5
 Row = Mapping[str, Any]
-# A row, or what is wrong with the record that it should have come from; with the record's name.
+# The name of a record, and its row or the problem with it.
 Record = tuple[str, Row | str]
-# What reading a record raises that isn't made as it should be.
+# Exceptions raised by malformed records.
 MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 T = TypeVar("T")
 
@@ -28,10 +28,10 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Schema:
     """
-    What the rows of one kind of data set look like.
+    The schema of the rows of one kind of data set.
 
     Attributes:
-        problem: says what is wrong with a row, in words that don't depend on the row's values, or None.
+        problem: returns the problem with a row, in words that don't depend on the row's values, or None.
         labels: the column with a row's label or labels.
     """
 
@@ -43,7 +43,7 @@ class Schema:
 
 @dataclass
 class Report:
-    """What was read: rows kept, rows per label, and for each reason how many were left out and the first few names."""
+    """The number of rows kept and of rows per label; for each reason, the number of dropped records and the first names."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -69,14 +69,14 @@ class Report:
             self.first_dropped[reason] = [*self.first_dropped.get(reason, []), *names][:NAMES_PER_REASON]
 
     def reasons(self) -> str:
-        """All reasons in one line, the most frequent first."""
+        """All reasons in one line, most frequent first."""
         return "; ".join(
             f"{count} × {reason} ({', '.join(self.first_dropped[reason])})"
             for reason, count in self.dropped.most_common()
         )
 
     def save(self, path: str | Path, **more: Any) -> None:
-        """Writes the report as JSON, with `more` entries; the file appears complete or not at all."""
+        """Writes the report and the entries in `more` as JSON, atomically."""
         write_json(path, vars(self) | more)
 
     @classmethod
@@ -86,7 +86,7 @@ class Report:
 
 
 def token_spans(text: str, tokens: Sequence[str]) -> list[tuple[int, int]] | None:
-    """Where each token stands in the text, each behind the one before; None if one isn't found."""
+    """The spans of the tokens in the text, in order; None if one is not found."""
     spans, end = [], 0
     for token in tokens:
         start = text.find(token, end)
@@ -101,13 +101,13 @@ def relation_row(
     tokens: Sequence[str], subject: tuple[int, int], object_: tuple[int, int], relation: str
 ) -> Row | str:
     """
-    A row of the relation schema from words, which are joined by one space; or what is wrong with the spans.
+    A row of the relation schema from words, joined by single spaces; or the problem with the spans.
 
     Args:
-        subject, object_: the first word and the one behind the last, counted from 0.
+        subject, object_: spans `[start, end)` of words, counted from 0.
     """
     if not all(0 <= first < behind <= len(tokens) for first, behind in (subject, object_)):
-        return "a span leaves the words"
+        return "a span is outside the words"
     starts = [0]
     for token in tokens:
         starts.append(starts[-1] + len(token) + 1)
@@ -116,7 +116,7 @@ def relation_row(
 
 
 def relation_problem(row: Row) -> str | None:
-    """What is wrong with a row of the relation schema, or None."""
+    """The problem with a row of the relation schema, or None."""
     problem = _text_problem(row) or _span_problem(row, "subject") or _span_problem(row, "object")
     if problem:
         return problem
@@ -128,7 +128,7 @@ def relation_problem(row: Row) -> str | None:
 
 
 def typing_problem(row: Row) -> str | None:
-    """What is wrong with a row of the typing schema, or None."""
+    """The problem with a row of the typing schema, or None."""
     problem = _text_problem(row) or _span_problem(row, "entity")
     if problem:
         return problem
@@ -138,7 +138,7 @@ def typing_problem(row: Row) -> str | None:
 
 
 def dependency_problem(row: Row) -> str | None:
-    """What is wrong with a row of the dependency schema, or None."""
+    """The problem with a row of the dependency schema, or None."""
     problem = _text_problem(row)
     if problem:
         return problem
@@ -146,7 +146,7 @@ def dependency_problem(row: Row) -> str | None:
     if not _is_list(tokens, _is_name) or not tokens:
         return "tokens is not a list of words"
     if not _is_list(heads, lambda head: type(head) is int):
-        return "heads is not a list of whole numbers"
+        return "heads is not a list of integers"
     if not _is_list(labels, _is_name):
         return "labels is not a list of names"
     if not len(tokens) == len(heads) == len(labels):
@@ -164,7 +164,7 @@ def dependency_problem(row: Row) -> str | None:
 def _text_problem(row: Row) -> str | None:
     text = row.get("text")
     if not isinstance(text, str):
-        return "text is not a text"
+        return "text is not a string"
     if not text.strip():
         return "the text is empty"
     try:
@@ -180,7 +180,7 @@ def _span_problem(row: Row, name: str) -> str | None:
         return f"{name} is not [start, end]"
     start, end = span
     if start < 0 or end > len(row["text"]):
-        return f"the {name} leaves the text"
+        return f"the {name} is outside the text"
     return None if row["text"][start:end].strip() else f"the {name} is empty"
 
 
@@ -215,7 +215,7 @@ RELATION = Schema(
 TYPING = Schema(
     "typing", Features({"text": _TEXT, "entity": _SPAN, "types": List(_TEXT)}), typing_problem, labels="types"
 )
-# heads count the tokens from 1; 0 is the root. The tokens occur in the text in their order.
+# heads are token numbers, starting at 1; 0 is the root. The tokens occur in the text in this order.
 DEPENDENCY = Schema(
     "dependency",
     Features({"text": _TEXT, "tokens": List(_TEXT), "heads": List(Value("int32")), "labels": List(_TEXT)}),
@@ -225,7 +225,7 @@ DEPENDENCY = Schema(
 
 
 def check_columns(columns: Iterable[str], schema: Schema) -> None:
-    """Raises a ValueError that names the columns of the schema which are missing."""
+    """Raises a ValueError that lists missing columns of the schema."""
     columns = list(columns)
     missing = [name for name in schema.features if name not in columns]
     if missing:
@@ -236,10 +236,10 @@ def check_columns(columns: Iterable[str], schema: Schema) -> None:
 
 def build(path: str | Path, schema: Schema, records: Iterable[Record], strict: bool) -> tuple[Dataset, Report]:
     """
-    The data set of all records that make a row of the schema, and the report on the others.
+    A data set of all records that are valid rows of the schema, and a report on the others.
 
     Raises:
-        ValueError: no row is left, or with `strict` the first record that doesn't make one; it names both.
+        ValueError: no row is left; with `strict`, a record is unusable. The message names the file and the record.
     """
     rows, report = [], Report()
     for name, row in records:
@@ -252,16 +252,16 @@ def build(path: str | Path, schema: Schema, records: Iterable[Record], strict: b
             rows.append({column: row[column] for column in schema.features})
             report.keep(row[schema.labels])
     if not rows:
-        raise ValueError(f"{path}: no usable record. {report.reasons() or 'The file has none at all'}")
+        raise ValueError(f"{path}: no usable record. {report.reasons() or 'The file has no records'}")
     return Dataset.from_list(rows, features=schema.features), report
 
 
 def read_jsonl(path: str | Path, schema: Schema, strict: bool = False) -> tuple[Dataset, Report]:
     """
-    Rows of your own, one JSON object with the schema's columns in each line, as a data set and a report.
+    Reads custom rows from a JSON Lines file with the columns of the schema; returns a data set and a report.
 
     Raises:
-        ValueError: no usable line, or with `strict` the first line that isn't usable.
+        ValueError: no line is usable; with `strict`, a line is unusable.
     """
     return build(path, schema, _json_lines(path, schema), strict)
 
@@ -285,7 +285,7 @@ def _json_lines(path: str | Path, schema: Schema) -> Iterator[Record]:
 
 
 def read_json(path: str | Path, kind: type[T]) -> T:
-    """The content of a JSON file whose outermost part is of the given kind (dict or list)."""
+    """The content of a JSON file whose top level has the given type (dict or list)."""
     try:
         content = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -293,12 +293,12 @@ def read_json(path: str | Path, kind: type[T]) -> T:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, kind):
-        raise ValueError(f"{path} holds a {type(content).__name__} where a {kind.__name__} is expected")
+        raise ValueError(f"{path} contains a {type(content).__name__} instead of a {kind.__name__}")
     return content
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes a JSON file that appears complete or not at all."""
+    """Writes a JSON file atomically."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -306,6 +306,6 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def progress(items: Sequence[T], path: str | Path) -> Iterable[T]:
-    """The items, with a progress bar where standard error is a terminal."""
+    """The items, with a progress bar if standard error is a terminal."""
     console = Console(stderr=True)
     return track(items, Path(path).name, console=console, transient=True) if console.is_terminal else items

@@ -1,4 +1,4 @@
-"""SemEval-2010 Task 8 (Hendrickx et al., 2010): directed relations between nominals, as text with tags."""
+"""SemEval-2010 Task 8 (Hendrickx et al., 2010): directed relations between nominals, in tagged text."""
 
 import re
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ TAG = re.compile(r"</?e[12]>")
 
 def read_semeval(path: str | Path, strict: bool = False) -> tuple[Dataset, Report]:
     """
-    A file of the task, such as TRAIN_FILE.TXT, as rows of the relation schema: `<e1>` is the subject, `<e2>` the object.
+    Reads a file of the task, e.g. TRAIN_FILE.TXT, as rows of the relation schema: `<e1>` is the subject, `<e2>` the object.
 
-    Relations keep their direction: `Cause-Effect(e1,e2)` and `Cause-Effect(e2,e1)` are two labels.
+    Relations are directed: `Cause-Effect(e1,e2)` and `Cause-Effect(e2,e1)` are different labels.
 
     Raises:
-        ValueError: the file has no usable record; with `strict`, a record isn't usable.
+        ValueError: the file has no usable record; with `strict`, a record is unusable.
     """
     return build(path, RELATION, _records(path), strict)
 
 
 def _records(path: str | Path) -> Iterator[Record]:
-    # A record is three lines (sentence, relation, comment), and a blank one.
+    # A record consists of three lines (sentence, relation, comment) and a blank one.
     records = re.split(rb"\r?\n[ \t]*\r?\n", Path(path).read_bytes().strip())
     for number, record in enumerate(progress(records, path), start=1):
         try:
@@ -40,7 +40,7 @@ def _records(path: str | Path) -> Iterator[Record]:
 def _row(lines: list[str]) -> Row | str:
     number, tab, quoted = lines[0].partition("\t")
     if not (number.isdigit() and tab) or len(lines) < 2:
-        return "not a number, a sentence and a relation"
+        return "does not consist of a number, a sentence and a relation"
     tagged = quoted.strip()
     if len(tagged) > 1 and tagged[0] == tagged[-1] == '"':
         tagged = tagged[1:-1]
@@ -49,7 +49,7 @@ def _row(lines: list[str]) -> Row | str:
         text += tagged[done : tag.start()]
         done = tag.end()
         if tag.group() in places:
-            return "a tag stands twice"
+            return "a tag occurs twice"
         places[tag.group()] = len(text)
     if len(places) < 4:
         return "a tag is missing"

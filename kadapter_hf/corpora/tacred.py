@@ -1,4 +1,4 @@
-"""TACRED (Zhang et al., 2017), also TACREV and Re-TACRED: relations in sentences of news and the web, as words."""
+"""TACRED (Zhang et al., 2017), also TACREV and Re-TACRED: relations in tokenised sentences from news and the web."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,12 @@ from .schema import MALFORMED, RELATION, Record, Report, Row, build, progress, r
 
 def read_tacred(path: str | Path, strict: bool = False) -> tuple[Dataset, Report]:
     """
-    A TACRED file in its JSON form as rows of the relation schema, `no_relation` included.
+    Reads a TACRED file in JSON format as rows of the relation schema, including `no_relation`.
 
-    Words are left as they are, `-LRB-` for an opening bracket among them, as the original code does.
+    As in the original code, words are unchanged, e.g. `-LRB-` for an opening bracket.
 
     Raises:
-        ValueError: the file isn't TACRED's; with `strict`, a record isn't usable.
+        ValueError: the file is not in TACRED's format; with `strict`, a record is unusable.
     """
     return build(path, RELATION, _records(path), strict)
 
@@ -29,7 +29,7 @@ def _records(path: str | Path) -> Iterator[Record]:
 
 def _row(example: Any) -> Row | str:
     try:
-        # TACRED's ends are the last words themselves.
+        # Ends are inclusive in TACRED.
         subject = (example["subj_start"], example["subj_end"] + 1)
         object_ = (example["obj_start"], example["obj_end"] + 1)
         return relation_row(example["token"], subject, object_, example["relation"])

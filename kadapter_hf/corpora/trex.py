@@ -1,10 +1,10 @@
 """
-T-REx (Elsahar et al., 2018): Wikidata triples aligned with Wikipedia, in millions, from its raw JSON files.
+T-REx (Elsahar et al., 2018): millions of Wikidata triples aligned with Wikipedia, from its raw JSON files.
 
-Two stages, each a datatrove pipeline, so that they run on one machine, a Slurm cluster or Ray:
+Two stages, each a datatrove pipeline that runs on one machine, on a Slurm cluster or on Ray:
 
-1. extract: a task for each file reads its documents and writes the usable triples as one Parquet shard, and their counts.
-2. split: one task adds the counts up, drops rare relations and streams the shards into a training and a test set.
+1. extract: one task per file reads its documents and writes a Parquet shard of usable triples, and their counts.
+2. split: one task sums the counts, drops rare relations and streams the shards into a training and a test set.
 """
 
 import json
@@ -23,7 +23,7 @@ from .schema import Report, write_json
 from .trex_steps import ExtractTrex, Split, SplitTrex
 
 
-# After the steps, which say how to install what is missing.
+# Imported after the steps, whose errors tell how to install missing packages.
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor  # isort: skip
 from loguru import logger  # isort: skip
 
@@ -42,25 +42,25 @@ def prepare_trex(
     time: str = "24:00:00",
 ) -> Report | None:
     """
-    T-REx as a training and a test set (90 to 10) of the relation schema, in Parquet files in `output`.
+    Converts T-REx to a training and a test set (90 to 10) of the relation schema, as Parquet files in `output`.
 
-    What was extracted stays in `output/extracted`. A second call goes on where the first was interrupted, or, after a
-    complete one, only splits anew.
+    Extracted triples are kept in `output/extracted`. Another call resumes an interrupted run; after a complete run, it only
+    repeats the split.
 
     Args:
-        folders: with T-REx's JSON files in them, or such files.
-        min_examples: relations with fewer are left out, as "instance of" (P31) always is.
-        split: "document" keeps all sentences of a document in one set; "example" is the original's way.
-        workers: files that are read at a time, each held in memory; on Slurm, jobs that run at a time.
-        partition, time: of the Slurm cluster, and the limit for each job.
+        folders: JSON files of T-REx, or folders of them.
+        min_examples: relations with fewer examples are dropped; "instance of" (P31) is always dropped.
+        split: "document" keeps all sentences of a document in the same set; "example" splits like the original.
+        workers: number of files to read in parallel, each held in memory; on Slurm, the number of parallel jobs.
+        partition, time: the partition of the Slurm cluster, and the time limit of each job.
 
     Returns:
-        The report, or None with Slurm, where this only submits the jobs.
+        The report; None with Slurm, where the call only submits the jobs.
 
     Raises:
-        ValueError: no files, or other ones than the output was begun with; nothing usable; with `strict`, a file or a
-            triple that is not.
-        ImportError: Ray is asked for and not installed.
+        ValueError: there are no files; the output folder was created from other files; nothing is usable; with `strict`, a
+            file or triple is unusable.
+        ImportError: Ray was requested and is not installed.
     """
     output = Path(output).resolve()
     files = corpus_files(folders)
@@ -77,7 +77,7 @@ def prepare_trex(
         logging_dir=str(logs / "extract"),
         **options("trex-extract"),
     )
-    # Never complete: the shards may be split anew, with other options.
+    # Never skipped: the split may be repeated with different options.
     second = kind(
         [last],
         tasks=1,
@@ -96,7 +96,7 @@ def prepare_trex(
 
 
 def corpus_files(folders: Sequence[str | Path]) -> list[str]:
-    """The JSON files in the folders, or the files themselves, in order of their names; a ValueError if there are none."""
+    """The JSON files in the folders, sorted by name, and files given directly; raises a ValueError if there are none."""
     files = []
     for folder in map(Path, folders):
         if not folder.exists():
@@ -108,23 +108,23 @@ def corpus_files(folders: Sequence[str | Path]) -> list[str]:
 
 
 def _remember(files: list[str], folder: Path) -> None:
-    """A task that was completed is known by its number, so a folder goes with one list of files."""
+    """Checks that the list of files has not changed, because completed tasks are identified by their number."""
     listing = [[file, Path(file).stat().st_size] for file in files]
     known = folder / "files.json"
     if known.exists() and json.loads(known.read_text(encoding="utf-8")) != listing:
-        raise ValueError(f"{folder} was made from other files: choose another output folder, or delete this one")
+        raise ValueError(f"{folder} was created from other files: choose another output folder, or delete this one")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(known, listing)
 
 
 def _executor(kind: str, partition: str, time: str) -> tuple[Any, Callable[[str], dict[str, Any]]]:
-    """One of datatrove's executors, and the options that it needs beside the common ones, given a job's name."""
+    """One of datatrove's executors, and a function from a job's name to its specific options."""
     if kind == "slurm":
         activate = Path(sys.prefix, "bin", "activate")
         environment = {"venv_path": str(activate)} if activate.exists() else {}
         cluster = {"partition": partition, "time": time, "mem_per_cpu_gb": 4, **environment}
         return SlurmPipelineExecutor, lambda name: {"job_name": name, **cluster}
-    # What datatrove writes to standard error would tear the progress bar; what fails is raised.
+    # datatrove's logs would disrupt the progress bar; errors are raised.
     logger.disable("datatrove")
     if kind == "ray":
         try:
@@ -135,7 +135,7 @@ def _executor(kind: str, partition: str, time: str) -> tuple[Any, Callable[[str]
 
 
 class QuietExecutor(LocalPipelineExecutor):
-    """Says nothing on standard error, in its worker processes neither."""
+    """Does not write to standard error, not even in worker processes."""
 
     def _run_for_rank(self, *args: Any, **kwargs: Any) -> Any:
         logger.disable("datatrove")
@@ -144,22 +144,22 @@ class QuietExecutor(LocalPipelineExecutor):
 
 class QuietRayExecutor(RayPipelineExecutor):
     """
-    As quiet as that, and raises what a task raised, as it does.
+    Like `QuietExecutor`, and raises the errors of tasks, as it does.
 
-    datatrove's own only logs it, and what depends on the task then waits for ever. So a task leaves its error as a text.
+    datatrove's Ray executor only logs errors, and dependent tasks then wait forever. Here, tasks write errors to files.
     """
 
     def run(self) -> None:
         errors = Path(self.logging_dir.path, "errors")
         shutil.rmtree(errors, ignore_errors=True)
-        if not self.skip_completed:  # else a task that was complete once would seem so
+        if not self.skip_completed:  # otherwise a task completed by an earlier run would count as completed
             shutil.rmtree(errors.with_name("completions"), ignore_errors=True)
         super().run()
         for rank in self.get_incomplete_ranks(skip_completed=True):
             error = errors / f"{rank:05d}"
             if error.exists():
                 raise ValueError(error.read_text(encoding="utf-8"))
-            raise ChildProcessError(f"Ray lost task {rank} without an error: see its own logs")
+            raise ChildProcessError(f"Ray lost task {rank} without an error: see Ray's logs")
 
     def _run_for_rank(self, rank: int, *args: Any, **kwargs: Any) -> Any:
         logger.disable("datatrove")
@@ -173,7 +173,7 @@ class QuietRayExecutor(RayPipelineExecutor):
 
 @contextmanager
 def _progress_bar(completions: Path, tasks: int) -> Iterator[None]:
-    """Counts the files that datatrove leaves for complete tasks, which any kind of worker does."""
+    """Counts the files that datatrove writes for completed tasks, which works for all executors."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield

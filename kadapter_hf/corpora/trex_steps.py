@@ -1,7 +1,7 @@
 """
 The steps of the T-REx pipeline: from a file of documents to a shard of examples, and from all shards to a split data set.
 
-What counts as usable follows the original's `scripts/clean_T_REx.py`, and what is kept and split its
+The criteria for usable triples follow the original's `scripts/clean_T_REx.py`; filtering and splitting follow its
 `scripts/create_subdataset-relation-classification.ipynb`.
 """
 
@@ -28,7 +28,7 @@ except ImportError as error:
 
 Split = Literal["document", "example"]
 
-# "instance of", in the original left out by hand.
+# "instance of", removed by hand in the original.
 EXCLUDED = frozenset({"P31"})
 TEST_SHARE = 0.1
 COLUMNS = RELATION.features.arrow_schema
@@ -53,7 +53,7 @@ class Triple(msgspec.Struct, gc=False):
 
 
 class TrexDocument(msgspec.Struct, gc=False):
-    """What is used of a document; boundaries are `[start, end)` in characters of the text. A broken triple is None."""
+    """The fields of a document that are used; boundaries are `[start, end)` in characters. Broken triples are None."""
 
     docid: str
     text: str
@@ -63,7 +63,7 @@ class TrexDocument(msgspec.Struct, gc=False):
 
     @property
     def name(self) -> str:
-        """The last part of the document's address, its Wikidata number."""
+        """The last part of the document's URI: its Wikidata number."""
         return self.docid.rpartition("/")[2]
 
 
@@ -75,8 +75,8 @@ def document_examples(document: TrexDocument, report: Report) -> list[Example]:
     """
     The examples of one T-REx document; the text of each is the triple's sentence.
 
-    A triple is usable if both entities have boundaries in the text and begin and end with words of the triple's sentence.
-    Words are looked up by where they start and end, so a document takes time in proportion to words plus triples.
+    A triple is usable if both entities have boundaries and start and end at word boundaries in the triple's sentence. Words
+    are looked up by their start and end, so the time is proportional to the number of words plus triples.
     """
     name, text, sentences = document.name, document.text, document.sentences_boundaries
     if any(behind > len(text) for _, behind in sentences):
@@ -97,8 +97,8 @@ def document_examples(document: TrexDocument, report: Report) -> list[Example]:
             start, end = subject
             object_start, object_end = object_
             relation = triple.predicate.uri.rpartition("/")[2]
-            # Words don't overlap, so all from the first to the last are in the sentence if these ends are. A row whose
-            # spans are made of words is one of the schema: checking that again would cost as much as finding it.
+            # Words don't overlap, so all words of an entity are in the sentence if the first and the last are. Such rows are
+            # valid in the schema, so they are not validated again, which would double the time.
             if not (
                 (start in starts and end in ends and first <= start < end <= behind)
                 and (object_start in starts and object_end in ends and first <= object_start < object_end <= behind)
@@ -115,14 +115,14 @@ def document_examples(document: TrexDocument, report: Report) -> list[Example]:
                 found.append((f"{name}#{number}", text[first:behind], *spans, relation))
                 continue
         report.drop(problem, f"{name} triple {number}")
-    # All at once, which takes a fraction of the time.
+    # In one call, which is much faster.
     report.kept += len(found)
     report.labels.update([example[-1] for example in found])
     return found
 
 
 class ExtractTrex(PipelineStep):
-    """Writes the examples of file number `rank` as a Parquet file, and then the report on them."""
+    """Writes the examples of file number `rank` as a Parquet file, then the report on them."""
 
     name = "T-REx extract"
     type = "EXTRACT"
@@ -141,7 +141,7 @@ class ExtractTrex(PipelineStep):
         shards, reports = Path(self.shards), Path(self.reports)
         for folder in (shards, reports):
             folder.mkdir(parents=True, exist_ok=True)
-        # Written as a whole or not at all: a task that was killed begins anew.
+        # Written atomically: a killed task is run again.
         draft = shards / f".{rank:05d}.draft"
         pq.write_table(examples, draft)
         draft.replace(shards / f"{rank:05d}.parquet")
@@ -149,7 +149,7 @@ class ExtractTrex(PipelineStep):
 
 
 def file_examples(path: Path, report: Report) -> pa.Table:
-    """The examples of a file, each with an id of its own."""
+    """The examples of a file, with unique ids."""
     with no_garbage_collection():
         examples = [
             example for document in _documents(path, report) for example in document_examples(document, report)
@@ -161,7 +161,7 @@ def file_examples(path: Path, report: Report) -> pa.Table:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """A file is so many objects that looking through them for cycles, which JSON can't have, would take most of the time."""
+    """Disables garbage collection, which would take most of the time for a file's many objects; JSON has no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -179,10 +179,10 @@ def _documents(path: Path, report: Report) -> list[TrexDocument]:
         return []
     try:
         return DECODER.decode(content)
-    except msgspec.MsgspecError:  # something in it is broken: what is not, is found more slowly
+    except msgspec.MsgspecError:  # partly broken: the slower way below finds the intact parts
         pass
     try:
-        documents = json.loads(content)  # which also takes more than JSON, such as NaN
+        documents = json.loads(content)  # which is more lenient, e.g. accepts NaN
     except UnicodeDecodeError:
         reason = "the file is not UTF-8"
     except ValueError:
@@ -191,17 +191,17 @@ def _documents(path: Path, report: Report) -> list[TrexDocument]:
         if isinstance(documents, list):
             read = (read_document(one, f"{path.name} document {place}", report) for place, one in enumerate(documents))
             return [document for document in read if document is not None]
-        reason = "the file is no list of documents"
+        reason = "the file is not a list of documents"
     report.drop(reason, path.name)
     return []
 
 
 def read_document(content: Any, name: str, report: Report) -> TrexDocument | None:
     """
-    A document of which parts may be broken; None if it is of no use.
+    A document that may be partly broken; None if it is unusable.
 
     Args:
-        name: what the report calls a document that does not say its own.
+        name: the name in the report for a document without an id.
     """
     try:
         name = str(content.get("docid", name)).rpartition("/")[2]
@@ -249,17 +249,17 @@ class SplitTrex(PipelineStep):
         write_json(output / "relations.json", sorted(report.labels))
         for name, draft in drafts.items():
             draft.replace(output / f"{name}.parquet")
-            if not sizes[name]:  # datasets takes a file without rows for an error
+            if not sizes[name]:  # datasets rejects files without rows
                 (output / f"{name}.parquet").unlink()
         report.save(output / "report.json", sizes=sizes, split=self.split, seed=self.seed)
 
     def _drop_relations(self, report: Report) -> None:
         if not report.labels:
-            raise ValueError(f"no usable triple. {report.reasons() or 'The files have none at all'}")
+            raise ValueError(f"no usable triple. {report.reasons() or 'The files have no triples'}")
         most, count = report.labels.most_common(1)[0]
         for relation, examples in report.labels.most_common():
             if relation in EXCLUDED:
-                report.drop("relation left out", relation, examples)
+                report.drop("relation is excluded", relation, examples)
             elif examples < self.min_examples:
                 report.drop(f"relation with fewer than {self.min_examples} examples", relation, examples)
             else:
@@ -268,8 +268,8 @@ class SplitTrex(PipelineStep):
             del report.labels[relation]
         if not report.labels:
             raise ValueError(
-                f"no relation is left: the most frequent, {most}, has {count} examples, {self.min_examples} are asked for "
-                f"and {', '.join(EXCLUDED)} doesn't count"
+                f"no relation is left: the most frequent, {most}, has {count} examples, the minimum is {self.min_examples}, "
+                f"and {', '.join(EXCLUDED)} is excluded"
             )
 
     def _write(self, drafts: dict[str, Path], relations: set[str]) -> dict[str, int]:
@@ -285,7 +285,7 @@ class SplitTrex(PipelineStep):
                             key = name if self.split == "example" else name.rpartition("#")[0]
                             places["test" if in_test(key, self.seed) else "train"].append(place)
                     for part, chosen in places.items():
-                        if not chosen:  # datasets can't read a row group of none
+                        if not chosen:  # datasets can't read empty row groups
                             continue
                         rows = batch.take(pa.array(chosen, pa.int64())).select(COLUMNS.names)
                         writers[part].write_batch(rows.cast(COLUMNS))
@@ -300,7 +300,7 @@ def in_test(key: str, seed: int) -> bool:
 
 
 def draw(report: Report, path: Path) -> None:
-    """A bar for each of the 200 most frequent relations, as the original draws them."""
+    """Draws a bar for each of the 200 most frequent relations, like the original."""
     counts = report.labels.most_common(200)[::-1]
     figure = matplotlib.figure.Figure(figsize=(8, 1 + 0.2 * len(counts)), layout="constrained")
     axes = figure.add_subplot()

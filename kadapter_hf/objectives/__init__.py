@@ -1,7 +1,7 @@
 """
-Objectives: what a knowledge adapter learns from. Rows of a schema, the features made of them, a head, and a metric.
+Objectives define how a knowledge adapter is trained: the schema of the rows, their features, a head and a metric.
 
-To add one, put it into `OBJECTIVES` under its name; `kadapter_hf.pretraining.main` then runs it:
+To add one, register it in `OBJECTIVES`; `kadapter_hf.pretraining.main` can then run it:
 
     OBJECTIVES["domain"] = Objective(features=…, model_class=KAdapterForMaskedLM, …)
     main(["domain", "--data", "articles.jsonl", "--output_dir", "domain-adapter"])

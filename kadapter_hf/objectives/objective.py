@@ -1,4 +1,4 @@
-"""What a knowledge adapter can learn from."""
+"""The definition of a training objective for knowledge adapters."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 @dataclass(frozen=True)
 class Objective:
     """
-    What a knowledge adapter learns from.
+    A training objective for knowledge adapters.
 
     Args:
-        schema: the columns of a row and which of them holds its labels, as in `kadapter_hf.corpora`; None takes any
-            columns, for an objective without labels.
-        features: `features(batch, tokenizer, labels=…, max_length=…)`, as those in `kadapter_hf.features`; without
-            `labels` if there are none.
-        model_class: the head that is trained with the adapter and thrown away afterwards.
-        collator: makes a batch's collator of the tokenizer.
-        metrics: makes Trainer's `compute_metrics` of the list of labels; None measures the loss alone.
+        features: `features(batch, tokenizer, labels=…, max_length=…)`, like those in `kadapter_hf.features`; called
+            without `labels` if there are none.
+        model_class: the class of the head, which is trained with the adapter and discarded afterwards.
+        collator: creates the collator from the tokenizer.
+        schema: the columns of a row, including its labels, as in `kadapter_hf.corpora`; None for an objective without
+            labels, which accepts any columns.
+        metrics: creates Trainer's `compute_metrics` from the list of labels; None for the loss only.
         preprocess_logits: Trainer's `preprocess_logits_for_metrics`.
     """
 
@@ -35,7 +35,7 @@ class Objective:
     preprocess_logits: Callable | None = None
 
     def labels_of(self, rows: Dataset) -> list[str]:
-        """The labels that occur, sorted."""
+        """The labels in these rows, sorted."""
         return sorted(label_set(rows, self.schema)) if self.schema else []
 
 

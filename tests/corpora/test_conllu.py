@@ -90,7 +90,7 @@ def test_unusable_sentences_are_counted_and_named(write_file):
     assert report.first_dropped == {
         "several roots": ["s2"],
         "a word has no head or no label": ["sentence 3"],
-        "words are not numbered from 1 on": ["s4"],
+        "words are not numbered from 1": ["s4"],
         "not CoNLL-U": ["sentence 5"],
         "not UTF-8": ["sentence 6"],
     }

@@ -25,7 +25,7 @@ def test_a_corpus_becomes_parquet_labels_and_a_report(write_file, tmp_path):
     out = tmp_path / "made" / "out"
     result = run("fewrel", write_file(FEWREL), "--output", out)
     assert result.exit_code == 0, result.output
-    assert "4 rows kept, 1 left out" in result.output
+    assert "4 rows kept, 1 dropped" in result.output
     dataset = load_dataset(str(out), cache_dir=str(tmp_path / "cache"), split="train")
     assert dataset.features == RELATION.features
     assert dataset[3] == {"text": "Po to sea", "subject": [0, 2], "object": [6, 9], "relation": "P1"}
@@ -47,7 +47,7 @@ def test_trex_prints_its_report(write_file, tmp_path, real):
     result = run("trex", real("t-rex/sample-output.json"), "--output", tmp_path / "out", "--min-examples", 10)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "relations.json").read_text()) == ["P17", "P37", "P47"]
-    assert "72 rows kept, 40 left out" in result.output
+    assert "72 rows kept, 40 dropped" in result.output
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_fewrel_relations_by_name(write_file):
     "change, problem",
     [
         ({"h": ["po", "Q643", [[2, 4]]]}, "an entity's words are not next to each other"),
-        ({"h": ["po", "Q643", [[9]]]}, "a span leaves the words"),
+        ({"h": ["po", "Q643", [[9]]]}, "a span is outside the words"),
         ({"h": ["po", "Q643", []]}, "the record is incomplete"),
         ({"h": ["po", "Q643", [[7]]]}, "subject and object overlap"),
         ({"tokens": None}, "the record is incomplete"),
@@ -93,7 +93,7 @@ def test_tacred_ends_are_the_last_words(write_file):
 def test_unusable_tacred_records_are_named_by_their_id(write_file):
     _, report = read_tacred(write_file([TACRED, TACRED | {"id": "e2", "subj_end": 9}, {"id": "e3"}, 4]))
     assert report.first_dropped == {
-        "a span leaves the words": ["e2"],
+        "a span is outside the words": ["e2"],
         "the record is incomplete": ["e3", "record 3"],
     }
 
@@ -118,7 +118,7 @@ def test_unusable_semeval_records_are_counted_and_named(write_file):
     assert report.kept == 1
     assert report.first_dropped == {
         "a tag is missing": ["2"],
-        "not a number, a sentence and a relation": ["3"],
+        "does not consist of a number, a sentence and a relation": ["3"],
         "not UTF-8": ["record 4"],
     }
     with pytest.raises(ValueError, match="2: a tag is missing"):

@@ -40,10 +40,10 @@ def test_nothing_is_wrong_with_a_good_row(problem, row):
     "change, problem",
     [
         ({"text": " "}, "the text is empty"),
-        ({"text": None}, "text is not a text"),
+        ({"text": None}, "text is not a string"),
         ({"text": "Rome is in \ud800 Italy"}, "the text is not Unicode"),
-        ({"object": [11, 18]}, "the object leaves the text"),
-        ({"subject": [-1, 4]}, "the subject leaves the text"),
+        ({"object": [11, 18]}, "the object is outside the text"),
+        ({"subject": [-1, 4]}, "the subject is outside the text"),
         ({"subject": [4, 4]}, "the subject is empty"),
         ({"subject": [4, 5]}, "the subject is empty"),
         ({"subject": [4, 0]}, "the subject is empty"),
@@ -64,7 +64,7 @@ def test_subject_and_object_may_touch():
 @pytest.mark.parametrize(
     "change, problem",
     [
-        ({"entity": [8, 13]}, "the entity leaves the text"),
+        ({"entity": [8, 13]}, "the entity is outside the text"),
         ({"types": []}, "types is not a list of names"),
         ({"types": "place"}, "types is not a list of names"),
     ],
@@ -88,7 +88,7 @@ def test_the_problem_of_a_typing_row(change, problem):
         ({"tokens": ["did", "She", "n't", "sleep"]}, "a token does not occur in the text"),
         ({"tokens": []}, "tokens is not a list of words"),
         ({"tokens": ["She", "", "n't", "sleep"]}, "tokens is not a list of words"),
-        ({"heads": ["4", 4, 4, 0]}, "heads is not a list of whole numbers"),
+        ({"heads": ["4", 4, 4, 0]}, "heads is not a list of integers"),
         ({"labels": [None, "aux", "advmod", "root"]}, "labels is not a list of names"),
     ],
 )

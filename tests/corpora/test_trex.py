@@ -158,8 +158,8 @@ def test_the_files_that_the_pipeline_writes(write_file, tmp_path):
     assert json.loads((out / "relations.json").read_text()) == ["P17"]
     assert (out / "relations.png").read_bytes().startswith(b"\x89PNG")
     assert report.kept == report.labels["P17"] == 120
-    assert report.dropped == {"relation left out": 60, "relation with fewer than 2 examples": 1}
-    assert report.first_dropped == {"relation left out": ["P31"], "relation with fewer than 2 examples": ["P1"]}
+    assert report.dropped == {"relation is excluded": 60, "relation with fewer than 2 examples": 1}
+    assert report.first_dropped == {"relation is excluded": ["P31"], "relation with fewer than 2 examples": ["P1"]}
     parts = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
     assert parts["train"].features == RELATION.features
     sizes = {name: len(part) for name, part in parts.items()}
@@ -198,7 +198,7 @@ def test_broken_files_are_counted_and_named(write_file, tmp_path):
         >= {
             "the file is not JSON": ["a.json"],
             "the file is not UTF-8": ["b.json"],
-            "the file is no list of documents": ["c.json"],
+            "the file is not a list of documents": ["c.json"],
             "the document is incomplete": ["d.json document 0", "Q9"],
         }.items()
     )
@@ -278,12 +278,12 @@ def test_a_folder_goes_with_one_list_of_files(write_file, tmp_path):
     folder = corpus(write_file)
     prepare_trex([folder], tmp_path / "out", min_examples=2)
     write_file([document(triple())], "trex/another.json")
-    with pytest.raises(ValueError, match="was made from other files"):
+    with pytest.raises(ValueError, match="was created from other files"):
         prepare_trex([folder], tmp_path / "out", min_examples=2)
 
 
 def test_too_high_a_minimum_is_an_error_that_says_what_there_is(write_file, tmp_path):
-    with pytest.raises(ValueError, match="the most frequent, P17, has 120 examples, 500 are asked for"):
+    with pytest.raises(ValueError, match="the most frequent, P17, has 120 examples, the minimum is 500"):
         prepare_trex([corpus(write_file)], tmp_path / "out", min_examples=500)
 
 
@@ -351,7 +351,7 @@ def test_ray_makes_what_one_process_makes_and_raises_what_it_raises(write_file, 
     for name in ("train.parquet", "test.parquet", "relations.json", "report.json"):
         assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
     # Both stages, the second one after it was complete once.
-    with pytest.raises(ValueError, match="the most frequent, P17, has 120 examples, 500 are asked for"):
+    with pytest.raises(ValueError, match="the most frequent, P17, has 120 examples, the minimum is 500"):
         prepare_trex([folder], tmp_path / "ray", min_examples=500, executor="ray")
     write_file([document(triple(sentence=7))], "trex/bad.json")
     with pytest.raises(ValueError, match=r"bad.json: 1 × no such sentence \(Q1 triple 0\)"):

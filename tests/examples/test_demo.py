@@ -91,7 +91,7 @@ def test_each_adapter_says_what_it_was_trained_on(printed, output_dir):
     for name, labels in (("factual", 24), ("linguistic", 40)):
         provenance = adapters[name].provenance
         assert provenance["labels"] == labels
-        assert f"The {name} adapter in its own training: {provenance['held_out_accuracy']:.3f} accuracy" in printed
+        assert f"Pre-training of the {name} adapter: {provenance['held_out_accuracy']:.3f} accuracy" in printed
 
 
 def test_markers_stand_around_their_entities(demo, tokenizer):
@@ -137,7 +137,7 @@ def test_a_word_s_relation_is_at_its_first_token(demo, tokenizer, monkeypatch, t
         ([-0.06, -0.05, -0.04], "worse (-0.050 ± 0.010)."),
         ([0.06, -0.05, 0.02], "no difference beyond the spread over seeds (+0.010 ± 0.056)."),
         ([0.0, 0.0], "no difference beyond the spread over seeds (+0.000 ± 0.000)."),
-        ([0.3], "+0.300 with one seed, too few to tell a gain from chance."),
+        ([0.3], "+0.300 with one seed, which is too few to distinguish a gain from chance."),
     ],
 )
 def test_the_conclusion_follows_from_the_differences(demo, values, expected):
@@ -176,7 +176,7 @@ def test_the_default_backbone_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     printed = run_demo("--max_steps", "20", "--seeds", "1", "--output_dir", str(tmp_path / "output"), **environment)
-    assert "one seed, too few to tell a gain from chance" in printed
-    assert "Loaded again as KAdapterForEntityTyping" in printed
-    (accuracy,) = re.findall(r"The linguistic adapter in its own training: (\d\.\d+)", printed)
+    assert "one seed, which is too few to distinguish a gain from chance" in printed
+    assert "Reloaded as KAdapterForEntityTyping" in printed
+    (accuracy,) = re.findall(r"Pre-training of the linguistic adapter: (\d\.\d+)", printed)
     assert float(accuracy) > 0.5  # of 40 labels; the most frequent one is 15 % of the words

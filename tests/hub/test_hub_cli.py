@@ -23,7 +23,7 @@ results = [CliRunner().invoke(app, arguments, prog_name="kadapter") for argument
 print(json.dumps([[result.exit_code, result.stdout, result.stderr] for result in results]))
 """
 REFUSALS = {  # by command: the repository that is named, and why
-    ("info", "user/nowhere"): ("user/nowhere", "neither a file"),
+    ("info", "user/nowhere"): ("user/nowhere", "neither a local file"),
     ("pull", "user/nowhere"): ("user/nowhere", "not on the Hub, or private"),
     ("pull", "user/readme", "--revision", "v2"): ("user/readme", "no such revision"),
     ("pull", "user/readme", "--adapter", "maths"): ("user/readme", "has no adapters/maths"),
