@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, initialization as init
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..modeling.backbone_kadapter import load_quietly
+from ..modeling.compat_kadapter import without_initialization
 from ..modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig
 from ..modeling.format_kadapter import (
     BACKBONE_FILE,
@@ -191,7 +192,7 @@ def _empty_model(parts: Parts, backbone: str | os.PathLike) -> Any:
         raise KAdapterConfigError(
             f"the adapters are for a backbone of width {parts.width}, and that of '{backbone}' is {config.hidden_size}."
         )
-    with torch.device("meta"), init.no_init_weights():
+    with torch.device("meta"), without_initialization():
         return parts.model_class(config)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, logging
 
 from .cards import card_text
+from .modeling.compat_kadapter import without_initialization
 from .modeling.configuration_kadapter import KAdapterConfig
 from .modeling.format_kadapter import (
     BACKBONE_FILE,
@@ -122,7 +122,7 @@ def write_adapter_repository(
         architectures=[KAdapterModel.__name__],
         dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
     )
-    with torch.device("meta"), init.no_init_weights():
+    with torch.device("meta"), without_initialization():
         model = KAdapterModel(alone)
     dtype = config.backbone_config.dtype
     if dtype is not None:

@@ -15,11 +15,18 @@ from transformers import (
     AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
-    initialization as init,
 )
 from transformers.utils import logging
 
-from .compat_kadapter import copy_with_own_modules, new_model, quiet, records_hidden_states, without_load_report
+from .compat_kadapter import (
+    LOADING,
+    copy_with_own_modules,
+    new_model,
+    quiet,
+    records_hidden_states,
+    without_initialization,
+    without_load_report,
+)
 from .configuration_kadapter import KAdapterConfig
 from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
 from .sources_kadapter import check_downloads, hub_arguments, snapshot_of
@@ -130,7 +137,7 @@ def load_backbone(
     try:
         auto_class = AutoModelForMaskedLM if with_lm_head else AutoModel
         extra = {} if with_lm_head else _without_pooler(config)
-        with without_load_report():
+        with LOADING, without_load_report():
             loaded, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **extra, **kwargs)
     except (ImportError, TypeError, torch.OutOfMemoryError):  # not caused by the backbone's files
         raise
@@ -218,7 +225,7 @@ def stored_backbone(
     tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
     _check_sizes(config, tensors, place)
     try:
-        with without_load_report():
+        with LOADING, without_load_report():
             backbone, info = _class_of(config).from_pretrained(
                 None,
                 config=config,
@@ -249,7 +256,7 @@ def _check_sizes(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], pla
     try:
         if config.num_hidden_layers > len(tensors):
             raise ValueError(f"{config.num_hidden_layers} layers, and {len(tensors)} tensors")
-        with init.no_init_weights(), torch.device("meta"):
+        with without_initialization(), torch.device("meta"):
             expected = _class_of(config)(config, **_without_pooler(config)).state_dict()
     except Exception as error:  # the model's own class may raise anything
         raise KAdapterLoadError(

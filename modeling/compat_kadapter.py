@@ -7,12 +7,14 @@ defines (`_init_weights`, `_no_split_modules`, `_tied_weights_keys`, `_supports_
 
 import contextlib
 import copy
+import logging as std_logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, initialization as init
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 
 
@@ -103,18 +105,43 @@ class SeveralClasses(tuple):
 # ---- Loading --------------------------------------------------------------------------------------------------------
 
 
+# Held while models are built and loaded: transformers, all versions, replaces functions of torch meanwhile, and two threads
+# that do so at a time would leave the replacements in place.
+LOADING = threading.RLock()
+
+
+@contextlib.contextmanager
+def without_initialization() -> Iterator[None]:
+    """As transformers' `no_init_weights`, but safe in threads."""
+    with LOADING, init.no_init_weights():
+        yield
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' progress bars and load reports, for loads that the user did not ask for."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    """
+    Silences transformers' progress bars and log in this thread, for loads that the user did not ask for.
+
+    All versions have one switch for the bars of all threads, which is why `LOADING` is held.
+    """
+    thread = threading.get_ident()
+    handlers = [*logging.get_logger().handlers, *std_logging.getLogger().handlers]
+
+    def keep(record: std_logging.LogRecord) -> bool:
+        return record.thread != thread or not record.name.startswith("transformers.")
+
+    with LOADING:
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        for handler in handlers:
+            handler.addFilter(keep)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(keep)
+            if bars:
+                logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -107,15 +107,11 @@ def part_of(state_dict: Mapping[str, torch.Tensor], part: str) -> dict[str, torc
     return {name: tensor for name, tensor in state_dict.items() if name.startswith(f"{part}.")}
 
 
-def is_weight_file(file: str) -> bool:
-    """Whether a repository stores weights in a file of this name."""
-    adapter = re.fullmatch(adapter_path("[A-Za-z0-9_-]+"), file)
-    return adapter is not None or file in (HEAD_FILE, BACKBONE_FILE, *PEFT_FILES)
-
-
 def is_own_file(file: str) -> bool:
     """Whether a repository stores weights or this folder's code in a file of this name."""
-    return is_weight_file(file) or ("/" not in file and file.endswith("_kadapter.py"))
+    if "/" in file:
+        return re.fullmatch(adapter_path("[A-Za-z0-9_-]+"), file) is not None
+    return file in (HEAD_FILE, BACKBONE_FILE, *PEFT_FILES) or file.endswith("_kadapter.py")
 
 
 def code_files() -> list[Path]:
@@ -148,10 +144,10 @@ def is_moving(staging: Path) -> bool:
 
 
 def obsolete_files(staging: Path) -> list[str]:
-    """Weight files of the previous model that the new one, in this staging folder, does not have."""
+    """Files of the previous model, weights and code, that the new one, in this staging folder, does not have."""
     try:
         names = json.loads((staging / OBSOLETE).read_text(encoding="utf-8"))
-        return [name for name in names if is_weight_file(name)]
+        return [name for name in names if is_own_file(name)]
     except (OSError, ValueError, TypeError):
         return []
 

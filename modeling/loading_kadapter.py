@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, initialization as init
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, is_peft_available, logging
 
 from .adapters_kadapter import KnowledgeAdapter
@@ -20,7 +20,12 @@ from .backbone_kadapter import (
     load_backbone,
     stored_backbone,
 )
-from .compat_kadapter import attn_implementation_of, set_attn_implementation, take_auto_arguments
+from .compat_kadapter import (
+    attn_implementation_of,
+    set_attn_implementation,
+    take_auto_arguments,
+    without_initialization,
+)
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .format_kadapter import (
     BACKBONE_FILE,
@@ -144,7 +149,7 @@ def load_repository(
     loaded, now = _load_its_backbone(
         config, backbone, stored, lm_head_from_backbone, ignore_backbone_mismatch, dtype, hub_kwargs, kwargs
     )
-    with init.no_init_weights():  # allocates memory without touching it; the tensors of the files replace it
+    with without_initialization():  # allocates memory without touching it; the tensors of the files replace it
         model = model_class(config, loaded, *model_args)
     origins = model.origins
     if now is not None:

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer
 from .backbone_kadapter import drop_pooler, new_backbone
-from .compat_kadapter import attn_implementation_of, mark_initialized, no_split_modules, running_position_ids
+from .compat_kadapter import LOADING, attn_implementation_of, mark_initialized, no_split_modules, running_position_ids
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .format_kadapter import (
     CARD_FILE,
@@ -195,7 +195,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             KAdapterConfigError: the model can't be a backbone, or a field is impossible.
             BackboneMismatchError: an adapter was trained on another backbone.
         """
-        return load_on_backbone(cls, backbone, adapters, fusion, kwargs)
+        with LOADING:
+            return load_on_backbone(cls, backbone, adapters, fusion, kwargs)
 
     @classmethod
     def from_pretrained(
@@ -233,16 +234,17 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(
                 None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
             )
-        model, info = load_repository(
-            cls,
-            pretrained_model_name_or_path,
-            model_args,
-            config,
-            backbone,
-            ignore_backbone_mismatch,
-            ignore_mismatched_sizes,
-            kwargs,
-        )
+        with LOADING:
+            model, info = load_repository(
+                cls,
+                pretrained_model_name_or_path,
+                model_args,
+                config,
+                backbone,
+                ignore_backbone_mismatch,
+                ignore_mismatched_sizes,
+                kwargs,
+            )
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
     def save_pretrained(

@@ -63,7 +63,7 @@ def replace_files(folder: Path) -> Iterator[Path]:
         (preparing / CONFIG_NAME).touch()
         os.replace(preparing, staging)
         yield staging
-        old, new = _listed_files(folder), _listed_files(staging)
+        old, new = _own_files(folder), _own_files(staging)
         for file in PEFT_FILES:
             if (staging / file).exists():
                 _flush(staging / file)
@@ -104,9 +104,10 @@ def _discard(staging: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def _listed_files(folder: Path) -> set[str]:
-    """The weight files of the repository in `folder`, as far as its index can be read."""
+def _own_files(folder: Path) -> set[str]:
+    """The code files of the repository in `folder` and, as far as its index can be read, its weight files."""
+    code = {path.name for path in folder.glob("*_kadapter.py")}
     try:
-        return set(read_index(folder)[0])
+        return code | set(read_index(folder)[0])
     except KAdapterLoadError:
-        return set()
+        return code

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from .compat_kadapter import has_peft_adapter
 from .format_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
+    CARD_FILE,
     HEAD_FILE,
     KAdapterLoadError,
     adapter_metadata,
@@ -30,6 +31,9 @@ from .format_kadapter import (
 from .peft_kadapter import plain_state_dict
 from .registry_kadapter import ENTRY_MODULE, auto_map
 from .replacing_kadapter import replace_files, write_json, write_tensors
+
+
+logger = logging.get_logger(__name__)
 
 
 def save_repository(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -89,9 +93,18 @@ def write_repository(
         (folder.parent / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
     with replace_files(folder) as staging:
         _write_files(model, staging, state)
-        model.write_model_card(staging, folder, backbone_stored=any(file_of(name) == BACKBONE_FILE for name in state))
+        _write_card(model, staging, folder, any(file_of(name) == BACKBONE_FILE for name in state))
         if has_peft_adapter(model):
             PreTrainedModel.save_pretrained(model, staging, state_dict=peft_state)
+
+
+def _write_card(model: Any, staging: Path, folder: Path, backbone_stored: bool) -> None:
+    """Weights are saved also if the model card can't be written."""
+    try:
+        model.write_model_card(staging, folder, backbone_stored=backbone_stored)
+    except Exception as error:  # a card is rendered from whatever users record
+        logger.warning(f"the model card of '{folder}' could not be written, and stays as it was: {error!r}")
+        (staging / CARD_FILE).unlink(missing_ok=True)
 
 
 def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:

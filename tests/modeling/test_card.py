@@ -1,14 +1,15 @@
 """The model card: what it says, that its snippet runs, and that a user's changes outlive later saves."""
 
+import logging
 import os
 import re
 
 import pytest
 import yaml
-from conftest import small_adapter
+from conftest import assert_same_weights, disturb, small_adapter
 from huggingface_hub import ModelCard
 
-from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
+from kadapter_hf import KAdapterForRelationClassification, KAdapterModel, cards
 from kadapter_hf.cards import card_text, make_card, merge_card
 
 
@@ -203,3 +204,19 @@ def test_headings_in_code_begin_no_section():
     old = "---\na: 1\n---\n\n# Mine\n\n```\n## not a heading\n```\n"
     assert yaml.safe_load(merge_card(old, made).split("---")[1]) == {"a": 1}
     assert "```\n## not a heading\n```" in merge_card(old, made)
+
+
+def test_a_card_that_can_not_be_written_does_not_cost_the_weights(build, tmp_path, monkeypatch, caplog):
+    model = build()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_bytes()
+    disturb(model.adapters)
+    monkeypatch.setattr(cards, "make_card", lambda *_: 1 / 0)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        model.save_pretrained(tmp_path)
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "model card" in caplog.text and "ZeroDivisionError" in caplog.text
+    assert (tmp_path / "README.md").read_bytes() == before
+    assert_same_weights(type(model).from_pretrained(tmp_path), model)

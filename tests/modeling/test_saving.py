@@ -224,6 +224,13 @@ def test_saving_over_an_earlier_save_leaves_nothing_of_it(folder, build):
         model.load_knowledge_adapter(folder, "linguistic")
 
 
+def test_code_of_an_earlier_version_goes(folder, build):
+    """A module that is renamed or removed must not be loaded, or pushed, with the new ones."""
+    (folder / "storage_kadapter.py").write_text("old = True")
+    build(KAdapterModel).save_pretrained(folder)
+    assert not (folder / "storage_kadapter.py").exists() and (folder / "format_kadapter.py").exists()
+
+
 def test_saving_leaves_other_people_s_files_alone(folder, build):
     others = {"tokenizer.json": b"{}", "adapters/notes.txt": b"x", "runs/events": b"y"}
     for name, content in others.items():
