@@ -86,9 +86,9 @@ def push_knowledge_adapter_to_hub(self: KAdapterPreTrainedModel, name: str, repo
     if name not in self.adapters:
         raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
     origins, state = self.origins, plain_state_dict(self)
-    origins.update_adapters(state, self.config)
+    origins.update_adapters(self, state)
     trained_on = (self.config.knowledge_adapters or {})[name].backbone_fingerprint
-    if trained_on == origins.backbone_fingerprint(state, self.config):
+    if trained_on == origins.backbone_fingerprint(self, state):
         if origins.backbone_trained or origins.fingerprint_if_as_named(self.backbone, state, self.config) is None:
             raise BackboneMismatchError(
                 f"the knowledge adapter '{name}' was trained on a backbone that differs from "

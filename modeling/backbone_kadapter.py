@@ -183,14 +183,19 @@ def is_opaque(backbone: PreTrainedModel) -> bool:
     return quantised or any(parameter.is_meta for parameter in backbone.parameters())
 
 
-def load_quietly(config: KAdapterConfig, **hub_kwargs) -> PreTrainedModel:
-    """The backbone that `config` names, from this machine and without progress bars, to be compared with another."""
+def load_quietly(config: KAdapterConfig, **kwargs) -> PreTrainedModel:
+    """
+    The backbone that `config` names, from this machine and without progress bars, to be compared with another.
+
+    Args:
+        kwargs: the Hub's arguments and `use_safetensors`.
+    """
     if config.backbone_name_or_path is None:
         raise KAdapterLoadError("no backbone is named")
-    hub_kwargs = hub_arguments(hub_kwargs, ("force_download", "subfolder")) | {"local_files_only": True}
-    hub_kwargs["revision"] = config.backbone_revision
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("force_download", "subfolder")}
+    kwargs |= {"local_files_only": True, "revision": config.backbone_revision}
     with quiet():
-        return load_backbone(config.backbone_name_or_path, expected=config.backbone_config, **hub_kwargs)
+        return load_backbone(config.backbone_name_or_path, expected=config.backbone_config, **kwargs)
 
 
 def add_lm_head(backbone: PreTrainedModel, name: str | None, **hub_kwargs) -> PreTrainedModel:

@@ -76,7 +76,7 @@ def take_auto_arguments(kwargs: dict[str, Any]) -> Any:
     Returns:
         The source of the PEFT adapter, set if `AutoModel` already resolved one.
     """
-    for name in ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_name", "code_revision", "use_safetensors"):
+    for name in ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_name", "code_revision"):
         kwargs.pop(name, None)
     return (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
 
@@ -203,6 +203,19 @@ def copy_with_own_modules(model: PreTrainedModel) -> PreTrainedModel:
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def parameters_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """
+    The parameters of a module, also in a replica of `torch.nn.DataParallel`, whose `parameters()` is empty.
+
+    torch, all versions: in a replica, parameters are tensors in `_former_parameters`. Without it, a backbone that trains
+    gets no gradients there, as nothing in it seems to require any.
+    """
+    for submodule in module.modules():
+        for parameter in getattr(submodule, "_former_parameters", submodule._parameters).values():
+            if parameter is not None:
+                yield parameter
 
 
 def no_split_modules(model: PreTrainedModel, around: nn.Module) -> set[str]:

@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 
 from .adapters_kadapter import KnowledgeAdapter
 from .backbone_kadapter import check_is_encoder, masked_lm_class
-from .compat_kadapter import new_model
+from .compat_kadapter import new_model, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
 from .fusion_kadapter import KnowledgeFusion, register_fusion
@@ -470,7 +470,7 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
             `logits` of shape `(batch, length, vocab_size)`.
         """
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        fused = self.fusion(encoded.backbone_state, encoded.knowledge).to(self.lm_head.dtype)
+        fused = self.fusion(encoded.backbone_state, encoded.knowledge).to(next(parameters_of(self.lm_head)).dtype)
         logits = self.lm_head(inputs_embeds=fused, return_dict=True).logits
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return MaskedLMOutput(

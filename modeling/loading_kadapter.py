@@ -65,16 +65,18 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
     """What `KAdapterPreTrainedModel.from_backbone` does."""
     fields = {*KAdapterConfig.__dataclass_fields__, "num_labels"} - {"dtype"}
     config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
+    if "torch_dtype" in kwargs:  # the former name
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
     hub_kwargs = hub_arguments(kwargs)
     if isinstance(backbone, PreTrainedModel):
         if kwargs:
             raise KAdapterConfigError(f"{sorted(kwargs)} can't be used with a backbone that is already loaded.")
         check_is_encoder(backbone.config, type(backbone.base_model))
         drop_pooler(backbone)
-        name, revision, as_stored = backbone.config.name_or_path or None, None, False
+        name, revision, as_stored = _absolute(backbone.config.name_or_path) or None, None, False
         loaded = add_lm_head(backbone, name) if model_class.needs_lm_head else backbone
     else:
-        name = os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone)
+        name = _absolute(backbone)
         loaded = load_backbone(name, with_lm_head=model_class.needs_lm_head, **kwargs)
         revision = commit_of(name, **hub_kwargs)
         as_stored = kwargs.get("dtype") in (None, "auto") and not kwargs.keys() & {"quantization_config", "device_map"}
@@ -89,7 +91,7 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
     model = model_class(config, loaded)
     for part in ("backbone", "head") if model_class.needs_lm_head else ("backbone",):
         model.origins.set_source(part, name or "a loaded model")
-    _settle(model, hub_kwargs, kwargs.get("dtype"))
+    _settle(model, kwargs, kwargs.get("dtype"))
     state = plain_state_dict(model)
     model.origins.note_weights(state, "backbone")
     named = None if as_stored else model.origins.fingerprint_if_as_named(model.backbone, state, model.config)
@@ -101,6 +103,11 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
             model.load_knowledge_adapter(source, adapter_name, **hub_arguments(hub_kwargs, ("revision", "subfolder")))
     _cast_own_parts(model, kwargs.get("dtype"))
     return model.eval()
+
+
+def _absolute(name: str | os.PathLike) -> str:
+    """A folder by its absolute path, which is also right in another working directory; a repository's name as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
 
 
 def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
@@ -176,7 +183,7 @@ def load_repository(
         origins.set_source("head", origins.source("backbone"))
     elif not missing:
         origins.set_source("head", source)
-    _settle(model, hub_kwargs, dtype)
+    _settle(model, hub_kwargs | kwargs, dtype)
     model.eval()
     if peft_source is not None:
         model.load_adapter(peft_source, use_safetensors=True, **peft_hub_kwargs(hub_kwargs))
@@ -257,7 +264,7 @@ def _load_its_backbone(
         drop_pooler(given)
         loaded: Any = given if with_lm_head else given.base_model
     elif given is None and stored is not None:
-        kwargs.pop("trust_remote_code", None)
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "use_safetensors")}
         loaded = stored_backbone(config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **kwargs)
     elif given is None and name is None:
         raise KAdapterLoadError(
@@ -265,7 +272,7 @@ def _load_its_backbone(
         )
     else:
         if given is not None:
-            name = os.path.abspath(given) if os.path.isdir(given) else os.fspath(given)
+            name = _absolute(given)
             config.backbone_name_or_path, config.backbone_revision = name, None
         loaded = load_backbone(
             name,
@@ -277,11 +284,12 @@ def _load_its_backbone(
         )
     now = None if is_opaque(loaded.base_model) else fingerprint(loaded.base_model.state_dict().values())
     found = now if given is not None or stored is None else fingerprint(stored.values())
+    backbone_kwargs = hub_kwargs | {key: kwargs[key] for key in ("use_safetensors",) if key in kwargs}
     config.backbone_fingerprint = _checked_fingerprint(
-        config, expected, found, loaded.base_model, name, hub_kwargs, ignore_backbone_mismatch
+        config, expected, found, loaded.base_model, name, backbone_kwargs, ignore_backbone_mismatch
     )
     if with_lm_head:
-        loaded = add_lm_head(loaded, name, revision=config.backbone_revision, **hub_kwargs)
+        loaded = add_lm_head(loaded, name, revision=config.backbone_revision, **backbone_kwargs)
     return loaded, now
 
 
@@ -291,7 +299,7 @@ def _checked_fingerprint(
     found: str | None,
     backbone: PreTrainedModel,
     name: str | None,
-    hub_kwargs: dict[str, Any],
+    backbone_kwargs: dict[str, Any],
     ignore_backbone_mismatch: bool,
 ) -> str | None:
     """
@@ -309,7 +317,7 @@ def _checked_fingerprint(
     if found != expected:
         state = {f"backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
         origins = Origins()
-        origins.hub_kwargs = hub_kwargs
+        origins.backbone_kwargs = backbone_kwargs
         found = origins.fingerprint_if_as_named(backbone, state, config) or found
     if found != expected:
         message = (
@@ -406,9 +414,11 @@ def _check_may_drop(
         )
 
 
-def _settle(model: Any, hub_kwargs: dict[str, Any], dtype: Any) -> None:
-    """Puts all parts on the right device, casts them, and notes where the named backbone is found again."""
-    model.origins.hub_kwargs = {key: hub_kwargs[key] for key in ("cache_dir", "token") if key in hub_kwargs}
+def _settle(model: Any, kwargs: dict[str, Any], dtype: Any) -> None:
+    """Puts all parts on the right device, casts them, and notes how the named backbone is loaded again."""
+    model.origins.backbone_kwargs = {
+        key: kwargs[key] for key in ("cache_dir", "token", "use_safetensors") if key in kwargs
+    }
     model.move_own_parts(model.own_device())
     _cast_own_parts(model, dtype)
     places = getattr(model.backbone, "hf_device_map", {})

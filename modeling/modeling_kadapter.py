@@ -15,7 +15,14 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer
 from .backbone_kadapter import drop_pooler, new_backbone
-from .compat_kadapter import LOADING, attn_implementation_of, mark_initialized, no_split_modules, running_position_ids
+from .compat_kadapter import (
+    LOADING,
+    attn_implementation_of,
+    mark_initialized,
+    no_split_modules,
+    parameters_of,
+    running_position_ids,
+)
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .format_kadapter import (
     CARD_FILE,
@@ -391,7 +398,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         self._check_known(name)
         path = Path(path) if Path(path).suffix == ".safetensors" else Path(path, adapter_path(name))
         state = plain_state_dict(self)
-        self.origins.update_adapters(state, self.config)
+        self.origins.update_adapters(self, state)
         tensors = part_of(state, f"adapters.{name}")
         write_tensors(path, tensors, adapter_metadata(name, self.config.knowledge_adapters[name].to_dict(), tensors))
         return path
@@ -416,7 +423,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
     def backbone_fingerprint(self) -> str:
         """Identifies the backbone's weights as they are stored; see `fingerprint` in `format_kadapter.py`."""
-        return self.origins.backbone_fingerprint(plain_state_dict(self), self.config)
+        return self.origins.backbone_fingerprint(self, plain_state_dict(self))
 
     def _insert_adapter(self, name: str, config: KnowledgeAdapterConfig, adapter: KnowledgeAdapter) -> None:
         taken = [known for known in self.adapters if known.casefold() == name.casefold()]
@@ -571,9 +578,10 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
     def own_dtype(self) -> torch.dtype:
         """The dtype of the parts beside the backbone, in which new ones are made."""
-        for parameter in (*self.fusion.parameters(), *self.adapters.parameters(), *self.head_parameters()):
-            if parameter.is_floating_point():
-                return parameter.dtype
+        for module in (self.fusion, self.adapters, *self.head_modules()):
+            for parameter in parameters_of(module):
+                if parameter.is_floating_point():
+                    return parameter.dtype
         return torch.get_default_dtype()
 
     def own_device(self) -> torch.device:
@@ -655,8 +663,10 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         kwargs.pop("num_items_in_batch", None)
         wants_all = kwargs.pop("output_hidden_states", None)
         wants_all = self.config.output_hidden_states if wants_all is None else wants_all
+        if kwargs.get("output_attentions") is None:
+            kwargs["output_attentions"] = self.config.output_attentions
         # With gradient checkpointing, the output of the embeddings requires gradients even if nothing in the backbone does.
-        trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        trains = any(parameter.requires_grad for parameter in parameters_of(self.backbone))
         trains = trains or not self.training or (inputs_embeds is not None and inputs_embeds.requires_grad)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             # Newer versions of transformers keep only the states with the given indices, older ones keep all.

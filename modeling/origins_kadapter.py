@@ -24,7 +24,7 @@ class Origins:
     Attributes:
         backbone_trained: whether the backbone was set to train at any time. A save then stores it.
         backbone_stored: whether the last save or load had the backbone in the repository itself.
-        hub_kwargs: where the named backbone is found again.
+        backbone_kwargs: arguments of `from_pretrained` with which the named backbone is loaded again.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Origins:
         self._as_named: tuple[Any, str] | None = None
         self.backbone_trained = False
         self.backbone_stored = False
-        self.hub_kwargs: dict[str, Any] = {}
+        self.backbone_kwargs: dict[str, Any] = {}
 
     def set_source(self, part: str, source: Any) -> None:
         self._sources[part] = str(source)
@@ -67,20 +67,24 @@ class Origins:
 
     # ---- The backbone -----------------------------------------------------------------------------------------------
 
-    def backbone_fingerprint(self, state_dict: Mapping[str, torch.Tensor], config: KAdapterConfig) -> str:
-        """The fingerprint of the backbone as it is stored; of a changed one, as it is now."""
-        if config.backbone_fingerprint is None or self.is_changed(state_dict, "backbone"):
-            return _fingerprint(state_dict, "backbone") or ""
-        return config.backbone_fingerprint
+    def backbone_fingerprint(self, model: Any, state_dict: Mapping[str, torch.Tensor]) -> str:
+        """The fingerprint of the backbone as it is stored; of a changed one, unless it was only cast, as it is now."""
+        if model.config.backbone_fingerprint is not None and not self.is_changed(state_dict, "backbone"):
+            return model.config.backbone_fingerprint
+        named = (
+            None if self.backbone_trained else self.fingerprint_if_as_named(model.backbone, state_dict, model.config)
+        )
+        return named or _fingerprint(state_dict, "backbone") or ""
 
-    def update_adapters(self, state_dict: Mapping[str, torch.Tensor], config: KAdapterConfig) -> None:
+    def update_adapters(self, model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Sets the backbone that each adapter was trained on: for an adapter that has changed, the present one."""
+        config = model.config
         for name, adapter in config.knowledge_adapters.items():
             part = f"adapters.{name}"
             # An adapter that was loaded without a fingerprint keeps none: which backbone it was trained on is unknown.
             never_set = adapter.backbone_fingerprint is None and self.source(part) == "new"
             if never_set or self.is_changed(state_dict, part):
-                adapter.backbone_fingerprint = self.backbone_fingerprint(state_dict, config)
+                adapter.backbone_fingerprint = self.backbone_fingerprint(model, state_dict)
                 adapter.backbone_name_or_path = config.backbone_name_or_path
 
     def fingerprint_if_as_named(
@@ -94,11 +98,11 @@ class Origins:
         """
         tensors = part_of(state_dict, "backbone")
         opaque = is_opaque(backbone)
-        proof = None if opaque else (checksum(tensors), _files_of_backbone(config, self.hub_kwargs))
+        proof = None if opaque else (checksum(tensors), _files_of_backbone(config, self.backbone_kwargs))
         if self._as_named is not None and self._as_named[0] == proof:
             return self._as_named[1]
         try:
-            reference = load_quietly(config, **self.hub_kwargs).state_dict()
+            reference = load_quietly(config, **self.backbone_kwargs).state_dict()
         except Exception:  # for whatever reason: the weights that are here must not be lost
             return config.backbone_fingerprint if opaque else None
         if not opaque and not equal_bits(tensors, {f"backbone.{name}": tensor for name, tensor in reference.items()}):
@@ -114,12 +118,14 @@ def _fingerprint(state_dict: Mapping[str, torch.Tensor], part: str) -> str | Non
     return None if any(tensor.is_meta for tensor in tensors) else fingerprint(tensors)
 
 
-def _files_of_backbone(config: KAdapterConfig, hub_kwargs: dict[str, Any]) -> list[tuple[str, int, int]] | None:
+def _files_of_backbone(config: KAdapterConfig, backbone_kwargs: dict[str, Any]) -> list[tuple[str, int, int]] | None:
     """Names, sizes and times of the files of the named backbone, which tell whether it was replaced; None if not found."""
     name = config.backbone_name_or_path
     if name is None:
         return None
-    folder = Path(name) if os.path.isdir(name) else snapshot_of(name, revision=config.backbone_revision, **hub_kwargs)
+    folder = (
+        Path(name) if os.path.isdir(name) else snapshot_of(name, revision=config.backbone_revision, **backbone_kwargs)
+    )
     if folder is None:
         return None
     files = [(path.name, path.stat()) for path in folder.iterdir() if path.is_file()]

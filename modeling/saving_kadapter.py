@@ -55,7 +55,7 @@ def save_repository(model: Any, folder: Path, state_dict: dict[str, torch.Tensor
     saved = {
         name: tensor for name, tensor in state.items() if name not in tied and (named is None or name not in backbone)
     }
-    origins.update_adapters(state, config)
+    origins.update_adapters(model, state)
     config.backbone_fingerprint = named or fingerprint(part_of(saved, "backbone").values())
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     own = next((tensor for name, tensor in saved.items() if name not in backbone), None)
