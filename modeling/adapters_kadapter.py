@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, initialization as init
 
 from .compat_kadapter import set_attn_implementation
 from .configuration_kadapter import KnowledgeAdapterConfig
+from .fusion_kadapter import to_layer
 from .layers_kadapter import TransformerEncoder
 
 
@@ -74,12 +75,11 @@ class KnowledgeAdapter(nn.Module):
         Returns:
             (batch, length, width), in the adapter's own dtype and on its device.
         """
-        weight = self.layers[0].down_project.weight
+        states = [to_layer(hidden_states[i], self.layers[0].down_project) for i in self.config.backbone_layers]
         if self.config.attend_to_padding:
             attention_mask = None
         elif attention_mask is not None:
-            attention_mask = attention_mask.to(weight.device)
-        states = [hidden_states[i].to(device=weight.device, dtype=weight.dtype) for i in self.config.backbone_layers]
+            attention_mask = attention_mask.to(states[0].device)
         output = self.layers[0](states[0], attention_mask)
         for layer, state in zip(self.layers[1:], states[1:], strict=True):
             output = layer(state + output, attention_mask)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ from .fusion_kadapter import check_fusion
 
 DEFAULT_BACKBONE = "FacebookAI/roberta-large"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Fields of the backbone's configuration that tools look for in a model's own.
+_OF_THE_BACKBONE = {
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+}
 # Far more than any model has. Configurations make lists of these lengths.
 _MOST = {"num_labels": 10**7, "num_hidden_layers": 10**4}
 
@@ -261,6 +271,8 @@ class KAdapterConfig(PreTrainedConfig):
         if self.frozen_knowledge_adapters is None:
             self.frozen_knowledge_adapters = []
         self.architectures = self.architectures or []  # the Auto classes iterate over it
+        for name in _OF_THE_BACKBONE & kwargs.keys():
+            setattr(self.backbone_config, name, kwargs.pop(name))
         drop_colliding(type(self), kwargs)
         super().__post_init__(**kwargs)
 
@@ -331,14 +343,7 @@ class KAdapterConfig(PreTrainedConfig):
             raise KAdapterConfigError(f"classifier_dropout must be in [0, 1), not {self.classifier_dropout}.")
 
     def __getattr__(self, name: str) -> Any:
-        # What the backbone knows better: tools that read a model's sizes ask the outer configuration.
-        if name in (
-            "hidden_size",
-            "vocab_size",
-            "num_hidden_layers",
-            "max_position_embeddings",
-            "tie_word_embeddings",
-        ):
+        if name in _OF_THE_BACKBONE:
             return getattr(self.backbone_config, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
@@ -346,6 +351,12 @@ class KAdapterConfig(PreTrainedConfig):
         """The configuration that holds the vocabulary: the backbone's."""
         backbone_config = self.__dict__.get("backbone_config")
         return self if backbone_config is None else backbone_config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As `PreTrainedConfig.save_pretrained`; without `auto_map`, as no code is saved with it."""
+        config = copy.deepcopy(self)
+        config.__dict__.pop("auto_map", None)
+        super(KAdapterConfig, config).save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

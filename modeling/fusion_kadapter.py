@@ -49,6 +49,18 @@ def new_fusion(
     return fusion
 
 
+def to_layer(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """
+    States in the dtype and on the device of a layer.
+
+    A quantised layer takes them as they are, and one that accelerate has offloaded moves them itself.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return states
+    return states.to(weight.dtype) if weight.is_meta else states.to(device=weight.device, dtype=weight.dtype)
+
+
 class KnowledgeFusion(nn.Module):
     """
     Base class of fusions.
@@ -151,9 +163,8 @@ class ConcatFusion(KnowledgeFusion):
     def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
         fused = {}
         for name, state in adapter_states.items():
-            weight = self.states[name].weight
-            both = torch.cat([backbone_state.to(device=weight.device, dtype=weight.dtype), state.to(weight)], dim=-1)
-            fused[name] = self.states[name](both)
+            layer = self.states[name]
+            fused[name] = layer(torch.cat([to_layer(backbone_state, layer), to_layer(state, layer)], dim=-1))
         if len(fused) == 1:
             return next(iter(fused.values()))
         return sum((self.mix[name](state) for name, state in fused.items()), start=self.bias)

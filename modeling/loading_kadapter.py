@@ -381,7 +381,14 @@ def _load_head(
         head = {name: tensor for name, tensor in head.items() if wanted.get(name, tensor).shape == tensor.shape}
     # Load the head completely or not at all, except tensors skipped above.
     expected = {name: own for name, own in wanted.items() if name in head or (head and not ignore_sizes)}
-    check_tensors(expected, head, path)
+    fits = all(name in expected and expected[name].shape == tensor.shape for name, tensor in head.items())
+    advice = "Download or save the model again."
+    if not fits:
+        advice = (
+            f"If the head is meant to be another one (with num_labels={model.config.num_labels}, say), "
+            "ignore_mismatched_sizes=True initialises what differs."
+        )
+    check_tensors(expected, head, path, advice)
     if head:
         model.load_state_dict(head, strict=False, assign=True)
     model.tie_weights()
@@ -429,6 +436,8 @@ def _settle(model: Any, kwargs: dict[str, Any], dtype: Any) -> None:
 def _cast_own_parts(model: Any, dtype: Any) -> None:
     """Casts everything beside the backbone to the dtype that `from_pretrained` or `from_backbone` was asked for."""
     if dtype in (None, "auto"):
+        model.config.dtype = model.own_dtype()
         return
-    model.move_own_parts(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model.config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model.move_own_parts(model.config.dtype)
     model.origins.note_weights(plain_state_dict(model), *(f"adapters.{name}" for name in model.adapters))

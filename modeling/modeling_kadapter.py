@@ -118,8 +118,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             backbone = new_backbone(config.backbone_config)
         else:
             self.origins.set_source("backbone", "a loaded model")
+            mark_initialized(backbone)
         drop_pooler(backbone)
-        mark_initialized(backbone)
         self.backbone = backbone.base_model
         config.backbone_config = self.backbone.config
         width = self.backbone.config.hidden_size
@@ -663,8 +663,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         kwargs.pop("num_items_in_batch", None)
         wants_all = kwargs.pop("output_hidden_states", None)
         wants_all = self.config.output_hidden_states if wants_all is None else wants_all
-        if kwargs.get("output_attentions") is None:
-            kwargs["output_attentions"] = self.config.output_attentions
+        if kwargs.get("output_attentions") is None and self.config.output_attentions:
+            kwargs["output_attentions"] = True
         # With gradient checkpointing, the output of the embeddings requires gradients even if nothing in the backbone does.
         trains = any(parameter.requires_grad for parameter in parameters_of(self.backbone))
         trains = trains or not self.training or (inputs_embeds is not None and inputs_embeds.requires_grad)

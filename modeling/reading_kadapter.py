@@ -166,33 +166,36 @@ def check_names(path: Path, tensors: Iterable[str], names: Iterable[str]) -> Non
             )
 
 
-def check_tensors(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def check_tensors(
+    expected: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    path: Path,
+    advice: str = "Download or save the model again.",
+) -> None:
     """
     Args:
         expected: the tensors of a model, which may be on the meta device.
         tensors: those of the file `path`.
+        advice: the last sentence of the error.
 
     Raises:
-        KAdapterLoadError: a tensor is missing, unexpected, or of another shape or kind of dtype; the message names it.
+        KAdapterLoadError: tensors are missing, unexpected, or of another shape or kind of dtype; the message names them all.
     """
+    problems = []
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
-            raise KAdapterLoadError(f"'{path}': tensor '{name}' is missing. Download or save the model again.")
-        if name not in expected:
-            raise KAdapterLoadError(
-                f"'{path}': tensor '{name}' is not part of the model that is described. Download or save it again."
+            problems.append(f"tensor '{name}' is missing")
+        elif name not in expected:
+            problems.append(f"tensor '{name}' is not part of the model that is described")
+        elif tensors[name].shape != expected[name].shape:
+            problems.append(
+                f"tensor '{name}' has shape {tuple(tensors[name].shape)}, and the model needs {tuple(expected[name].shape)}"
             )
-        if tensors[name].shape != expected[name].shape:
-            raise KAdapterLoadError(
-                f"'{path}': tensor '{name}' has shape {tuple(tensors[name].shape)}, and the model needs "
-                f"{tuple(expected[name].shape)}. Download or save it again."
-            )
-        if tensors[name].is_floating_point() != expected[name].is_floating_point():
+        elif tensors[name].is_floating_point() != expected[name].is_floating_point():
             kind = "a floating-point" if expected[name].is_floating_point() else "an integer"
-            raise KAdapterLoadError(
-                f"'{path}': tensor '{name}' has dtype {tensors[name].dtype}, and the model needs {kind} one. Download or "
-                "save it again."
-            )
+            problems.append(f"tensor '{name}' has dtype {tensors[name].dtype}, and the model needs {kind} one")
+    if problems:
+        raise KAdapterLoadError(f"'{path}': {'; '.join(problems)}. {advice}")
 
 
 # ---- Adapter files --------------------------------------------------------------------------------------------------

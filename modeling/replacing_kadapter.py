@@ -1,14 +1,17 @@
 """Writing files so that a crash, a kill or a full disk leaves either the old ones or the new ones, never a mix."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
@@ -52,6 +55,11 @@ def replace_files(folder: Path) -> Iterator[Path]:
     rather than a mixed one. Files that only the old model had are deleted at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        yield from _replace_files(folder)
+
+
+def _replace_files(folder: Path) -> Iterator[Path]:
     staging = folder / STAGING
     finish_replacing(folder)
     _discard(staging)
@@ -78,6 +86,13 @@ def replace_files(folder: Path) -> Iterator[Path]:
         raise
     os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
     finish_replacing(folder)
+
+
+def _lock(folder: Path) -> Any:
+    """Lets one process and thread of this machine at a time replace the files of a folder; the others wait."""
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    return WeakFileLock(Path(tempfile.gettempdir(), f"kadapter-{user}-{name}.lock"))
 
 
 def finish_replacing(folder: Path) -> None:
