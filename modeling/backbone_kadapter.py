@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import time
 from typing import Any
 
@@ -27,12 +28,15 @@ from .compat_kadapter import (
     without_initialization,
     without_load_report,
 )
-from .configuration_kadapter import KAdapterConfig
+from .configuration_kadapter import KAdapterConfig, nearest, own_fields
 from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
-from .sources_kadapter import check_downloads, hub_arguments, snapshot_of
+from .sources_kadapter import HUB_ARGUMENTS, check_downloads, hub_arguments, snapshot_of
 
 
 logger = logging.get_logger(__name__)
+
+# What two configurations of the same kind of backbone agree in.
+KIND = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
@@ -134,13 +138,26 @@ def load_backbone(
         masked_lm_class(config)
     if expected is not None:
         check_same_kind(config, expected, name)
+        for field in own_fields(config) & own_fields(
+            expected
+        ):  # those that `from_backbone` was given other values for
+            if getattr(config, field, None) != getattr(expected, field, None):
+                setattr(config, field, getattr(expected, field))
+    take_fields(config, kwargs)
     try:
         auto_class = AutoModelForMaskedLM if with_lm_head else AutoModel
         extra = {} if with_lm_head else _without_pooler(config)
         with LOADING, without_load_report():
             loaded, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **extra, **kwargs)
-    except (ImportError, TypeError, torch.OutOfMemoryError):  # not caused by the backbone's files
-        raise
+    except (ImportError, TypeError, torch.OutOfMemoryError) as error:  # not caused by the backbone's files
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        known = {*KAdapterConfig.__dataclass_fields__, *own_fields(config), *HUB_ARGUMENTS, "num_labels", "device_map"}
+        raise KAdapterConfigError(
+            f"'{unknown[1]}' is neither a field of KAdapterConfig or of the backbone's configuration ({config.model_type}) nor "
+            f"an argument of from_pretrained{nearest(unknown[1], known)}."
+        ) from error
     except Exception as error:  # damaged files raise many types
         raise _not_loaded(name, error) from error
     snapshot = snapshot_of(name, **hub_kwargs)
@@ -159,6 +176,23 @@ def load_backbone(
     return loaded
 
 
+def take_fields(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """
+    Moves those arguments that are fields of the backbone's configuration there.
+
+    Raises:
+        KAdapterConfigError: such a field would make it another model.
+    """
+    for field in kwargs.keys() & own_fields(config):
+        value = kwargs.pop(field)
+        if field in KIND and value != getattr(config, field):
+            raise KAdapterConfigError(
+                f"{field} of a backbone can't be changed when it is loaded ({getattr(config, field)} to {value}): its weights "
+                "would be others. Load it with AutoModel.from_pretrained and pass the model to from_backbone."
+            )
+        setattr(config, field, value)
+
+
 def _not_loaded(name: Any, error: Exception) -> KAdapterLoadError:
     return KAdapterLoadError(
         f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. Check the name and the "
@@ -168,7 +202,7 @@ def _not_loaded(name: Any, error: Exception) -> KAdapterLoadError:
 
 def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: Any) -> None:
     """Raises `BackboneMismatchError` if two backbones differ in type, size or vocabulary."""
-    for field in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+    for field in KIND:
         found, wanted = getattr(config, field, None), getattr(expected, field, None)
         if found != wanted:
             raise BackboneMismatchError(
@@ -227,6 +261,7 @@ def stored_backbone(
         KAdapterLoadError: the tensors are not those of the backbone that `config` describes.
     """
     check_is_encoder(config)
+    take_fields(config, kwargs)
     tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
     _check_sizes(config, tensors, place)
     try:

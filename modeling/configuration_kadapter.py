@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import difflib
 import functools
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from .fusion_kadapter import check_fusion
 
 
 DEFAULT_BACKBONE = "FacebookAI/roberta-large"
+# An argument that `from_dict` adds: fields that are unknown here may be those of a newer version.
+_FROM_FILE = "_from_file"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Fields of the backbone's configuration that tools look for in a model's own.
 _OF_THE_BACKBONE = {
@@ -39,6 +43,8 @@ def _refuse_clearly(cls):
     @functools.wraps(original_init)
     def __init__(self, /, *args, **kwargs):
         try:
+            if not kwargs.pop(_FROM_FILE, False):
+                _check_spelling(cls, kwargs)
             _check_common(kwargs)
             original_init(self, *args, **kwargs)
         except KAdapterConfigError:
@@ -51,6 +57,30 @@ def _refuse_clearly(cls):
 
     cls.__init__ = __init__
     return cls
+
+
+def _check_spelling(cls: type, kwargs: dict[str, Any]) -> None:
+    """
+    Refuses unknown fields: all of them if the class has a fixed set, else those that look like a misspelt known one.
+
+    transformers sets any unknown field as an attribute, so that files of newer versions load.
+    """
+    known = {field.name for field in dataclasses.fields(cls)} | {"num_labels", "attn_implementation"}
+    for key in kwargs.keys() - known:
+        near = nearest(key, known)
+        if near or not issubclass(cls, PreTrainedConfig):
+            raise KAdapterConfigError(f"{cls.__name__} has no field '{key}'{near or f'; it has {sorted(known)}'}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that suggests the most similar of the known names; empty if none is similar."""
+    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def own_fields(config: PreTrainedConfig) -> set[str]:
+    """The fields of a configuration that belong to its kind of model, not to every one, and not to how it is loaded."""
+    return config.to_dict().keys() - PreTrainedConfig().to_dict().keys() - {"quantization_config", "auto_map"}
 
 
 def _check_common(fields: dict[str, Any]) -> None:
@@ -351,6 +381,11 @@ class KAdapterConfig(PreTrainedConfig):
         """The configuration that holds the vocabulary: the backbone's."""
         backbone_config = self.__dict__.get("backbone_config")
         return self if backbone_config is None else backbone_config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As `PreTrainedConfig.from_dict`, which keeps unknown fields: those of newer versions."""
+        return super().from_dict({**config_dict, _FROM_FILE: True}, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As `PreTrainedConfig.save_pretrained`; without `auto_map`, as no code is saved with it."""

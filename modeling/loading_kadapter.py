@@ -26,7 +26,7 @@ from .compat_kadapter import (
     take_auto_arguments,
     without_initialization,
 )
-from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig, own_fields
 from .format_kadapter import (
     BACKBONE_FILE,
     HEAD_FILE,
@@ -233,7 +233,11 @@ def _read_config(
         config = config_class.from_pretrained(config)
     else:
         try:
-            config, kwargs = config_class.from_dict(saved, return_unused_kwargs=True, **kwargs)
+            config = config_class.from_dict(saved)
+            of_backbone = own_fields(config.backbone_config) - config_class.__dataclass_fields__.keys()
+            given = {key: value for key, value in kwargs.items() if key not in of_backbone}
+            config, unused = config_class.from_dict(saved, return_unused_kwargs=True, **given)
+            kwargs = unused | {key: value for key, value in kwargs.items() if key in of_backbone}
         except KAdapterConfigError as error:
             raise bad_config(folder, error) from error
     in_config = None
