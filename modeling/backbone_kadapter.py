@@ -153,7 +153,7 @@ def load_backbone(
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
             raise
-        known = {*KAdapterConfig.__dataclass_fields__, *own_fields(config), *HUB_ARGUMENTS, "num_labels", "device_map"}
+        known = {*KAdapterConfig.known_fields(), *own_fields(config), *HUB_ARGUMENTS, "device_map"}
         raise KAdapterConfigError(
             f"'{unknown[1]}' is neither a field of KAdapterConfig or of the backbone's configuration ({config.model_type}) nor "
             f"an argument of from_pretrained{nearest(unknown[1], known)}."

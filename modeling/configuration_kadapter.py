@@ -65,7 +65,9 @@ def _check_spelling(cls: type, kwargs: dict[str, Any]) -> None:
 
     transformers sets any unknown field as an attribute, so that files of newer versions load.
     """
-    known = {field.name for field in dataclasses.fields(cls)} | {"num_labels", "attn_implementation"}
+    known = {field.name for field in dataclasses.fields(cls)}
+    if issubclass(cls, KAdapterConfig):
+        known = cls.known_fields()
     for key in kwargs.keys() - known:
         near = nearest(key, known)
         if near or not issubclass(cls, PreTrainedConfig):
@@ -381,6 +383,11 @@ class KAdapterConfig(PreTrainedConfig):
         """The configuration that holds the vocabulary: the backbone's."""
         backbone_config = self.__dict__.get("backbone_config")
         return self if backbone_config is None else backbone_config
+
+    @classmethod
+    def known_fields(cls) -> set[str]:
+        """All that the constructor takes; some of it is not a declared field in transformers."""
+        return {*cls.__dataclass_fields__, "num_labels", "output_attentions", "attn_implementation"}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

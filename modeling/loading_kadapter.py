@@ -63,7 +63,7 @@ logger = logging.get_logger(__name__)
 
 def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str, kwargs: dict[str, Any]) -> Any:
     """What `KAdapterPreTrainedModel.from_backbone` does."""
-    fields = {*KAdapterConfig.__dataclass_fields__, "num_labels"} - {"dtype"}
+    fields = KAdapterConfig.known_fields() - {"dtype", "attn_implementation"}
     config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
     if "torch_dtype" in kwargs:  # the former name
         kwargs["dtype"] = kwargs.pop("torch_dtype")

@@ -562,3 +562,25 @@ def test_the_comparison_is_of_bits():
     assert not equal_bits({"a": torch.zeros(2)}, {"a": -torch.zeros(2)})
     assert not equal_bits({"a": torch.ones(2)}, {"a": torch.ones(2, 1)})
     assert not equal_bits({"a": scalar}, {"a": scalar, "b": nan})
+
+
+# ---- Casts after loading ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_an_adapter_saved_from_a_cast_model_fits_its_backbone(build, backbone, tmp_path, dtype):
+    model = build().to(dtype)
+    path = model.save_knowledge_adapter(tmp_path, "factual")
+    KAdapterModel.from_backbone(backbone, path)
+
+
+def test_a_cast_backbone_takes_an_adapter_that_was_trained_on_it(build, tmp_path):
+    path = build().save_knowledge_adapter(tmp_path, "factual")
+    model = build(adapters=()).to(torch.bfloat16)
+    assert model.load_knowledge_adapter(path) == "factual"
+
+
+def test_an_adapter_added_to_a_cast_model_fits_its_backbone(build, backbone, tmp_path):
+    model = build(adapters=()).to(torch.bfloat16)
+    model.add_knowledge_adapter("late", small_adapter())
+    KAdapterModel.from_backbone(backbone, model.save_knowledge_adapter(tmp_path, "late"))

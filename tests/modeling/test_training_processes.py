@@ -14,7 +14,12 @@ import pytest
 import torch
 from conftest import assert_same_weights, free_port, load_script
 
-from kadapter_hf import KAdapterForMaskedLM, KAdapterForSequenceClassification, KAdapterForTokenClassification
+from kadapter_hf import (
+    KAdapterForMaskedLM,
+    KAdapterForSequenceClassification,
+    KAdapterForTokenClassification,
+    KAdapterModel,
+)
 
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "train.py")
@@ -251,3 +256,25 @@ def test_gpus_that_share_the_weights_out_train_as_one_does(version, backbone, tm
     flags = (*FSDP, "--fsdp_version", version)
     wrapped = train_side_by_side(settings, tmp_path, *flags, processes=min(torch.cuda.device_count(), 2))
     assert {"1": "FullyShardedDataParallel", "2": "FSDPModule"}[version] in wrapped
+
+
+def test_two_processes_save_into_one_folder_in_turn(backbone, tmp_path):
+    """Each save is complete, whoever comes last: neither crashes, and the folder is never a mix."""
+    code = f"""
+import sys
+from transformers import set_seed
+from kadapter_hf import KAdapterModel, KnowledgeAdapterConfig
+set_seed(int(sys.argv[1]))
+config = KnowledgeAdapterConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=1)
+model = KAdapterModel.from_backbone({str(backbone)!r}, {{"factual": config}})
+for _ in range(15):
+    model.save_pretrained(sys.argv[2])
+"""
+    command = [sys.executable, "-c", code]
+    saving = [
+        subprocess.Popen([*command, str(seed), str(tmp_path / "model")], stderr=subprocess.PIPE) for seed in (0, 1)
+    ]
+    for process in saving:
+        _, error = process.communicate()
+        assert process.returncode == 0, error.decode()[-2000:]
+    assert KAdapterModel.from_pretrained(tmp_path / "model").active_knowledge_adapters == ["factual"]
