@@ -1,4 +1,4 @@
-"""The command `kadapter convert`, on small checkpoints of the original's form."""
+"""The command `kadapter convert`, on small checkpoints in the original's format."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A checkpoint is only read: no file makes code run or memory vanish, and what can't be read is refused clearly."""
+"""Reading untrusted checkpoints: no file runs code or exhausts memory, and unreadable files are refused with clear errors."""
 
 import os
 import pickle
@@ -46,7 +46,7 @@ def save(request, tmp_path):
 
 
 def refused(path) -> str:
-    """What the command says to it, in one sentence and without a traceback."""
+    """The error of the command, in one sentence and without a traceback."""
     arguments = ["convert", str(path), "--output", str(path.parent / "out")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
@@ -195,7 +195,7 @@ def legacy_file(content: bytes) -> bytes:
 
 
 def claim(path: Path, name: bytes, size: int) -> None:
-    """Changes an archive's directory, which then gives this size for an entry."""
+    """Changes the size of an entry in the archive's directory."""
     content = bytearray(path.read_bytes())
     entry = content.rindex(b"PK\x01\x02", 0, content.rindex(name))
     content[entry + 20 : entry + 28] = struct.pack("<II", size, size)
