@@ -1,15 +1,15 @@
-# Every target does its own set-up, in .venv (`make floor`: in .venv-floor). Variables to set on the command line:
+# Each target creates its environment in .venv (`make floor`: in .venv-floor). Variables for the command line:
 #
-#   TORCH        what pip installs for torch, options included. The default is a version the tests are known to
-#                pass with. For a build without CUDA:
+#   TORCH        pip arguments to install torch. The default is a version that is known to pass the tests.
+#                For a build without CUDA:
 #                make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
-#   PYTHON       the interpreter the environments are made from
+#   PYTHON       the interpreter for creating the environments
 #   ARGS         arguments of `make demo`, `make knowledge`, `make knowledge-variants` and `make bench`
-#   CORPORA      the folder of real corpora that `make knowledge` learns from; docs/knowledge.md says which
-#   PYTEST_ARGS  further arguments of pytest, for instance PYTEST_ARGS="-k config -x"
-#   JOBS         the number of processes the tests run in
+#   CORPORA      the folder with the corpora of `make knowledge`; see docs/knowledge.md
+#   PYTEST_ARGS  additional arguments of pytest, e.g. PYTEST_ARGS="-k config -x"
+#   JOBS         the number of test processes
 #
-# TORCH and PYTHON count when an environment is made: `make clean` first to change them.
+# TORCH and PYTHON are only used when an environment is created: run `make clean` before changing them.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -21,10 +21,10 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 FLOOR := .venv-floor
-# The top-level folders that are installed as kadapter_hf.<folder>.
+# Top-level folders installed as kadapter_hf.<folder>.
 MAPPED := conversion modeling
 
-# What every test run sets: no network, and one thread for each process that runs side by side.
+# Environment of every test run: no network, and one thread for each parallel process.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 RUN_ENV := TOKENIZERS_PARALLELISM=false
 PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -34,18 +34,18 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 .PHONY: help venv versions demo knowledge knowledge-variants test slow lint bench floor clean
 
 help:
-	@echo "make demo      train adapters on a small model and show what they do (ARGS=... is passed on)"
-	@echo "make knowledge train adapters on real corpora and measure what they are worth (CORPORA=folder)"
-	@echo "make knowledge-variants  train the factual one in fifteen ways, to see what matters"
-	@echo "make test      the tests, without those marked slow or cuda"
-	@echo "make slow      the tests marked slow"
-	@echo "make lint      ruff and mypy"
-	@echo "make bench     every script in benchmarks/"
-	@echo "make floor     the tests, with the oldest supported version of each dependency"
-	@echo "make clean     remove environments, build products and caches"
+	@echo "make demo      train adapters on a small model and demonstrate them (ARGS=... is passed to the script)"
+	@echo "make knowledge train adapters on real corpora and evaluate them (CORPORA=folder)"
+	@echo "make knowledge-variants  train and compare fifteen variants of the factual adapter"
+	@echo "make test      run the tests except those marked slow or cuda"
+	@echo "make slow      run the tests marked slow"
+	@echo "make lint      run ruff and mypy"
+	@echo "make bench     run each script in benchmarks/"
+	@echo "make floor     run the tests with the oldest supported version of each dependency"
+	@echo "make clean     remove environments, build artifacts and caches"
 
-# A stamp file stands for each finished step. torch comes first and alone, so that a CPU build stays
-# the one that satisfies everything installed after it.
+# Each finished step is marked by a stamp file. torch is installed first and separately, so that a CPU build
+# satisfies the requirements of later packages.
 $(VENV)/.torch:
 	$(PYTHON) -m venv --clear $(VENV)
 	torch='$(TORCH)'; $(PIP_ENV) $(VENV)/bin/python -m pip install --quiet $$torch
@@ -65,7 +65,7 @@ $(FLOOR)/.torch:
 	@touch $@
 
 # The floors are read from setup.cfg, from install_requires and the peft extra: NAME>=X becomes NAME==X.
-# torch is left to FLOOR_TORCH. What those packages need themselves is not pinned.
+# torch is set by FLOOR_TORCH. Indirect dependencies are not pinned.
 $(FLOOR)/.installed: $(FLOOR)/.torch setup.cfg
 	sed -n -E '/^(install_requires|peft) =/,/^[^ ]/s/^ +([A-Za-z0-9._-]+)>=([0-9.]+)$$/\1==\2/p' setup.cfg \
 		| grep -v '^torch==' > $(FLOOR)/constraints.txt
@@ -94,7 +94,7 @@ knowledge-variants: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-# Ray, too large for each test run, is for one slow test.
+# Ray is large and only needed by one slow test.
 $(VENV)/.ray: $(VENV)/.installed
 	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet "datatrove[ray]"
 	@touch $@
@@ -106,7 +106,7 @@ slow: $(VENV)/.ray
 floor: $(FLOOR)/.installed
 	$(TEST_ENV) $(FLOOR)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-# mypy can't follow the import hook of an editable install, so it gets the installed layout as a tree of links.
+# mypy can't follow the import hook of an editable install, so the installed layout is recreated with symbolic links.
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -115,7 +115,7 @@ lint: $(VENV)/.lint
 	cd build/typing && $(CURDIR)/$(VENV)/bin/python -m mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache -p kadapter_hf
 
-# A file whose name starts with an underscore is a helper of the others.
+# Files whose names start with an underscore are helpers.
 BENCHES := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 bench: $(VENV)/.installed
 	@set -e; for bench in $(BENCHES); do \

@@ -1,4 +1,4 @@
-"""What the benchmarks share: fresh processes, the machine's description, a Markdown table."""
+"""Shared by the benchmarks: fresh processes, a description of the machine, Markdown tables."""
 
 import json
 import os
@@ -12,9 +12,10 @@ import transformers
 
 def in_fresh_process(script: str, *arguments: str, memory: bool = False) -> dict:
     """
-    Runs `script` (Python source that prints one JSON object last) in a new interpreter and returns the object.
+    Runs `script` (Python source whose last line of output is a JSON object) in a new interpreter and returns the object.
 
-    `memory`: what is freed goes back to the system at once, so that peaks compare. It costs time.
+    Args:
+        memory: return freed memory to the system immediately, so that peaks are comparable; slower.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     if memory:

@@ -1,9 +1,9 @@
 """
-Peak memory of a forward pass against the depth of the backbone, the adapters reading three states each time.
+Peak memory of a forward pass for backbones of different depths, with adapters that read three states.
 
-Only the states that are read are kept, so the peak must not grow with the layers in between. For comparison: the
-backbone alone with `output_hidden_states=True`, which keeps all of them. Each measurement is a process of its own; the
-weights are small and the batch is large, so that it is the states that count.
+Only the states that are read are kept, so the peak must not grow with the number of layers. For comparison, the backbone is
+run alone with `output_hidden_states=True`, which keeps all states. Each measurement runs in a separate process. The weights
+are small and the batch is large, so that the states dominate.
 
     python benchmarks/forward_memory.py
 """

@@ -1,9 +1,9 @@
 """
-How long, and with how much memory, a K-Adapter of roberta-large's size with two default adapters loads.
+Time and memory needed to load a K-Adapter of roberta-large's size with two default adapters.
 
-Compared with what can't be avoided: loading its backbone with `AutoModel` and reading the adapter files with
-safetensors. Each measurement is a process of its own, with the files in the system's cache; the two kinds alternate.
-The ratios are of the medians and of the fastest runs.
+The baseline is the unavoidable part: loading its backbone with `AutoModel` and reading the adapter files with safetensors.
+Each measurement runs in a separate process, with the files in the page cache; the two kinds alternate. The ratios are those
+of the medians and of the fastest runs.
 
     python benchmarks/loading.py [--runs 15]
 """
@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 import transformers.models.roberta.modeling_roberta
 import kadapter_hf
 folder, kind = sys.argv[1:]
-for path in Path(folder).rglob("*.safetensors"):  # from the disk into the system's cache, for both kinds
+for path in Path(folder).rglob("*.safetensors"):  # into the page cache, for both kinds
     with open(path, "rb") as file:
         while file.read(2**20):
             pass
@@ -61,7 +61,7 @@ print(json.dumps({"seconds": seconds, "peak": peak * 1024, "size": size}))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=15, help="pairs of measurements (after one that warms up)")
+    parser.add_argument("--runs", type=int, default=15, help="pairs of measurements (after a warm-up)")
     runs = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as folder:
         in_fresh_process(PREPARE, folder)
@@ -78,9 +78,9 @@ def main() -> None:
             ["AutoModel + safetensors, s", f"{statistics.median(floor):.3f}", f"{min(floor):.3f}"],
             ["KAdapterModel.from_pretrained, s", f"{statistics.median(ours):.3f}", f"{min(ours):.3f}"],
             ["ratio", f"{ratios[0]:.2f}", f"{ratios[1]:.2f}"],
-            ["peak memory / bytes of the weights, all weights read", f"{peak:.2f}", ""],
+            ["peak memory / size of the weights, all weights read", f"{peak:.2f}", ""],
             ["weights loaded, MB", f"{touched['size'] / 1e6:.0f}", ""],
-            ["of these stored in the K-Adapter's folder, MB", f"{stored / 1e6:.0f}", ""],
+            ["of which stored in the K-Adapter's folder, MB", f"{stored / 1e6:.0f}", ""],
         ],
     )
 

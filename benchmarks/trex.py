@@ -1,12 +1,14 @@
 """
-How long it takes to find the examples in T-REx documents: by looking words up, as the package does, and by going through
-all words of the document for every triple, as the original does. And from a file of documents to a file of examples: the
-step that `kadapter prepare trex` runs for each file, and the original's with json.
+Time to extract examples from T-REx documents, compared with the original.
 
-    python benchmarks/trex.py [FOLDER of T-REx's JSON files, or such a file]
+The package looks words up; the original scans all words of the document for every triple. Two times are measured: finding
+the examples, and converting a file of documents to a file of examples, i.e. the step that `kadapter prepare trex` runs for
+each file, compared with the original's, which uses json.
 
-Without a folder it makes up documents of the size of T-REx's long ones. Both ways must find the same examples, but for
-those whose entities overlap, which only the original keeps.
+    python benchmarks/trex.py [JSON files of T-REx, or folders of them]
+
+Without arguments, documents of the size of T-REx's long ones are generated. Both must find the same examples, except for
+overlapping entities, which only the original keeps.
 """
 
 import gc
@@ -33,25 +35,25 @@ from kadapter_hf.corpora.trex_steps import (
 )
 
 
-DOCUMENTS = 200  # that are timed; a corpus of fewer is repeated
+DOCUMENTS = 200  # documents to measure; a smaller corpus is repeated
 ROUNDS = 10
 
 
 def read_with_json(file: Path) -> list[dict]:
-    """As the original."""
+    """Reads like the original."""
     with open(file, encoding="utf-8") as opened:
         return json.load(opened)
 
 
 def by_lookup(documents: list[TrexDocument]) -> list:
-    """As the package does, also without the garbage collector."""
+    """Like the package, including the disabled garbage collector."""
     report = Report()
     with no_garbage_collection():
         return [document_examples(document, report) for document in documents]
 
 
 def by_scanning(documents: list[dict]) -> list[dict]:
-    """As the original. It overwrites the boundaries in the documents, which are good for once only."""
+    """Like the original. It overwrites the boundaries in the documents, so they can be used only once."""
     return [example for document in documents for example in scan(document)]
 
 
@@ -61,7 +63,7 @@ def file_by_scanning(file: Path, output: Path) -> None:
 
 
 def scan(document: dict) -> list[dict]:
-    """For every triple: all words of the document for those of the sentence, and these for the entities."""
+    """For every triple, searches all words of the document for the sentence, and those of the sentence for the entities."""
     found, text = [], document["text"]
     for triple in document["triples"]:
         subject, object_ = triple["subject"]["boundaries"], triple["object"]["boundaries"]
@@ -76,7 +78,9 @@ def scan(document: dict) -> list[dict]:
             if word[0] >= sentence[0] and word[1] <= sentence[1]:
                 words.append(text[word[0] : word[1]])
                 bounds.append(word)
-                bounds_in_sentence.append([word[0] - sentence[0], word[1] - sentence[0]])  # for nothing
+                bounds_in_sentence.append(
+                    [word[0] - sentence[0], word[1] - sentence[0]]
+                )  # not used, as in the original
         matches = 0
         for place, word in enumerate(bounds):
             if word[0] == subject[0]:
@@ -109,7 +113,7 @@ def scan(document: dict) -> list[dict]:
 
 
 def as_the_original(document: dict, example: Example) -> dict:
-    """An example of the package as the original has it, by words of the sentence."""
+    """Converts an example of the package to the original's form, with positions in words of the sentence."""
     name, _, subject, object_, relation = example
     triple = document["triples"][int(name.rpartition("#")[2])]
     first, behind = document["sentences_boundaries"][triple["sentence_id"]]
@@ -141,7 +145,7 @@ def check(file: Path) -> None:
 
 
 def made_up(documents: int = 50, sentences: int = 20, words: int = 25, triples: int = 100) -> list[dict]:
-    """Documents in T-REx's format, of made-up words."""
+    """Generates documents in T-REx's format from random words."""
     generator = random.Random(0)
     return [_made_up_document(f"Q{number}", generator, sentences, words, triples) for number in range(documents)]
 
@@ -177,11 +181,11 @@ def _made_up_document(name: str, generator: random.Random, sentences: int, words
 
 
 def seconds(work: Callable[[Any], object], prepare: Callable[[], Any]) -> float:
-    """The processor time of the fastest of some rounds, which what else the machine does disturbs least."""
+    """The processor time of the fastest round, which is least affected by other load on the machine."""
     times = []
     for _ in range(ROUNDS):
         prepared = prepare()
-        # What there is by now is no matter of the garbage collector, as in a process that does nothing else.
+        # Excludes existing objects from garbage collection, as in a process that does nothing else.
         gc.collect()
         gc.freeze()
         start = time.process_time()

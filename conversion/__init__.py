@@ -1,4 +1,4 @@
-"""From the checkpoints of the original release, microsoft/K-Adapter, to K-Adapter repositories."""
+"""Conversion of checkpoints of the original release, microsoft/K-Adapter, to K-Adapter repositories."""
 
 from .reading import read_checkpoint
 from .writing import Conversion, convert, verify

@@ -1,9 +1,9 @@
 """
-What the tensors of the original's checkpoints are, and where each goes.
+The tensors of the original's checkpoints and their counterparts in a K-Adapter.
 
-Sources: `fac-adapter.py` and `lin-adapter.py` (one adapter with the head that it was pre-trained with),
-`examples/run_finetune_*_adapter.py` (adapters, fusion and task head in one file, the backbone in another) and
-`RobertaModelwithAdapter` in `pytorch_transformers/my_modeling_roberta.py` (all but a head in one file).
+Sources: `fac-adapter.py` and `lin-adapter.py` (one adapter with its pre-training head),
+`examples/run_finetune_*_adapter.py` (adapters, fusion and task head in one file, the backbone in another), and
+`RobertaModelwithAdapter` in `pytorch_transformers/my_modeling_roberta.py` (everything except a head in one file).
 """
 
 import re
@@ -25,25 +25,25 @@ from ..modeling.heads_kadapter import (
 )
 
 
-# The original's names for its adapters inside a K-Adapter, and ours.
+# The original's names of the adapters in a K-Adapter, and ours.
 ADAPTERS = {"fac_adapter": "factual", "lin_adapter": "linguistic", "et_adapter": "typing", "task_adapter": "task"}
-# Its concat fusion reads these two, in this order.
+# The original's concat fusion reads these two, in this order.
 FUSED = {"fac": "factual", "lin": "linguistic"}
-NOT_FUSED = "the original computes this adapter, but its concat fusion does not read it"
+NOT_FUSED = "the original runs this adapter, but its concat fusion does not read it"
 NO_PARSER = "the head of the linguistic pre-training, which has no counterpart here"
 NOT_KEPT = "the head of the factual pre-training; --with-head keeps it"
-ONE_ADAPTER = "the original does not use it with one adapter"
-NO_POOLER = "nothing reads the pooler"
+ONE_ADAPTER = "the original does not use it with a single adapter"
+NO_POOLER = "the pooler is not used"
 NO_POSITIONS = "a list of positions, not weights"
 
 
 class Source:
     """
-    The tensors of one file, each of which is taken or left out for a reason.
+    The tensors of one file, each of which is either taken or left out for a stated reason.
 
     Raises:
-        KAdapterLoadError: in `take`, a tensor that is missing, of an impossible shape or not of numbers; in
-            `check_all_known`, one that was neither taken nor left out.
+        KAdapterLoadError: in `take`, if a tensor is missing, has an impossible shape or does not hold numbers; in
+            `check_all_known`, if a tensor was neither taken nor left out.
     """
 
     def __init__(self, path: Path, tensors: dict[str, torch.Tensor]):
@@ -57,7 +57,7 @@ class Source:
         return name in self.tensors
 
     def indices(self, pattern: str) -> set[int]:
-        """The numbers that stand where the pattern has its group, in the names that it fits."""
+        """The numbers matched by the group of the pattern in the names of tensors."""
         return {int(found.group(1)) for name in self.tensors if (found := re.match(pattern, name))}
 
     def shape(self, name: str, dimensions: int = 2) -> torch.Size:
@@ -69,13 +69,15 @@ class Source:
         return tensor.shape
 
     def take(self, name: str, shape: Iterable[int], targets: Iterable[str]) -> torch.Tensor:
-        """The tensor of this name, which must have this shape and becomes those of ours."""
+        """Returns the tensor after checking its shape, and records the names that it gets in the K-Adapter."""
         shape = tuple(shape)
         if self.shape(name, len(shape)) != shape:
             found = tuple(self.tensors[name].shape)
-            raise KAdapterLoadError(f"'{self.path}': tensor '{name}' has shape {found}, and the others need {shape}.")
+            raise KAdapterLoadError(
+                f"'{self.path}': tensor '{name}' has shape {found}, but {shape} is needed to fit the other tensors."
+            )
         tensor = self.tensors[name]
-        # A layout that repeats elements would make a few bytes on disk any number of them in memory.
+        # A layout that repeats elements could expand a few bytes on disk to any size in memory.
         if tensor.layout is not torch.strided or not tensor.is_floating_point() or not tensor.is_contiguous():
             raise KAdapterLoadError(f"'{self.path}': tensor '{name}' does not hold plain floating-point numbers.")
         self.targets[name] = list(targets)
@@ -91,13 +93,13 @@ class Source:
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             raise KAdapterLoadError(
-                f"'{self.path}': tensor '{unknown[0]}'{more} is not one that the original's code writes there."
+                f"'{self.path}': tensor '{unknown[0]}'{more} is not one that the original's code writes to such a file."
             )
 
 
 @dataclass
 class Parts:
-    """What a K-Adapter is made of, under the names it has here."""
+    """The parts of a K-Adapter, with the names used here."""
 
     model_class: type = KAdapterModel
     width: int = 0
@@ -108,7 +110,7 @@ class Parts:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def linear(self, source: Source, name: str, rows: int, columns: int, target: str | None) -> None:
-        """A linear layer, weight and bias; without a target it is only looked at."""
+        """Takes the weight and bias of a linear layer; without a target, they are only checked."""
         for kind, shape in (("weight", (rows, columns)), ("bias", (rows,))):
             targets = [] if target is None else [f"{target}.{kind}"]
             tensor = source.take(f"{name}.{kind}", shape, targets)
@@ -117,23 +119,23 @@ class Parts:
 
 def is_kadapter(source: Source) -> bool:
     """
-    Whether the file holds a whole K-Adapter, and not one adapter with its pre-training head.
+    Whether the file holds a complete K-Adapter, as opposed to one adapter with its pre-training head.
 
     Raises:
-        KAdapterLoadError: it holds neither.
+        KAdapterLoadError: it holds neither of them.
     """
     if any(name.startswith("adapter.") for name in source.tensors):
         return False
     if any(name.startswith(tuple(f"{prefix}." for prefix in ADAPTERS)) for name in source.tensors):
         return True
     raise KAdapterLoadError(
-        f"'{source.path}' is a checkpoint of something else: it holds no adapter of the original's, but "
+        f"'{source.path}' is a checkpoint of something else: it holds none of the original's adapters, but "
         f"'{min(source.tensors)}' and {len(source.tensors) - 1} more tensors."
     )
 
 
 def read_adapter(source: Source, prefix: str, name: str, layers: list[int], heads: int, parts: Parts) -> None:
-    """One adapter, whose sizes are those of its tensors; `prefix` is what the original has before `adapter.N`."""
+    """Reads one adapter, with sizes from its tensors; `prefix` is the original's prefix of `adapter.N`."""
     start = re.escape(prefix)
     count = _count(source, f"{prefix}adapter.", source.indices(rf"{start}adapter\.(\d{{1,4}})\."))
     inside = source.indices(rf"{start}adapter\.\d+\.encoder\.layer\.(\d{{1,4}})\.")
@@ -145,7 +147,7 @@ def read_adapter(source: Source, prefix: str, name: str, layers: list[int], head
         raise KAdapterLoadError(f"'{source.path}' has too few tensors for {count} adapter layers of {depth} layers.")
     if count != len(layers):
         raise KAdapterLoadError(
-            f"'{source.path}': '{name}' has {count} adapter layers, and --layers names {len(layers)}: {layers}."
+            f"'{source.path}': '{name}' has {count} adapter layers, but --layers names {len(layers)}: {layers}."
         )
     config = KnowledgeAdapterConfig(
         backbone_layers=layers,
@@ -167,10 +169,10 @@ def read_adapter(source: Source, prefix: str, name: str, layers: list[int], head
 
 def read_pretrained(source: Source, name: str | None, with_head: bool, layers: list[int], heads: int) -> Parts:
     """
-    One adapter and the head that it was pre-trained with.
+    Reads one adapter and its pre-training head.
 
-    `AdapterModel` in `fac-adapter.py`, where `com_dense` fuses and `dense` reads two entities; and in `lin-adapter.py`,
-    where a self-attention stands between the two.
+    The head is `AdapterModel` in `fac-adapter.py`, where `com_dense` is the fusion and `dense` reads two entities, or in
+    `lin-adapter.py`, with a self-attention between the two.
     """
     kind = "linguistic" if any(tensor.startswith("self_attention.") for tensor in source.tensors) else "factual"
     name = kind if name is None else name
@@ -196,15 +198,16 @@ def read_pretrained(source: Source, name: str | None, with_head: bool, layers: l
 
 def read_kadapter(source: Source, layers: list[int], heads: int) -> Parts:
     """
-    Adapters, fusion and task head: `TACREDModel`, `ETModel`, `FIGERModel`, `COSMOSQAModel`, `RobertaModelwithAdapter`.
+    Reads adapters, fusion and task head of `TACREDModel`, `ETModel`, `FIGERModel`, `COSMOSQAModel` or
+    `RobertaModelwithAdapter`.
 
-    Which of them decide the head's tensors; the two for entity typing are alike.
+    The class follows from the tensors of the head; the two for entity typing are equivalent.
     """
     scaled = next((name for name in source.tensors if re.fullmatch(r"\w+_adapter\.task_dense\.\w+", name)), None)
     if scaled is not None:
         raise KAdapterLoadError(
-            f"'{source.path}': tensor '{scaled}' is a fusion inside an adapter, whose factors (a_rate and b_rate of the "
-            "CosmosQA script) are in no file, so it can't be converted."
+            f"'{source.path}': tensor '{scaled}' is a fusion inside an adapter. Its factors (a_rate and b_rate of the "
+            "CosmosQA script) are not stored in any file, so it can't be converted."
         )
     names = source.tensors
     present = {prefix: name for prefix, name in ADAPTERS.items() if any(n.startswith(f"{prefix}.") for n in names)}
@@ -213,7 +216,9 @@ def read_kadapter(source: Source, layers: list[int], heads: int) -> Parts:
         before, width = dict(parts.state), parts.width
         read_adapter(source, f"{prefix}.", name, layers, heads, parts)
         if width not in (0, parts.width):
-            raise KAdapterLoadError(f"'{source.path}': its adapters are for backbones of {width} and {parts.width}.")
+            raise KAdapterLoadError(
+                f"'{source.path}': its adapters are for backbones of different widths, {width} and {parts.width}."
+            )
         if parts.fusion == "concat" and name not in FUSED.values():
             parts.state = before
             del parts.configs[name]
@@ -255,15 +260,15 @@ def _read_head(source: Source, parts: Parts) -> None:
 
 
 def holds_backbone(source: Source) -> bool:
-    """Whether a K-Adapter's own file has the backbone in it, as `RobertaModelwithAdapter` writes it."""
+    """Whether the file of a K-Adapter includes the backbone, as written by `RobertaModelwithAdapter`."""
     return any(name.startswith("model.") for name in source.tensors)
 
 
 def read_backbone(source: Source, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A backbone as `PretrainedModel` of the fine-tuning scripts has it; `expected`: the tensors of ours, for shapes."""
+    """Reads the backbone of the fine-tuning scripts' `PretrainedModel`; `expected` has our tensors, for their shapes."""
     if not holds_backbone(source):
         raise KAdapterLoadError(
-            f"'{source.path}' holds no backbone of the original's: no tensor's name begins with 'model.'."
+            f"'{source.path}' does not hold a backbone of the original: no tensor's name starts with 'model.'."
         )
     taken = {}
     for name, tensor in expected.items():
@@ -274,7 +279,7 @@ def read_backbone(source: Source, expected: Mapping[str, Any]) -> dict[str, torc
 
 
 def _count(source: Source, prefix: str, indices: set[int]) -> int:
-    """How many there are; they must be numbered from 0 on."""
+    """The number of indices, which must be consecutive and start at 0."""
     gap = next((index for index in range(len(indices) + 1) if index not in indices), 0)
     if not indices or gap < len(indices):
         raise KAdapterLoadError(f"'{source.path}': tensors '{prefix}{gap}.…' are missing.")

@@ -1,9 +1,9 @@
 """
-Reading a PyTorch checkpoint that nobody vouches for: its tensors and nothing else.
+Reading the tensors of an untrusted PyTorch checkpoint.
 
-A checkpoint is a pickle, inside a zip archive or, as torch wrote it until 2020, followed by the tensors' bytes. Before
-torch sees it, the pickle is run through with stand-ins that do nothing, to know what it names and how much memory it asks
-for; then torch loads it with its own restricted unpickler.
+A checkpoint is a pickle, either in a zip archive or, in the format used by torch until 2020, followed by the tensors' bytes.
+First the pickle is interpreted with inert placeholders, to find out which names it refers to and how much memory it needs.
+Then torch loads it with its restricted unpickler.
 """
 
 import pickle
@@ -19,7 +19,7 @@ from ..modeling.format_kadapter import KAdapterLoadError
 
 
 LEGACY_START = pickle.dumps(MAGIC_NUMBER, protocol=2)
-# Bytes of an element, by the name of the storage class that a checkpoint has for it.
+# Element sizes in bytes, by the name of the storage class in a checkpoint.
 STORAGES = {
     "FloatStorage": 4,
     "DoubleStorage": 8,
@@ -37,11 +37,11 @@ REBUILDERS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"}
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """
-    The tensors of a state dict by name, on the CPU; mapped into memory if the file is a zip archive, else read.
+    The tensors of a state dict by name, on the CPU. They are memory-mapped if the file is a zip archive.
 
     Raises:
-        KAdapterLoadError: the file is missing, damaged, or not just a state dict; asks for code to be run; or describes
-            more tensors than fit into it.
+        KAdapterLoadError: the file is missing, damaged or not a state dict; it requests running code; or it describes more
+            data than it holds.
     """
     if not path.is_file():
         raise KAdapterLoadError(f"'{path}' is {'a folder, not a checkpoint' if path.is_dir() else 'missing'}.")
@@ -49,14 +49,14 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        raise KAdapterLoadError(f"'{path}' holds something that torch does not load from a file like this.") from error
-    except Exception as error:  # torch raises this or that
+        raise KAdapterLoadError(f"'{path}' holds objects that torch does not load from an untrusted file.") from error
+    except Exception as error:  # torch raises several types
         raise _damaged(path, error) from error
     if not isinstance(content, dict) or not content:
-        raise KAdapterLoadError(f"'{path}' is no state dict: it holds {type(content).__name__}.")
+        raise KAdapterLoadError(f"'{path}' is not a state dict: it holds an object of type {type(content).__name__}.")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise KAdapterLoadError(f"'{path}' is no state dict: under {str(name)[:80]!r} it has no tensor.")
+            raise KAdapterLoadError(f"'{path}' is not a state dict: the value of {str(name)[:80]!r} is not a tensor.")
     return dict(content)
 
 
@@ -66,7 +66,7 @@ def _damaged(path: Path, error: Exception) -> KAdapterLoadError:
 
 
 def _check(path: Path) -> bool:
-    """Whether the file is a zip archive; raises `KAdapterLoadError` if it is nothing that torch should see."""
+    """Whether the file is a zip archive; raises `KAdapterLoadError` if it is unsafe to load."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -75,34 +75,36 @@ def _check(path: Path) -> bool:
                 _check_archive(path, size)
                 return True
             if start != LEGACY_START:
-                raise KAdapterLoadError(f"'{path}' is no checkpoint of PyTorch's.")
-            for _ in range(2):  # the protocol's version, the machine's sizes
+                raise KAdapterLoadError(f"'{path}' is not a PyTorch checkpoint.")
+            for _ in range(2):  # protocol version, system information
                 _Rehearsal(path, file).load()
             _rehearse(path, file, size)
             return False
     except KAdapterLoadError:
         raise
-    except Exception as error:  # a pickle that is cut off or no pickle breaks in many ways
+    except Exception as error:  # truncated and invalid pickles raise many types
         raise _damaged(path, error) from error
 
 
 def _check_archive(path: Path, size: int) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        # torch compresses nothing, so no entry is larger than the file: one that says so is a bomb.
+        # torch does not compress entries, so an entry that claims to be larger than the file is a zip bomb.
         odd = next((entry for entry in entries if entry.compress_type or entry.flag_bits & 1), None)
         if odd is not None:
-            raise KAdapterLoadError(f"'{path}' has the compressed entry '{odd.filename}', which no checkpoint has.")
+            raise KAdapterLoadError(
+                f"'{path}' has the compressed entry '{odd.filename}'; checkpoints are not compressed."
+            )
         if sum(entry.file_size for entry in entries) > size:
             largest = max(entries, key=lambda entry: entry.file_size)
             raise KAdapterLoadError(
-                f"'{path}' is {size:,} bytes long, and its entry '{largest.filename}' claims {largest.file_size:,}."
+                f"'{path}' is {size:,} bytes long, but its entry '{largest.filename}' claims {largest.file_size:,}."
             )
         if len({entry.filename for entry in entries}) < len(entries):
-            raise KAdapterLoadError(f"'{path}' has two entries of one name, which no checkpoint has.")
+            raise KAdapterLoadError(f"'{path}' has two entries with the same name, unlike any checkpoint.")
         pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise KAdapterLoadError(f"'{path}' is a zip archive, but no checkpoint of PyTorch's.")
+            raise KAdapterLoadError(f"'{path}' is a zip archive, but not a PyTorch checkpoint.")
         with archive.open(pickles[0]) as file:
             _rehearse(path, file, size)
 
@@ -113,12 +115,12 @@ def _rehearse(path: Path, file: Any, size: int) -> None:
     claimed = sum(rehearsal.storages.values())
     if claimed > size:
         raise KAdapterLoadError(
-            f"'{path}' is {size:,} bytes long and describes {claimed:,} bytes of tensors: it is cut off or forged."
+            f"'{path}' is {size:,} bytes long, but describes {claimed:,} bytes of tensors: it is truncated or forged."
         )
 
 
-class _Rehearsal(pickle._Unpickler):  # in Python: the one in C reserves memory for whatever number it reads
-    """Goes through a pickle without doing what it says, and notes the bytes of each storage."""
+class _Rehearsal(pickle._Unpickler):  # the Python version; the C version allocates memory for any number it reads
+    """Interprets a pickle without executing it, and records the size of each storage."""
 
     def __init__(self, path: Path, file: BinaryIO):
         super().__init__(file)
@@ -133,15 +135,15 @@ class _Rehearsal(pickle._Unpickler):  # in Python: the one in C reserves memory 
         if module == "torch._utils" and name in REBUILDERS:
             return _nothing
         raise KAdapterLoadError(
-            f"'{self.path}' asks for {module}.{name}, which no tensor needs: it is not safe to load. Nothing was run."
+            f"'{self.path}' refers to {module}.{name}, which tensors don't need: it is not safe to load. Nothing was run."
         )
 
     def persistent_load(self, saved: Any) -> None:
         kind, storage, key, _, count = saved[:5]
         if kind != "storage" or not isinstance(count, int) or count < 0:
-            raise KAdapterLoadError(f"'{self.path}' describes a tensor in a way that torch does not.")
+            raise KAdapterLoadError(f"'{self.path}' describes a tensor in a way that torch never does.")
         self.storages[key] = max(self.storages.get(key, 0), count * STORAGES[storage])
 
 
 def _nothing(*args: Any) -> None:
-    """Stands where a pickle has a function."""
+    """Placeholder for the functions that a pickle calls."""

@@ -1,4 +1,4 @@
-"""From the original's checkpoints to a K-Adapter repository, without the backbone's weights if they are not at hand."""
+"""Conversion of the original's checkpoints to a K-Adapter repository; the backbone's weights are optional."""
 
 import hashlib
 import os
@@ -47,13 +47,14 @@ HEADS = 12
 @dataclass
 class Conversion:
     """
-    What `convert` did.
+    The result of `convert`.
 
     Args:
-        output: the folder that was written.
-        model_class: the class that it is a repository of.
-        sources: each file that was read; its `targets` say what became of its tensors, and `left_out` why not.
-        backbone_known: whether the output has the backbone's fingerprint, as its weights were at hand.
+        output: the output folder.
+        model_class: the model class of the repository.
+        sources: the files that were read; `targets` maps each tensor to its new names, and `left_out` to the reason for
+            dropping it.
+        backbone_known: whether the output has the backbone's fingerprint, because its weights were available.
     """
 
     output: Path
@@ -63,7 +64,7 @@ class Conversion:
 
     @property
     def files(self) -> dict[str, int]:
-        """The weight files that were written, with their sizes in bytes."""
+        """The weight files written, with their sizes in bytes."""
         paths = sorted(self.output.rglob("*.safetensors"))
         return {path.relative_to(self.output).as_posix(): path.stat().st_size for path in paths}
 
@@ -80,26 +81,27 @@ def convert(
     backbone_weights: str | os.PathLike | None = None,
 ) -> Conversion:
     """
-    Writes a K-Adapter repository from a checkpoint of microsoft/K-Adapter.
+    Converts a checkpoint of microsoft/K-Adapter to a K-Adapter repository.
 
-    Kind and sizes are read from the tensors; what they don't tell are arguments. The same input gives the same bytes.
+    The kind of checkpoint and the sizes are read from the tensors; the rest is given by the arguments. The same input always
+    produces the same bytes.
 
     Args:
-        checkpoint: a pre-trained adapter's `pytorch_model.bin`; or a fine-tuned model's (`pytorch_task_model.bin` for
-            FIGER), which has adapters, fusion and task head in it.
-        output: a folder, which must be new or empty.
-        name: what to call a pre-trained adapter; by default `factual` or `linguistic`, as its head tells.
-        layers: the backbone states that the adapters read, the original's `adapter_list`.
+        checkpoint: the `pytorch_model.bin` of a pre-trained adapter or of a fine-tuned model (`pytorch_task_model.bin` for
+            FIGER), which includes adapters, fusion and task head.
+        output: the output folder, which must be new or empty.
+        name: name of a pre-trained adapter; by default `factual` or `linguistic`, depending on its head.
+        layers: the backbone states that the adapters read (`adapter_list` in the original).
         heads: attention heads in the adapters' transformer layers.
-        backbone: repository or folder of the backbone that the adapters were trained on. Its configuration is enough
-            (roberta-large's is known); with weights at hand, their fingerprint is noted too.
-        with_head: keep the relation head that a factual adapter was pre-trained with.
-        backbone_weights: the changed backbone that was saved beside a fine-tuned model.
+        backbone: repository or folder of the backbone that the adapters were trained on. Its configuration is sufficient
+            (roberta-large's is built in); if the weights are available locally, their fingerprint is recorded too.
+        with_head: keep the relation head of a pre-trained factual adapter.
+        backbone_weights: the changed backbone that was saved with a fine-tuned model.
 
     Raises:
-        KAdapterLoadError: a file is missing, damaged, unsafe or of something else; a tensor is missing, unknown or of an
-            impossible shape; or `output` has files in it.
-        KAdapterConfigError: an argument that does not fit the tensors or the backbone.
+        KAdapterLoadError: a file is missing, damaged, unsafe or of the wrong kind; a tensor is missing, unknown or has an
+            impossible shape; or `output` is not empty.
+        KAdapterConfigError: an argument does not fit the tensors or the backbone.
     """
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
@@ -108,14 +110,12 @@ def convert(
     source = _read(checkpoint)
     if is_kadapter(source):
         if name is not None:
-            raise KAdapterConfigError(
-                f"'{source.path}' has several adapters, whose names are fixed: leave out the name."
-            )
+            raise KAdapterConfigError(f"'{source.path}' has several adapters, whose names are fixed: omit the name.")
         parts = read_kadapter(source, layers, heads)
         weights = _backbone_source(source, backbone_weights)
     else:
         if backbone_weights is not None:
-            raise KAdapterConfigError(f"'{source.path}' is one adapter, which has no backbone of its own.")
+            raise KAdapterConfigError(f"'{source.path}' is a single adapter, which has no backbone weights.")
         parts = read_pretrained(source, name, with_head, layers, heads)
         weights = None
     model = _empty_model(parts, backbone)
@@ -124,7 +124,7 @@ def convert(
         parts.state |= read_backbone(weights, model.backbone.state_dict())
     for read in sources:
         read.check_all_known()
-        read.tensors.clear()  # what is left out needs no memory any more
+        read.tensors.clear()  # frees the tensors that were left out
     _add_new_fusion(parts)
     _describe(model.config, parts, source, weights)
     _write(model, parts.state, source.path, output)
@@ -133,13 +133,13 @@ def convert(
 
 def verify(conversion: Conversion) -> int:
     """
-    Reads the files that were converted and those that were written, and compares all tensors that were used, bit for bit.
+    Reads the input and output files again and compares all converted tensors, bit for bit.
 
     Returns:
-        The number of tensors that were compared.
+        The number of tensors compared.
 
     Raises:
-        KAdapterLoadError: a file can't be read, or a tensor is not the same.
+        KAdapterLoadError: a file can't be read, or a tensor differs.
     """
     written: dict[str, torch.Tensor] = {}
     for file in conversion.files:
@@ -149,11 +149,11 @@ def verify(conversion: Conversion) -> int:
         tensors = read_checkpoint(source.path)
         for name, targets in source.targets.items():
             found = [written[target] for target in targets if target in written]
-            # The only tensor that becomes several is a matrix, cut into columns.
+            # The only tensor that is split is a matrix, by columns.
             same = len(found) == len(targets) and found[0].dtype == tensors[name].dtype
             if not same or not equal_bits({name: torch.cat(found, dim=-1)}, {name: tensors[name]}):
                 raise KAdapterLoadError(
-                    f"'{conversion.output}': tensor '{targets[0]}' is not '{name}' of '{source.path}'."
+                    f"'{conversion.output}': tensor '{targets[0]}' is not equal to '{name}' of '{source.path}'."
                 )
             count += 1
     return count
@@ -165,20 +165,20 @@ def _read(path: str | os.PathLike) -> Source:
 
 
 def _backbone_source(source: Source, backbone_weights: str | os.PathLike | None) -> Source:
-    """Where a K-Adapter's backbone is: in the same file, or in the one that is given."""
+    """The file with the backbone: the K-Adapter's own, or the one given."""
     inside = holds_backbone(source)
     if inside and backbone_weights is not None:
-        raise KAdapterConfigError(f"'{source.path}' has a backbone in it: leave out '{backbone_weights}'.")
+        raise KAdapterConfigError(f"'{source.path}' includes a backbone: omit '{backbone_weights}'.")
     if not inside and backbone_weights is None:
         raise KAdapterLoadError(
-            f"'{source.path}' is a fine-tuned model without its backbone, which the original saved beside it as "
-            "pytorch_pretrained_model.bin: give that file with --backbone-weights."
+            f"'{source.path}' is a fine-tuned model without its backbone, which the original saved as "
+            "pytorch_pretrained_model.bin in the same folder: pass that file with --backbone-weights."
         )
     return source if backbone_weights is None else _read(backbone_weights)
 
 
 def _empty_model(parts: Parts, backbone: str | os.PathLike) -> Any:
-    """A model of the right class and configuration, whose tensors have shapes and no memory."""
+    """A model of the right class and configuration on the meta device."""
     fields: dict[str, Any] = {} if parts.num_labels is None else {"num_labels": parts.num_labels}
     config = KAdapterConfig(
         backbone_name_or_path=os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone),
@@ -190,7 +190,7 @@ def _empty_model(parts: Parts, backbone: str | os.PathLike) -> Any:
     )
     if config.hidden_size != parts.width:
         raise KAdapterConfigError(
-            f"the adapters are for a backbone of width {parts.width}, and that of '{backbone}' is {config.hidden_size}."
+            f"the adapters are for a backbone of width {parts.width}, but '{backbone}' has width {config.hidden_size}."
         )
     with torch.device("meta"), without_initialization():
         return parts.model_class(config)
@@ -198,19 +198,19 @@ def _empty_model(parts: Parts, backbone: str | os.PathLike) -> Any:
 
 def _backbone_config(backbone: str | os.PathLike) -> PreTrainedConfig | None:
     if os.fspath(backbone) == DEFAULT_BACKBONE:
-        return None  # KAdapterConfig knows it
+        return None  # built into KAdapterConfig
     try:
         return AutoConfig.from_pretrained(backbone)
-    except Exception as error:  # whatever a foreign configuration class refuses with
+    except Exception as error:  # a foreign configuration class may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise KAdapterLoadError(f"the configuration of the backbone '{backbone}' can't be read: {reason}") from error
 
 
 def _describe(config: KAdapterConfig, parts: Parts, source: Source, weights: Source | None) -> None:
     """
-    Notes in the configuration which backbone this is for, and where each adapter came from.
+    Records the backbone and the provenance of each adapter in the configuration.
 
-    A backbone that is, bit for bit, the named one is taken out of what is to be stored.
+    A backbone that is identical, bit for bit, to the named one is not stored.
     """
     name = config.backbone_name_or_path or ""
     reference = _backbone_at_hand(config)
@@ -218,7 +218,7 @@ def _describe(config: KAdapterConfig, parts: Parts, source: Source, weights: Sou
     named = None if reference is None else fingerprint(reference.values())
     if weights is not None and reference is not None and equal_bits(own, reference):
         same = [tensor for tensor in weights.targets if tensor.startswith("model.")]
-        weights.leave(same, f"bit for bit that of '{name}', which is not stored twice")
+        weights.leave(same, f"identical to '{name}', bit for bit, and therefore not stored")
         parts.state = {tensor: value for tensor, value in parts.state.items() if tensor not in own}
         own = {}
     config.backbone_fingerprint = fingerprint(own.values()) if own else named
@@ -226,7 +226,7 @@ def _describe(config: KAdapterConfig, parts: Parts, source: Source, weights: Sou
     sha256 = _sha256(source.path)
     for adapter, adapter_config in (config.knowledge_adapters or {}).items():
         adapter_config.backbone_name_or_path = name
-        # Beside a backbone that was changed, an adapter may have been trained on it before or after that.
+        # The adapters of a changed backbone may have been trained before or after the change.
         adapter_config.backbone_fingerprint = None if own else named
         adapter_config.provenance = {
             "origin": ORIGIN,
@@ -237,7 +237,7 @@ def _describe(config: KAdapterConfig, parts: Parts, source: Source, weights: Sou
 
 
 def _backbone_at_hand(config: KAdapterConfig) -> dict[str, torch.Tensor] | None:
-    """The tensors of the named backbone, if they are on this machine."""
+    """The tensors of the named backbone, if they are available locally."""
     try:
         named = load_quietly(config)
     except BackboneMismatchError:
@@ -248,7 +248,7 @@ def _backbone_at_hand(config: KAdapterConfig) -> dict[str, torch.Tensor] | None:
 
 
 def _add_new_fusion(parts: Parts) -> None:
-    """Weights of the fusion that the checkpoint lacks pass the backbone's state through, as in a new fusion."""
+    """Initialises fusion weights that the checkpoint lacks to pass the backbone's state through, as in a new fusion."""
     if parts.fusion != ConcatFusion.kind:
         return
     fusion = ConcatFusion(parts.width).to(next(iter(parts.state.values())).dtype)
@@ -268,7 +268,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write(model: Any, state: dict[str, torch.Tensor], path: Path, output: Path) -> None:
-    """As `save_pretrained`, but from these tensors; the model itself is empty."""
+    """Like `save_pretrained`, but with these tensors, as the model is on the meta device."""
     stored = part_of(state, "backbone")
     expected = model.state_dict()
     check_tensors(

@@ -64,7 +64,7 @@ def push_to_hub(
 
 
 def push_saved(self: KAdapterPreTrainedModel, folder: Path, repo_id: str, **kwargs) -> None:
-    """Uploads what `save_pretrained` has saved, and the other files at the top of the folder; see `push_folder`."""
+    """Uploads a folder written by `save_pretrained`, including other files at its top level; see `push_folder`."""
     push_folder(folder, repo_id, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Tiny models that the tests share, built once per session with random weights, and where files come from."""
+"""Shared fixtures: tiny models with random weights, built once per session, and sources of files."""
 
 import gc
 import hashlib
@@ -92,7 +92,7 @@ ALL_CLASSES = (KAdapterModel, *(head for head, _ in HEADS.values()))
 # transformers 5.5.0 to 5.5.3 divide every model's gradients, not the loss, by the number of micro-batches once more.
 DIVIDES_GRADIENTS_AGAIN = version.parse(transformers.__version__) < version.parse("5.5.4")
 
-# Real corpora, which are no part of the repository.
+# Real corpora, which are not part of the repository.
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 SMALL_ADAPTER = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -104,7 +104,7 @@ def small_adapter(**kwargs) -> KnowledgeAdapterConfig:
 
 
 def disturb(model: torch.nn.Module, seed: int = 0) -> None:
-    """Gives every tensor of a module random values, so that no result rests on an initial zero."""
+    """Sets all tensors of a module to random values, so that no result depends on an initial zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -123,7 +123,7 @@ def batch(rows: int = 3, length: int = 10, seed: int = 0, padding: int = 0) -> d
 
 
 def inputs_for(model_class: type, rows: int = 4, **kwargs) -> dict[str, torch.Tensor]:
-    """A `batch` with what else the class takes: marker positions, word starts, or two choices in each row."""
+    """A `batch` with the additional inputs of the class: marker positions, word starts, or two choices per row."""
     inputs = batch(rows, **kwargs)
     if model_class is KAdapterForEntityTyping:
         inputs["entity_start"] = torch.arange(rows) + 1
@@ -306,8 +306,8 @@ def write_file(tmp_path):
 
 @pytest.fixture
 def hub():
-    """A Hub of its own for each test (hub/hub_server.py); what it can't answer fails the test."""
-    from hub_server import HubServer  # pytest finds it for the tests beside it
+    """A separate Hub for each test (hub/hub_server.py); unsupported requests fail the test."""
+    from hub_server import HubServer  # pytest adds the folder of the Hub's tests to sys.path
 
     with HubServer() as server:
         yield server

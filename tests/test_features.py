@@ -1,4 +1,4 @@
-"""From rows to token ids: the original's, and what it does not do (move the window, count what is left out)."""
+"""Features of rows: equality with the original's, and additions to it (moving the window, counting dropped rows)."""
 
 import json
 import re
@@ -269,7 +269,7 @@ def test_without_a_text_the_words_are_joined_by_spaces(wordpiece):
 
 def test_a_sentence_that_is_too_long_or_loses_a_word_is_left_out(wordpiece):
     long = tree(["a"] * 30, [0, *[1] * 29])
-    lost = tree(["a", "\u200b"], [0, 1])  # of a zero-width space the tokenizer leaves nothing
+    lost = tree(["a", "\u200b"], [0, 1])  # the tokenizer removes a zero-width space
     rows = Dataset.from_list([long, tree(["a", "b"], [0, 1]), lost])
     found = encode(rows, dependency_features, wordpiece, labels=["dep", "root"], max_length=20)
     assert found["head_labels"][:] == [[0, 1]]

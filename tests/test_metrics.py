@@ -1,4 +1,4 @@
-"""Metrics against the original's values, and against examples that are counted by hand."""
+"""Metrics compared with the original's values and with examples counted by hand."""
 
 import json
 import sys
@@ -121,7 +121,7 @@ def parsed(heads, relations, head_labels, relation_labels) -> EvalPrediction:
 
 
 def test_attachment_scores_with_and_without_punctuation():
-    """Six words count, of which one is punctuation; the second row has one word less."""
+    """Six words count, one of them punctuation; the second row has one word less."""
     prediction = parsed(
         heads=[[2, 0, 2, 1], [2, 0, 1, -100]],
         relations=[[0, 1, 2, 2], [0, 1, 0, -100]],

@@ -1,4 +1,4 @@
-"""An adapter from rows to a repository: what trains, what is saved, cached activations, interruption and bad input."""
+"""Pre-training from rows to a repository: trained parts, saved files, cached activations, interruption and bad input."""
 
 import json
 import os
@@ -230,7 +230,7 @@ def test_backbone_states_of_the_wrong_number_are_refused(build):
 
 
 class InterruptAtStep(TrainerCallback):
-    """Sends this process what Ctrl-C does, in the middle of the training."""
+    """Sends this process SIGINT, like Ctrl-C, during training."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_with_the_same_weigh
 
 
 def start(data: str, backbone: str, output: Path, *flags: str, command: tuple[str, ...] = ("-c",)) -> subprocess.Popen:
-    """A pre-training in a process of its own, or in several; all of them can be killed together."""
+    """Pre-training in one or several separate processes, which can be killed together."""
     script = "import sys; from kadapter_hf.pretraining import main; main(sys.argv[1:])"
     if command != ("-c",):
         (output.parent / "pretrain.py").write_text(script)
@@ -372,7 +372,7 @@ def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, t
 
 
 def kadapter(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs the command in a process of its own."""
+    """Runs the command in a separate process."""
     command = [sys.executable, "-c", "from kadapter_hf.cli import app; app(prog_name='kadapter')", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -1,4 +1,4 @@
-"""Converted checkpoints compute what the original implementation computed (tests/fixtures/reference/README.md)."""
+"""Converted checkpoints reproduce the outputs of the original implementation (tests/fixtures/reference/README.md)."""
 
 import functools
 import hashlib
@@ -42,7 +42,7 @@ def by_rule(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def tensors(table: str, rule: str, before: str = "", only: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
-    """The tensors of a table of the reference whose names begin with one of `only`, as the original saved them."""
+    """The tensors of a table of the reference whose names start with one of `only`, as saved by the original."""
     shapes = {name: tuple(shape) for name, shape in SIZES[table].items() if name.startswith(only)}
     return {f"{before}{name}": by_rule(f"{rule}.{name}", shape) for name, shape in shapes.items()}
 
@@ -74,7 +74,7 @@ def backbone():
 
 @pytest.fixture
 def folder(backbone):
-    """A folder with the backbone's config.json in `backbone/`; what is written there, hundreds of MB, goes at the end."""
+    """A folder with the backbone's config.json in `backbone/`; the hundreds of MB written there are deleted afterwards."""
     with tempfile.TemporaryDirectory() as path:
         backbone.config.save_pretrained(Path(path, "backbone"))
         yield Path(path)

@@ -1,4 +1,4 @@
-"""What a conversion needs of memory, in a process of its own."""
+"""The memory needed by a conversion, measured in a separate process."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import torch
 from transformers import RobertaConfig, RobertaModel
 
 
-# A small conversion first, so that what is imported on the way is there before the measurement.
+# A small conversion first, so that all modules are imported before the measurement.
 SCRIPT = """
 import json, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command `kadapter convert`, on small checkpoints of the original's form."""
+"""The command `kadapter convert`, on small checkpoints in the original's format."""
 
 import json
 from pathlib import Path
@@ -198,7 +198,7 @@ def test_verify_finds_a_changed_tensor(save, tmp_path, config_only):
     with (made.output / "adapters" / "factual.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x00")
-    with pytest.raises(KAdapterLoadError, match=r"tensor 'adapters\.factual.* is not 'adapter"):
+    with pytest.raises(KAdapterLoadError, match=r"tensor 'adapters\.factual.* is not equal to 'adapter"):
         verify(made)
 
 
@@ -214,7 +214,7 @@ def test_a_fine_tuned_model_keeps_its_changed_backbone(save, tmp_path, backbone,
         "model.pooler.dense.weight, model.pooler.dense.bias",
         "2",
         "0.00",
-        "left out: nothing reads the pooler",
+        "left out: the pooler is not used",
     ]
     assert left_out in rows(result.output)
     model = AutoModelForSequenceClassification.from_pretrained(out)
@@ -230,7 +230,7 @@ def test_a_backbone_that_was_not_changed_is_not_stored_twice(save, tmp_path, bac
         del content[name]
     result = run(save(content), "--output", tmp_path / "out", "--backbone", backbone, "--verify")
     assert result.exit_code == 0, result.output
-    assert "not stored twice" in words(result.output)
+    assert "therefore not stored" in words(result.output)
     assert not (tmp_path / "out" / "backbone.safetensors").exists()
     KAdapterModel.from_pretrained(tmp_path / "out")
 
@@ -290,14 +290,14 @@ def test_a_missing_unknown_or_impossible_tensor_is_named(save, tmp_path, config_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--layers", "0,1,2"], "has 2 adapter layers, and --layers names 3"),
-        (["--layers", "0,eleven"], "--layers takes numbers"),
+        (["--layers", "0,1,2"], "has 2 adapter layers, but --layers names 3"),
+        (["--layers", "0,eleven"], "--layers takes comma-separated numbers"),
         (["--layers", "0,22"], "has hidden states 0 to 4"),
         (["--heads", 5], r"must divide hidden_size"),
         (["--name", "a/b"], "can't name a knowledge adapter"),
         (["--backbone", "nowhere"], "the configuration of the backbone 'nowhere' can't be read"),
-        (["--backbone", "FacebookAI/roberta-large"], "of width 32, and that of 'FacebookAI/roberta-large' is 1024"),
-        (["--backbone-weights", "x.bin"], "is one adapter, which has no backbone of its own"),
+        (["--backbone", "FacebookAI/roberta-large"], "of width 32, but 'FacebookAI/roberta-large' has width 1024"),
+        (["--backbone-weights", "x.bin"], "is a single adapter, which has no backbone weights"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_one_sentence_and_exit_code_1(save, tmp_path, config_only, arguments, said):
@@ -310,9 +310,9 @@ def test_an_argument_that_does_not_fit_is_one_sentence_and_exit_code_1(save, tmp
 @pytest.mark.parametrize(
     ("content", "arguments", "said"),
     [
-        (fine_tuned, [], "give that file with --backbone-weights"),
+        (fine_tuned, [], "pass that file with --backbone-weights"),
         (fine_tuned, ["--name", "mine"], "whose names are fixed"),
-        (fine_tuned, ["--backbone-weights", "{path}"], "no tensor's name begins with 'model.'"),
+        (fine_tuned, ["--backbone-weights", "{path}"], "no tensor's name starts with 'model.'"),
         (
             lambda: fine_tuned() | linear("fac_adapter.task_dense", WIDTH, 2 * WIDTH),
             [],
@@ -323,7 +323,7 @@ def test_an_argument_that_does_not_fit_is_one_sentence_and_exit_code_1(save, tmp
             [],
             "'model.embeddings.word_embeddings.weight' is missing",
         ),
-        (lambda: fine_tuned() | {"model.x": torch.ones(1)}, ["--backbone-weights", "{path}"], "has a backbone in it"),
+        (lambda: fine_tuned() | {"model.x": torch.ones(1)}, ["--backbone-weights", "{path}"], "includes a backbone"),
         (lambda: {"bert.encoder.layer.0.output.dense.weight": torch.ones(2, 2)}, [], "a checkpoint of something else"),
     ],
 )

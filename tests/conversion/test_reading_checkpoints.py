@@ -1,4 +1,4 @@
-"""A checkpoint is only read: no file makes code run or memory vanish, and what can't be read is refused clearly."""
+"""Reading untrusted checkpoints: no file runs code or exhausts memory, and unreadable files are refused with clear errors."""
 
 import os
 import pickle
@@ -46,7 +46,7 @@ def save(request, tmp_path):
 
 
 def refused(path) -> str:
-    """What the command says to it, in one sentence and without a traceback."""
+    """The error of the command, in one sentence and without a traceback."""
     arguments = ["convert", str(path), "--output", str(path.parent / "out")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
@@ -77,7 +77,7 @@ def test_a_command_in_the_pickle_does_not_run(save, tmp_path, place):
     proof = tmp_path / "proof"
     command = Command(f"touch {proof}")
     said = refused(save(command if place == "alone" else OrderedDict(a=torch.ones(2), b=command)))
-    assert "asks for posix.system" in said and "Nothing was run" in said
+    assert "refers to posix.system" in said and "Nothing was run" in said
     assert not proof.exists()
 
 
@@ -95,7 +95,7 @@ def test_a_command_in_a_plain_pickle_or_in_the_header_does_not_run(tmp_path):
     "content", [torch.nn.Linear(2, 2), [torch.ones(2)], {}, {"a": {"b": torch.ones(1)}}, {"a": 1}]
 )
 def test_what_is_no_state_dict_is_refused(save, content):
-    assert "is no state dict" in (said := refused(save(content))) or "asks for torch.nn" in said
+    assert "is not a state dict" in (said := refused(save(content))) or "refers to torch.nn" in said
 
 
 def test_a_checkpoint_of_something_else_is_refused_with_a_name_in_it(save):
@@ -109,7 +109,7 @@ def test_a_file_that_is_cut_off_is_refused(save, left):
     path = save(OrderedDict((f"adapter.{number}", torch.randn(100, 100)) for number in range(4)))
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * left)])
     said = refused(path)
-    assert "damaged or incomplete" in said or "cut off or forged" in said
+    assert "damaged or incomplete" in said or "truncated or forged" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02", b"not a checkpoint\n" * 100, os.urandom(4096)])
@@ -123,7 +123,7 @@ def test_a_zip_archive_of_something_else_is_refused(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    assert "no checkpoint of PyTorch's" in refused(path)
+    assert "not a PyTorch checkpoint" in refused(path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
@@ -195,7 +195,7 @@ def legacy_file(content: bytes) -> bytes:
 
 
 def claim(path: Path, name: bytes, size: int) -> None:
-    """Changes an archive's directory, which then gives this size for an entry."""
+    """Changes the size of an entry in the archive's directory."""
     content = bytearray(path.read_bytes())
     entry = content.rindex(b"PK\x01\x02", 0, content.rindex(name))
     content[entry + 20 : entry + 28] = struct.pack("<II", size, size)
@@ -247,7 +247,7 @@ def test_a_bomb_is_refused(tmp_path, bomb):
     path = tmp_path / "pytorch_model.bin"
     bomb(path)
     said = refused(path)
-    assert "compressed entry" in said or "claims" in said or "cut off or forged" in said
+    assert "compressed entry" in said or "claims" in said or "truncated or forged" in said
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What makes a row of the schemas, and one's own JSON lines."""
+"""Validation of rows, and custom JSON Lines files."""
 
 import json
 from pathlib import Path

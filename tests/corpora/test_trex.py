@@ -1,4 +1,4 @@
-"""The T-REx pipeline, on documents of its own and on the real sample."""
+"""The T-REx pipeline, on generated documents and on the real sample."""
 
 import gc
 import importlib.util
@@ -260,7 +260,7 @@ def test_an_interrupted_run_goes_on_where_it_was(write_file, tmp_path, monkeypat
     monkeypatch.setattr(Report, "save", lambda *args, **more: (seen.append(str(args[1])), read(*args, **more)))
     assert prepare_trex([folder], out, min_examples=2).kept == 120
     assert [name.rpartition("/")[2] for name in seen] == ["00001.json", "00002.json", "report.json"]
-    # The shard that was begun when the run ended is there once.
+    # The shard that was being written when the run ended exists once.
     assert Counter(rows(out / "extracted" / "shards")["relation"]) == {"P17": 120, "P31": 60, "P1": 1}
 
 

@@ -1,4 +1,4 @@
-"""examples/demo.py: the whole program on a tiny backbone, what it feeds the models, and what it says about the scores."""
+"""examples/demo.py: the complete program on a tiny backbone, the models' inputs, and the conclusions from the scores."""
 
 import os
 import re
@@ -20,7 +20,7 @@ QUICK = "--max_steps 2 --seeds 2 --examples 8 --adapter_size 64".split()
 
 
 def run_demo(*arguments: str, **environment: str) -> str:
-    """Runs the program in a wide terminal, with `environment` besides, and returns what it prints."""
+    """Runs the program in a wide terminal with additional environment variables, and returns its output."""
     environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, str(SCRIPT), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -47,7 +47,7 @@ def demo():
 
 
 def cells(printed: str, first: str) -> list[str]:
-    """The cells of the table row that begins with `first`."""
+    """The cells of the table row that starts with `first`."""
     (row,) = [line for line in printed.splitlines() if re.match(rf"\W*{re.escape(first)} +│", line)]
     return [cell.strip() for cell in row.strip("│ ").split("│")][1:]
 
@@ -172,7 +172,7 @@ def test_a_folder_without_a_backbone_is_refused_before_any_training(demo, tmp_pa
 
 @pytest.mark.slow
 def test_the_default_backbone_needs_no_network(tmp_path, monkeypatch):
-    """Without HF_HUB_OFFLINE, as users run it, and with a Hub and a cache that hold nothing."""
+    """Without HF_HUB_OFFLINE, as users run it, with an unreachable Hub and an empty cache."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     printed = run_demo("--max_steps", "20", "--seeds", "1", "--output_dir", str(tmp_path / "output"), **environment)

@@ -1,4 +1,4 @@
-"""examples/knowledge.py: the whole program on tiny corpora, what is kept from the adapter, and the states it trains on."""
+"""examples/knowledge.py: the complete program on tiny corpora, the data withheld from the adapter, and cached states."""
 
 import json
 import random

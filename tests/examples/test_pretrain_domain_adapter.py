@@ -1,4 +1,4 @@
-"""The example of an objective of one's own, on a tiny backbone."""
+"""The example of a custom objective, on a tiny backbone."""
 
 import json
 import runpy

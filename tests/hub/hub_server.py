@@ -30,7 +30,7 @@ ROUTES: list[tuple[str, re.Pattern, Callable]] = []
 
 @dataclass(frozen=True)
 class File:
-    """One version of a file: in git itself, or as an LFS object to which git has a pointer."""
+    """One version of a file, either in git or as an LFS object with a pointer in git."""
 
     content: bytes
     lfs: bool
@@ -139,7 +139,7 @@ def is_lfs(path: str, size: int) -> bool:
 
 
 def route(methods: str, path: str) -> Callable[[Callable], Callable]:
-    """Answers requests for such a path with the decorated method, which gets its named parts unquoted."""
+    """Routes requests for a path to the decorated method, which gets the named parts unquoted."""
     pattern = re.compile(re.sub(r"\{(\w+)\}", lambda part: f"(?P<{part[1]}>{PATTERNS[part[1]]})", path))
 
     def register(method: Callable) -> Callable:
@@ -176,7 +176,7 @@ class HubServer:
         self._server.hub = self
         port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.cdn = f"http://localhost:{port}"  # another host to the client, which does not send its token there
+        self.cdn = f"http://localhost:{port}"  # a different host for the client, which does not send its token there
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -201,7 +201,7 @@ class HubServer:
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_XET": "1",  # where hf_xet is installed, uploads would go by it whatever the server says
+            "HF_HUB_DISABLE_XET": "1",  # hf_xet, if installed, would be used for uploads regardless of the server
         }
         return inherited | own | ({"HF_TOKEN": token} if token else {})
 
@@ -223,7 +223,7 @@ class HubServer:
         return done
 
     def put(self, repo: str, files: Mapping[str, bytes], *, private: bool = False, message: str = "put") -> str:
-        """Commits files to the main branch without any client, in a new repository if need be; returns the commit's id."""
+        """Commits files to the main branch without any client, in a new repository if needed; returns the commit's id."""
         with self._lock:
             repository = self.repositories.setdefault(repo, Repository(private))
             parent = repository.refs[MAIN]
@@ -340,7 +340,7 @@ class HubServer:
 
     @route("POST", "/api/repos/create")
     def _create(self, request: Request) -> Reply:
-        """A new repository with one commit; 409, with its address, if there is one of this name."""
+        """Creates a repository with one commit; 409, with its address, if the name exists."""
         if request.user is None:
             raise Refusal(401, "Invalid username or password.")
         wanted = request.json
@@ -366,7 +366,7 @@ class HubServer:
     @route("GET", "/api/models/{name}/revision/{revision}")
     @route("GET HEAD", "/{name}/resolve/{revision}/{path}")
     def _without_owner(self, request: Request, name: str, **parts: str) -> Reply:
-        """Names without an owner, of which there are none here."""
+        """Names without an owner, which don't exist here."""
         self._repository(request, name)
         raise AssertionError(f"{name} has no owner")
 
@@ -404,7 +404,7 @@ class HubServer:
 
     @route("POST", "/api/models/{repo}/branch/{revision}")
     def _create_branch(self, request: Request, repo: str, revision: str) -> Reply:
-        """A new branch, from main or from another commit; 409 if there is one of this name."""
+        """Creates a branch from main or another commit; 409 if the name exists."""
         repository = self._repository(request, repo, write=True)
         name = f"refs/heads/{revision}"
         if name in repository.refs:
@@ -427,7 +427,7 @@ class HubServer:
 
     @route("POST", "/api/models/{repo}/paths-info/{revision}")
     def _paths_info(self, request: Request, repo: str, revision: str) -> Reply:
-        """The same of given paths; those that are missing are left out."""
+        """The same for the given paths; missing ones are skipped."""
         repository = self._repository(request, repo)
         entries = self._entries(repository.commits[repository.commit_id(revision)].files)
         return as_json([entries[p] for p in parse_qs(request.body.decode()).get("paths", []) if p in entries])
@@ -447,7 +447,7 @@ class HubServer:
 
     @route("GET HEAD", "/{repo}/resolve/{revision}/{path}")
     def _resolve(self, request: Request, repo: str, revision: str, path: str) -> Reply:
-        """A file, or where its LFS object is; which commit it is of, its size and its id are in the headers."""
+        """A file, or the location of its LFS object; its commit, size and id are in the headers."""
         repository = self._repository(request, repo)
         if repository.readers is not None and request.user not in repository.readers:
             status = 401 if request.user is None else 403
@@ -477,7 +477,7 @@ class HubServer:
 
     @route("POST", "/api/models/{repo}/preupload/{revision}")
     def _preupload(self, request: Request, repo: str, revision: str) -> Reply:
-        """Which files are to come as LFS objects, which not at all, and what is there under their names (`oid`)."""
+        """Which files to upload as LFS objects, which to ignore, and the existing ids of the names (`oid`)."""
         repository = self._repository(request, repo, write="create_pr" not in request.query)
         there = repository.commits[repository.commit_id(revision)].files
         ignored = there[".gitignore"].content.decode() if ".gitignore" in there else ""

@@ -1,4 +1,4 @@
-"""The commands info, push and pull, over HTTP: a process pushes, and another one with an empty cache does all the rest."""
+"""The commands info, push and pull over HTTP: one process pushes, and another with an empty cache does the rest."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
 
 
 KADAPTER = "from kadapter_hf.cli import app; app(prog_name='kadapter')"
-# Runs one command after another, and prints what became of each.
+# Runs the commands in order and prints the result of each.
 COMMANDS = """
 import json, sys
 from kadapter_hf.cli import app
@@ -92,7 +92,7 @@ def done(backbone, tmp_path_factory) -> Run:
 
 
 def command(done: Run, *begin: str) -> Done:
-    """What became of the command that begins with these arguments."""
+    """The result of the command that starts with these arguments."""
     (result,) = (result for arguments, result in done.commands.items() if arguments[: len(begin)] == begin)
     return result
 

@@ -1,4 +1,4 @@
-"""What pushing to the Hub sends, leaves alone and refuses; all of it pushed by scripts/pushes.py in one process."""
+"""What a push to the Hub uploads, keeps and refuses; scripts/pushes.py does all pushes in one process."""
 
 import json
 import re
@@ -17,7 +17,7 @@ REFUSED_RACES = 3
 
 @pytest.fixture(scope="module")
 def hub(backbone, tmp_path_factory):
-    """A Hub with the backbone, on which all was pushed; others' commits come between in `raced` and `contested`."""
+    """A Hub with the backbone and all pushes; in `raced` and `contested`, others commit at the same time."""
     home = tmp_path_factory.mktemp("pushes")
     with HubServer() as hub:
         files = {path.name: path.read_bytes() for path in Path(backbone).iterdir()}

@@ -1,4 +1,4 @@
-"""The Hub of these tests does to `huggingface_hub` what the real one does."""
+"""The Hub of these tests behaves like the real one towards `huggingface_hub`."""
 
 import hashlib
 import json

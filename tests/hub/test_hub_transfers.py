@@ -1,4 +1,4 @@
-"""K-Adapters go to a Hub and come back from it: in fresh processes, with empty caches, and when something goes wrong."""
+"""Uploads to and downloads from a Hub, in fresh processes, with empty caches, and with failures."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ WIDE_ADAPTER = SMALL_ADAPTER | {"hidden_size": 320, "intermediate_size": 1280}  
 AGAIN = {"Retry-After": "1"}
 
 WITHOUT = {"adapter": FACTUAL, "head": "head.safetensors", "index": INDEX, "config": "config.json"}
-# By name of the repository: the file of which other bytes are served, and the one byte that is changed, if not all are.
+# By repository: the file that is served with wrong bytes, and the single byte that is changed, if not all are.
 DAMAGES = {
     "config": ("config.json", None),
     "index": (INDEX, None),
@@ -53,7 +53,7 @@ BUSY_UPLOADS = {
     "commit": ("POST", "/api/models/{}/commit/"),
 }
 
-# Every program begins with this and sets `answer`.
+# Every program starts with this and sets `answer`.
 BEGIN = """
 import json, os, sys, time
 import torch
@@ -110,7 +110,7 @@ same = [torch.equal(*pair) for pair in zip(other.adapters.factual.parameters(), 
 answer["adapter"] = len(same) > 10 and all(same)
 """
 
-# Asks for what it can't have and at last for what it can; then, as `user`, for what is broken off, put off or damaged.
+# Makes requests that are refused, then one that succeeds; then, as `user`, requests that are cut off, delayed or damaged.
 TROUBLES = """
 from kadapter_hf import KAdapterModel
 
@@ -195,7 +195,7 @@ def filled(hub, pushed) -> HubServer:
 
 @pytest.fixture(scope="module")
 def pulled(pushed, tmp_path_factory) -> tuple[dict[str, Any], Path]:
-    """What a process with an empty cache found in the models, and its cache; the backbone has changed since they were made."""
+    """What a process with an empty cache found in the models, and its cache; the backbone has changed since they were saved."""
     home = tmp_path_factory.mktemp("pulling")
     with HubServer() as hub:
         hub.repositories = copy.deepcopy(pushed.repositories)
@@ -216,14 +216,14 @@ class Troubled:
 
 
 def place_of(tensor: str, content: bytes) -> int:
-    """Where in a safetensors file a tensor begins."""
+    """The offset of a tensor in a safetensors file."""
     header = int.from_bytes(content[:8], "little")
     return 8 + header + json.loads(content[8 : 8 + header])[tensor]["data_offsets"][0]
 
 
 @pytest.fixture(scope="module")
 def troubled(pushed, tmp_path_factory) -> Troubled:
-    """A Hub that lacks, hides, breaks off, puts off and damages, each in repositories of its own, and `TROUBLES` on it."""
+    """A Hub with repositories that are missing, hidden, cut off, delayed or damaged, and the results of `TROUBLES` on it."""
     with HubServer() as hub:
         hub.tokens["other"] = "somebody"
         hub.repositories = copy.deepcopy(pushed.repositories)

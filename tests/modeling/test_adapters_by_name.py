@@ -1,4 +1,4 @@
-"""Knowledge adapters by name: adding, loading, saving, activating, deleting, and the summary of what is there."""
+"""Knowledge adapters by name: adding, loading, saving, activating, deleting, and the summary."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ FOUR_OF_THEIR_OWN = {
 
 
 def snapshot(model, *parts: str) -> dict[str, torch.Tensor]:
-    """Copies of the tensors whose names begin with one of these, or of all."""
+    """Copies of the tensors whose names start with one of these, or of all tensors."""
     return {
         name: tensor.clone()
         for name, tensor in model.state_dict().items()
@@ -55,7 +55,7 @@ def sha256(path) -> str:
 
 @torch.no_grad()
 def knowledge(model, name: str) -> torch.Tensor:
-    """An adapter's own output, whatever stands beside it; from any class."""
+    """The output of one adapter, independent of other adapters and the class."""
     inputs = batch(padding=2)
     states = model.backbone(**inputs, output_hidden_states=True).hidden_states
     return model.adapters[name](states, inputs["attention_mask"])
@@ -63,7 +63,7 @@ def knowledge(model, name: str) -> torch.Tensor:
 
 @pytest.fixture
 def hub(tmp_path):
-    """`hub(folder, commit)`: puts a folder into a Hub cache as `org/model`, and gives the cache's place."""
+    """`hub(folder, commit)`: puts a folder into a Hub cache as `org/model`, and returns the path of the cache."""
 
     def put(folder, commit="a" * 40, branch="main"):
         repository = tmp_path / "hub" / "models--org--model"
@@ -138,7 +138,7 @@ def test_adapter_that_does_not_fit_the_backbone_is_refused_before_anything_chang
     assert list(model.adapters) == model.active_knowledge_adapters == ["factual", "linguistic"]
 
 
-# ---- Any number, each of its own kind -------------------------------------------------------------------------------
+# ---- Any number of adapters, of different configurations ------------------------------------------------------------
 
 
 @fusions
@@ -577,7 +577,7 @@ def test_adapter_called_like_a_part_is_saved_and_loaded(build, tmp_path):
 
 
 def test_configuration_class_of_travelled_code_is_accepted(build):
-    """A repository's own code defines a `KnowledgeAdapterConfig` of its own."""
+    """The code of a repository defines a separate `KnowledgeAdapterConfig`."""
     travelled = type("KnowledgeAdapterConfig", (KnowledgeAdapterConfig,), {})
     model = build(adapters=())
     model.add_knowledge_adapter("factual", travelled(**SMALL_ADAPTER))

@@ -1,4 +1,4 @@
-"""The backbone is the one that the K-Adapter was trained on, or there is an error; a changed backbone is never lost."""
+"""A different backbone from the one used in training is an error; a changed backbone is never lost."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def saved(saved_once, own_backbone, tmp_path):
 
 
 def make_backbone(folder, seed=7, **changes):
-    """A tiny RoBERTa as the tests' own, but for its weights and `changes`."""
+    """A tiny RoBERTa like the one of the tests, except for its weights and `changes`."""
     set_seed(seed)
     config = RobertaConfig(**{**TINY["roberta"].to_dict(), **changes})
     model = AutoModelForMaskedLM.from_config(config)
@@ -66,7 +66,7 @@ def edit_config(folder, **fields):
 
 
 def refusal(error, function, *args, **kwargs) -> str:
-    """The message of the error, after checking that nothing random was made before it."""
+    """The message of the error, after checking that nothing was initialised before it."""
     before = torch.get_rng_state()
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
@@ -329,7 +329,7 @@ def test_a_model_cast_after_loading_does_not_store_its_backbone(saved, tmp_path)
 
 
 def test_a_backbone_cast_there_and_back_is_not_the_named_one_any_more(saved, tmp_path):
-    """Its weights have lost precision: another backbone, which is stored."""
+    """Its weights have lost precision, so it is a different backbone, which is stored."""
     model = KAdapterModel.from_pretrained(saved)
     model.backbone.to(torch.bfloat16).to(torch.float32)
     model.save_pretrained(tmp_path / "again")
@@ -445,7 +445,7 @@ def test_a_frozen_backbone_whose_source_is_damaged_is_stored(own_backbone, build
 
 
 def test_a_change_that_the_fingerprint_does_not_see_is_stored(tmp_path, build):
-    """The fingerprint is a sample; what decides about storing is every bit."""
+    """The fingerprint covers a sample; storing depends on every bit."""
     folder = make_backbone(tmp_path / "large", vocab_size=1000)
     model = build(backbone=folder)
     before = model.backbone_fingerprint()

@@ -1,4 +1,4 @@
-"""Every tested backbone type, where a backbone comes from, and what can't be one."""
+"""All tested backbone types, sources of backbones, and models that can't be backbones."""
 
 import copy
 import shutil
@@ -95,7 +95,7 @@ def test_output_at_real_tokens_ignores_what_padding_follows(model_type, on):
 @every_backbone
 @torch.no_grad()
 def test_adapter_at_real_tokens_ignores_what_padding_precedes(model_type, on):
-    """For the same states: where the backbone itself numbers positions from the left, they are told to it."""
+    """For the same states, positions are passed explicitly to backbones that number them from the left."""
     model = on(model_type)
     states = stock_states(model, batch(rows=2))
     shifted = tuple(nn.functional.pad(state, (0, 0, 4, 0), value=3.0) for state in states)
@@ -139,7 +139,7 @@ def test_left_padding_needs_no_positions_where_the_backbone_needs_none(model_typ
 @every_backbone
 @torch.no_grad()
 def test_attending_to_padding_is_another_thing(model_type, on):
-    """What `attend_to_padding=True` is for: padding then has a say in every position."""
+    """With `attend_to_padding=True`, padding influences every position."""
     model = on(model_type)
     plain = model(**batch(rows=2)).knowledge_states["factual"]
     model.adapters["factual"].config.attend_to_padding = True
@@ -204,7 +204,7 @@ def test_language_model_head_comes_from_the_backbones_repository(model_type, on,
 
 @every_backbone
 def test_fused_states_go_through_the_backbones_head(model_type, on, backbones):
-    """Its own class, given the fused states as if its encoder had made them."""
+    """Its own class, with the fused states in place of its encoder's output."""
     model = on(model_type, KAdapterForMaskedLM)
     whole = stock(backbones[model_type], AutoModelForMaskedLM)
 
@@ -253,7 +253,7 @@ def test_backbone_may_be_a_loaded_model(backbone, tmp_path):
 
 @torch.no_grad()
 def test_loaded_models_pooler_is_left_behind(backbone, tmp_path):
-    """Most encoders have one when they are loaded; nothing here reads it, so it is neither saved nor trained."""
+    """Most encoders have a pooler when loaded; it is not used here, so it is neither saved nor trained."""
     loaded = AutoModel.from_pretrained(backbone)
     assert loaded.pooler is not None
     model = KAdapterModel.from_backbone(loaded, freeze_backbone=False)
@@ -467,7 +467,7 @@ def test_quantization_is_the_backbones_own_and_it_is_not_stored(model_class, bui
         assert not torch.equal(projection * 4, (projection * 4).round())
         model.save_pretrained(tmp_path / str(number))
         assert not (tmp_path / str(number) / "backbone.safetensors").exists()
-        loaded = model_class.from_pretrained(tmp_path / str(number))  # at full precision, as nothing else is asked for
+        loaded = model_class.from_pretrained(tmp_path / str(number))  # in full precision, the default
         assert torch.equal(loaded.backbone(**batch()).last_hidden_state, plain.backbone(**batch()).last_hidden_state)
         again = model_class.from_pretrained(tmp_path / str(number), quantization_config=RoundedConfig(4))
         assert torch.equal(again(**batch()).logits, model(**batch()).logits)
@@ -524,7 +524,7 @@ def test_model_that_returns_no_hidden_states_is_refused_in_a_sentence():
 
 
 class Promising(Silent):
-    """One that says it would return them, and doesn't."""
+    """A model that claims to return hidden states, but does not."""
 
     def forward(self, input_ids, attention_mask=None, output_hidden_states=None, return_dict=None):
         return super().forward(input_ids)

@@ -1,4 +1,4 @@
-"""The model card: what it says, that its snippet runs, and that a user's changes outlive later saves."""
+"""The model card: its content, its runnable snippet, and the preservation of a user's edits."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ PROVENANCE = {
 
 @pytest.fixture
 def model(build):
-    """With a backbone from the Hub, as the card of one in a local folder says less."""
+    """With a backbone from the Hub, for which the card has more information than for a local folder."""
     model = build(adapters=[])
     model.config.backbone_name_or_path = "user/small-encoder"
     model.config.backbone_revision = "a" * 40
@@ -95,13 +95,13 @@ def test_words_of_the_provenance_break_no_table(build):
 
 @pytest.mark.parametrize("model_class", (KAdapterModel, KAdapterForRelationClassification))
 def test_the_snippet_runs_as_printed(build, backbone, model_class, tmp_path, monkeypatch, capsys):
-    """In the folder itself, with the backbone as a folder beside it."""
+    """In the folder itself, with the backbone in a folder next to it."""
     build(model_class).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / os.path.basename(backbone)).symlink_to(backbone)
     code = re.search(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)[1]
     assert model_class.__name__ in code
     monkeypatch.chdir(tmp_path / "model")
-    exec(code, {})  # hub/test_hub_pushes.py runs one in a process of its own
+    exec(code, {})  # hub/test_hub_pushes.py runs one in a separate process
     assert capsys.readouterr().out.startswith("torch.Size([1, ")
 
 

@@ -1,4 +1,4 @@
-"""What a configuration accepts, what it refuses with the field's name, and what comes back from a file."""
+"""Configurations: valid values, errors that name the field, and saving and loading."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A file of a K-Adapter that is missing, damaged, forged or from elsewhere is refused, and the message says what to do."""
+"""Missing, damaged, forged or foreign files of a K-Adapter are refused with a helpful message."""
 
 import json
 import re
@@ -26,7 +26,7 @@ WAY_OUT = re.compile(
 
 
 def saved_model(backbone, folder, seed, names=("factual", "linguistic")):
-    """A classifier with a backbone of its own, so that its folder has every kind of file."""
+    """A classifier that stores its backbone, so that its folder has every kind of file."""
     set_seed(seed)
     adapters = {name: small_adapter(backbone_layers=[0]) for name in names}
     model = KAdapterForSequenceClassification.from_backbone(backbone, adapters=adapters, num_labels=3)
@@ -62,7 +62,7 @@ def folder(original, tmp_path):
 
 
 def assert_refused(folder, *words, readers=(AutoModelForSequenceClassification,)):
-    """The Auto class, which has the class itself load the folder, does not, and says why and what to do."""
+    """Loading with the Auto class, which calls the model class, fails with a helpful message."""
     for model_class in readers:
         with pytest.raises(KAdapterLoadError) as caught:
             model_class.from_pretrained(folder)
@@ -98,7 +98,7 @@ def reindex(folder, file, tensors):
     edit_json(folder / INDEX, change)
 
 
-# ---- Files that are not there or not whole ------------------------------------------------------------------------------
+# ---- Missing or incomplete files -----------------------------------------------------------------------------------------
 
 
 def test_the_undamaged_folder_loads(original, folder):
@@ -348,7 +348,7 @@ def test_a_tensor_with_other_values_is_refused(folder, file):
 
 @pytest.fixture(scope="module")
 def plain_model(backbone):
-    """A model that could load the adapter, so that only the damage keeps it from doing so."""
+    """A model that could load the adapter if it were not damaged."""
     return KAdapterModel.from_backbone(backbone)
 
 

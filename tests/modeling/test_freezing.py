@@ -1,4 +1,4 @@
-"""What trains and what doesn't: gradients, dropout, and what of it comes back from a file."""
+"""Trained and frozen parts: gradients, dropout, and their state after loading."""
 
 import pytest
 import torch
@@ -155,7 +155,7 @@ def test_no_graph_is_built_through_what_is_frozen(build):
 
 
 def test_frozen_adapters_pass_gradients_on_to_a_backbone_that_trains(build):
-    """As in the original's fine-tuning: what the adapters read comes from the backbone."""
+    """As in the original's fine-tuning, the adapters' inputs come from the backbone."""
     model = build(adapters=("factual",), fusion="add", freeze_backbone=False)
     model.freeze_knowledge_adapters()
     output = model(**batch())

@@ -1,4 +1,4 @@
-"""Whatever stands in config.json, the index or an adapter's metadata: a model comes of it, or a documented error."""
+"""Any content of config.json, the index or an adapter's metadata yields a model or a documented error."""
 
 import copy
 import json
@@ -96,7 +96,7 @@ def config_dict() -> dict:
 
 @pytest.fixture(scope="module")
 def saved(backbone, tmp_path_factory):
-    """Two saved models, the second with a backbone of its own, by the place of their folders."""
+    """Two saved models by folder; the second stores its backbone."""
     models = {}
     for own_backbone in (False, True):
         set_seed(0)
@@ -256,7 +256,7 @@ def test_changed_bytes_give_the_model_or_a_documented_error(scratch, data, name)
 @FUZZ
 @given(data=st.data(), forged=st.booleans())
 def test_changed_metadata_gives_an_adapter_or_a_documented_error(scratch, backbone, data, forged, tmp_path_factory):
-    """Also where someone made its checksum fit."""
+    """Also with a matching forged checksum."""
     original, trained = scratch[0][1:]
     with safe_open(original / FACTUAL, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -93,7 +93,7 @@ def assert_as_computed(model, name: str, computed: dict[str, torch.Tensor]) -> N
 
 
 def files(folder: Path) -> list[str]:
-    """What is in a repository but its code and its model card, which no golden repository holds."""
+    """The files of a repository, without its code and model card, which golden repositories don't contain."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths if path.suffix not in (".py", ".md"))
 

@@ -1,4 +1,4 @@
-"""Each head's logits and losses against values computed by hand from the fused states."""
+"""The logits and losses of each head, compared with values computed by hand from the fused states."""
 
 import pytest
 import torch
@@ -183,7 +183,7 @@ def test_regression_on_several_numbers(build):
 
 @torch.no_grad()
 def test_problem_type_of_the_configuration_decides(build):
-    """Two columns of whole numbers could be either."""
+    """Two columns of integers could be either."""
     model = build(KAdapterForSequenceClassification, num_labels=2, problem_type="multi_label_classification")
     labels = torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0]])
     output = model(**inputs_for(type(model)), labels=labels)
@@ -275,7 +275,7 @@ def test_relation_loss_is_the_mean_cross_entropy(build):
 )
 @torch.no_grad()
 def test_losses_of_parts_add_up_to_that_of_the_whole_batch(model_class, num_labels, build):
-    """Trainer adds up the losses of micro-batches, and tells each how many labels there are in all of them."""
+    """Trainer sums the losses of micro-batches and passes the total number of labels to each."""
     model = build(model_class, num_labels=num_labels)
     inputs = inputs_for(model_class, rows=8)
     inputs |= labels_for(model_class, inputs, num_labels)

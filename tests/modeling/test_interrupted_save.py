@@ -1,4 +1,4 @@
-"""A save that is killed at any moment, or finds the disk full, leaves the old model or the new one, never a mix."""
+"""A save that is killed at any time, or fails on a full disk, leaves the old model or the new one, never a mix."""
 
 import errno
 import faulthandler
@@ -158,7 +158,7 @@ def is_model(found, expected) -> bool:
 
 
 def which(folder, models) -> int:
-    """The index of the model that the folder loads as, with every reader that there is."""
+    """The index of the model that the folder loads as, with all readers."""
     found = KAdapterForSequenceClassification.from_pretrained(folder)
     (index,) = (index for index, model in enumerate(models) if is_model(found, model))
     assert is_model(AutoModelForSequenceClassification.from_pretrained(folder), models[index])
@@ -208,7 +208,7 @@ def assert_stock_reader_sees_one(folder, models):
 
 
 def visible(folder):
-    """What is in a folder, but for the code."""
+    """The contents of a folder, without the code."""
     return {name: digest for name, digest in contents(folder).items() if not name.endswith(".py")}
 
 
@@ -255,7 +255,7 @@ def test_it_does_so_when_only_the_old_model_had_its_own_backbone(old, new_with_b
 def test_a_save_that_is_killed_after_one_that_was_killed_leaves_the_first_new_model_or_the_second(
     old, new, new_with_backbone, tmp_path
 ):
-    """The folder that the second save finds is neither of them as yet: the moving had begun."""
+    """The second save finds a folder that is neither model yet, because moving had started."""
     old.save_pretrained(tmp_path / "first")
     assert killed_at(5, tmp_path / "first", lambda: new.save_pretrained(tmp_path / "first"), from_move=True)
     assert (tmp_path / "first" / STAGING).is_dir() and which(tmp_path / "first", [old, new]) == 1

@@ -1,4 +1,4 @@
-"""What transformers checks on each of its own encoder models, for every class of this package."""
+"""The common tests of transformers' encoder models, for every class of this package."""
 
 import copy
 import inspect
@@ -132,7 +132,7 @@ def test_base_model_of_a_head_model_drops_the_head_and_says_so(model_class, buil
 
 
 def test_head_of_another_class_is_not_taken_over(build, tmp_path):
-    """Both have a `classifier.weight` of the same shape, which means something else in each."""
+    """Both have a `classifier.weight` of the same shape, with different meanings."""
     build(KAdapterForSequenceClassification).save_pretrained(tmp_path)
     model, info = KAdapterForTokenClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] == info["unexpected_keys"] == {"classifier.weight", "classifier.bias"}
@@ -224,7 +224,7 @@ def test_new_projections_have_the_spread_that_is_asked_for(backbone):
 
 
 def test_new_adapter_is_almost_the_identity(backbone):
-    """Each layer passes on what it reads, so the adapter gives the sum of the states that it reads."""
+    """Each layer passes its input on, so the adapter returns the sum of the states that it reads."""
     model = KAdapterModel.from_backbone(backbone, adapters={"factual": small_adapter(backbone_layers=[0, 2, 3])})
     output = run(model, output_hidden_states=True)
     wanted = output.hidden_states[0] + output.hidden_states[2] + output.hidden_states[3]

@@ -1,4 +1,4 @@
-"""The package computes what the original implementation computed (tests/fixtures/reference/README.md)."""
+"""The package reproduces the outputs of the original implementation (tests/fixtures/reference/README.md)."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ NAMES = {"factual": "fac", "linguistic": "lin"}
 
 @functools.cache
 def by_rule(name: str, shape: tuple[int, ...], scale: float, offset: float = 0.0) -> torch.Tensor:
-    """The value of a tensor under the closed rule that stands for the original run's weights."""
+    """The value of a tensor under the formula that was used for the weights of the original run."""
     count = int(np.prod(shape))
     x = np.arange(count, dtype=np.uint32) + np.uint32(zlib.crc32(f"{SIZES['seed']}:{name}".encode()))
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -187,7 +187,7 @@ def test_factual_pretraining(arrays, prefix):
 
 @torch.no_grad()
 def test_without_attend_to_padding_real_positions_ignore_it(arrays):
-    """The same rows with more padding behind them: nothing changes where there is a token."""
+    """The same rows with more padding at the end: outputs at tokens don't change."""
     model = copy.deepcopy(reference_model(KAdapterModel))
     model.set_active_knowledge_adapters(list(NAMES))
     for adapter in model.adapters.values():

@@ -1,4 +1,4 @@
-"""The dependency parser: scores and losses computed by hand, the search for trees, and stock Trainer on it."""
+"""The dependency parser: scores and losses computed by hand, tree decoding, and training with the stock Trainer."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ def collator(tokenizer):
 
 @pytest.fixture
 def rows(tokenizer):
-    """The sentences as a dataset's rows: each word of them is one token, after the one that begins the text."""
+    """The sentences as a dataset's rows: each word is one token, after the initial special token."""
     found = []
     for text, heads, relations in SENTENCES:
         row = dict(tokenizer(text))
@@ -261,7 +261,7 @@ def is_tree(heads) -> bool:
 
 @pytest.mark.parametrize("words", [1, 2, 3, 4])
 def test_tree_is_the_best_of_all(words):
-    """Against all trees, tried one by one, on scores of which most have no greedy tree."""
+    """Compared with an exhaustive search over all trees, mostly on scores whose greedy solution is not a tree."""
     generator = torch.Generator().manual_seed(words)
     trees = [heads for heads in itertools.product(range(words + 1), repeat=words) if is_tree(heads)]
     assert len(trees) == words ** (words - 1)
@@ -337,7 +337,7 @@ def test_trains_to_the_right_trees_evaluates_saves_and_loads(backbone, rows, col
 def test_micro_batches_of_sentences_of_different_lengths_give_the_steps_of_the_large_batch(
     build, rows, collator, tmp_path
 ):
-    """With SGD, as Adam would make whole steps of rounding errors."""
+    """With SGD, because Adam would turn rounding errors into full steps."""
     results = []
     for size in (4, 2, 1):
         model = build(KAdapterForDependencyParsing, num_labels=5, classifier_dropout=0.0)

@@ -151,7 +151,7 @@ def answer(model, tokenizer, question: str, context: str) -> tuple[str, float]:
 
 
 def test_question_answering(saved, tokenizer):
-    """transformers 5 has no pipeline for it, so what that did is done here, with what a saved model gives it."""
+    """transformers 5 has no pipeline for it, so its steps are done here with a saved model."""
     context = "marie curie was born in berlin and dante was born in rome"
     questions = {"where was curie born ?": "berlin", "where was dante born ?": "rome"}
     model, folder = saved(KAdapterForQuestionAnswering)

@@ -1,4 +1,4 @@
-"""Importing the package makes its models known to transformers' Auto classes, and changes nothing else there."""
+"""Importing the package registers its models with the Auto classes and does not change transformers otherwise."""
 
 import importlib
 import importlib.metadata
@@ -131,7 +131,7 @@ def test_one_import_is_enough(fresh):
 
 
 def test_import_leaves_optional_packages_alone(fresh):
-    """They are slow to import, and not all of them are always there; what transformers imports itself is its own."""
+    """They are slow to import and partly optional; imports by transformers itself don't count."""
     assert not {"peft", "datasets", "matplotlib"} & set(fresh["added"])
 
 

@@ -1,4 +1,4 @@
-"""A saved K-Adapter loads by its own code, `trust_remote_code=True`, where this package is not installed."""
+"""A saved K-Adapter loads with its own code, by `trust_remote_code=True`, without this package installed."""
 
 import ast
 import json
@@ -90,7 +90,7 @@ def some_of(source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def second(first, tmp_path_factory):
-    """Likewise what another such process found in some of what the first one has saved."""
+    """The same for another process, which loads some of the models saved by the first one."""
     target = tmp_path_factory.mktemp("thrice")
     source = some_of(first[1], tmp_path_factory.mktemp("source"))
     return run(source, target, "blocked", tmp_path_factory.mktemp("modules")), target

@@ -1,4 +1,4 @@
-"""What a saved K-Adapter consists of, and that it comes back as it was, whatever class, folder or process it is in."""
+"""The files of a saved K-Adapter, and loading it unchanged in any class, folder or process."""
 
 import ast
 import json
@@ -388,7 +388,7 @@ def test_an_adapter_has_the_same_bytes_in_a_trainer_checkpoint(once, tmp_path):
 
 
 def test_an_adapter_has_the_same_bytes_in_another_process(once, tmp_path):
-    """In a whole model and alone; all other files are the same too, but for a head that is new and random."""
+    """In a complete model and alone; all other files are identical too, except a new, random head."""
     program = (
         "import sys; from kadapter_hf import KAdapterForRelationClassification as C\n"
         "model = C.from_pretrained(sys.argv[1]); model.save_pretrained(sys.argv[2])\n"
@@ -442,7 +442,7 @@ def test_an_adapter_loads_under_another_name(once, backbone, tmp_path):
     assert torch.equal(knowledge, output_of(base).knowledge_states["factual"])
     model.save_pretrained(tmp_path / "renamed")
     assert_same_weights(KAdapterModel.from_pretrained(tmp_path / "renamed"), model)
-    # Two of one adapter in one model, and its first name back: the file is what it was.
+    # The same adapter twice in one model, then saved under its first name: the file is unchanged.
     model.load_knowledge_adapter(folder / FACTUAL)
     model.load_knowledge_adapter(tmp_path / "renamed", "third")
     assert list(model.adapters) == ["facts", "factual", "third"]
@@ -567,7 +567,7 @@ def test_stray_safetensors_in_the_folder_change_nothing(folder, once):
 
 
 def test_layers_of_a_new_head_are_initialised_in_their_order(build, tmp_path):
-    """Whatever the order in which Python's sets iterate: the same seed gives the same head in every process."""
+    """The same seed gives the same head in every process, independently of the iteration order of sets."""
     build(KAdapterModel).save_pretrained(tmp_path)
     set_seed(3)
     model = KAdapterForEntityTyping.from_pretrained(tmp_path, num_labels=4)

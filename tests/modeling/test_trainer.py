@@ -1,4 +1,4 @@
-"""Stock Trainer on every head: training, evaluating, predicting, checkpoints, and the aids that it offers."""
+"""The stock Trainer with every head: training, evaluation, prediction, checkpoints, and its other features."""
 
 import dataclasses
 import itertools
@@ -100,7 +100,7 @@ every_task_and_backbone = pytest.mark.parametrize(
         *(pytest.param(TASKS[name], False, id=f"{name}-unfrozen") for name in SOME_TASKS),
     ],
 )
-# For what does not depend on the loss: one task of each class.
+# For tests that don't depend on the loss: one task per class.
 every_class_and_backbone = pytest.mark.parametrize(
     ("task", "freeze_backbone"),
     [
@@ -279,7 +279,7 @@ def test_accumulated_gradients_are_those_of_the_one_large_batch(task, build, tra
 
 
 def test_accumulation_weighs_micro_batches_by_their_labels(build, trainer_for, tokenizer):
-    """Texts of different lengths, padded by the stock collator: what counts is each label, not each micro-batch."""
+    """Texts of different lengths, padded by the stock collator: the loss is averaged over labels, not micro-batches."""
     generator = torch.Generator().manual_seed(0)
     rows = [
         {"input_ids": torch.randint(5, 60, (length,), generator=generator).tolist(), "labels": [length % 3] * length}
@@ -352,7 +352,7 @@ def test_a_checkpoint_is_a_model_and_holds_the_backbone_only_if_that_trains(
 
 @every_class_and_backbone
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(task, freeze_backbone, build, trainer_for, warned):
-    """With dropout in all that trains, so that the state of the random numbers counts too."""
+    """With dropout in all trained parts, so that the state of the random number generator matters too."""
     dataset = task.dataset()
     arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "freeze_backbone": freeze_backbone}
     freeze = {"freeze_backbone": arguments.pop("freeze_backbone")}
@@ -424,7 +424,7 @@ def test_the_best_model_is_loaded_at_the_end(task, freeze_backbone, build, train
 
 @some_tasks
 def test_the_best_model_may_be_one_whose_backbone_had_not_changed_yet(task, build, trainer_for):
-    """A warm-up begins with a learning rate of 0, and what the backbone became later must not stay in the best model."""
+    """Warm-up starts with a learning rate of 0, and later changes of the backbone must not remain in the best model."""
     dataset = task.dataset(8)
     model = task.build(build, freeze_backbone=False)
     trainer = trainer_for(
@@ -498,7 +498,7 @@ def test_a_frozen_head_has_no_dropout_either(task, build):
 
 
 class Watch(TrainerCallback):
-    """Notes which parts are in training mode whenever a step begins."""
+    """Records which parts are in training mode at the start of each step."""
 
     def __init__(self):
         self.modes = []
@@ -551,7 +551,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_the_weights_in_float32(task, freeze
 
 
 def run_with(build, trainer_for, task, freeze_backbone, **arguments):
-    """A short run with dropout, and what was seen of it: the model, its steps, and whether the states have a graph."""
+    """A short run with dropout; returns the model, its steps, and whether the states have a graph."""
     model = task.build(build, freeze_backbone=freeze_backbone)
     graphs, runs = set(), []
     model.backbone.register_forward_hook(
@@ -581,7 +581,7 @@ def test_gradient_checkpointing_trains_as_without_it(name, freeze_backbone, use_
     )
     assert its_runs == 2 * runs  # each layer is computed once more in the backward pass
     assert its_graphs == graphs  # a frozen backbone keeps none, and nothing is propagated back through it
-    # The same to the last bit, but for the order in which the gradients of what several parts read are added up.
+    # Identical except for the order in which gradients of states read by several parts are summed.
     tolerance = {"rtol": 0, "atol": 0} if freeze_backbone else {"rtol": 1e-4, "atol": 1e-5}
     assert its_steps == steps if freeze_backbone else its_steps == [pytest.approx(step, rel=1e-4) for step in steps]
     assert_close_weights(again, model, **tolerance)

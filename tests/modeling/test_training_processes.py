@@ -1,4 +1,4 @@
-"""Training in processes of its own: killed and resumed, and several of them side by side."""
+"""Training in separate processes: killed and resumed, and distributed."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def launch() -> tuple[str, ...]:
 
 
 def start(command: Sequence[str], settings: dict, **environment: str) -> subprocess.Popen:
-    """A process in a group of its own, so that all of its children can be killed with it."""
+    """A process in a separate group, so that its children can be killed with it."""
     return subprocess.Popen(
         [sys.executable, *command, SCRIPT, json.dumps(settings)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
@@ -66,7 +66,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def train(settings: dict, command: Sequence[str] = ()) -> dict:
-    """Runs the script to its end. What Trainer says of missing or unexpected weights is an error."""
+    """Runs the script to its end. Trainer's warnings about missing or unexpected weights are errors."""
     printed = finish(start(command, settings))
     assert "missing keys" not in printed and "unexpected keys" not in printed, printed
     return json.loads(Path(settings["output"], "result.json").read_text())
@@ -89,7 +89,7 @@ def assert_close(model, other) -> None:
 
 
 def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(backbone, tmp_path):
-    """All parts train, with dropout; what happened after the last checkpoint is done again."""
+    """All parts train, with dropout; steps after the last checkpoint are repeated."""
     settings = {
         "backbone": backbone,
         "head": "KAdapterForTokenClassification",

@@ -1,4 +1,4 @@
-"""Pushes to the Hub that HF_ENDPOINT names, one repository for each thing to be seen; prints what was raised and returned."""
+"""Pushes to the Hub at HF_ENDPOINT, with one repository per case; prints the results and exceptions."""
 
 import json
 import sys

@@ -1,10 +1,10 @@
 """
-Loads and saves K-Adapters by the code in their own folders. Run in a process of its own by test_remote_code.py:
+Loads and saves K-Adapters with the code in their folders. Run in a separate process by test_remote_code.py:
 
     remote_code.py SOURCE TARGET blocked|installed
 
-SOURCE has a folder for each class with a model, and beside it a .safetensors file with inputs and the expected output.
-Prints what it has found as JSON.
+SOURCE has a folder with a model for each class, and a .safetensors file with inputs and the expected output.
+Prints the results as JSON.
 """
 
 import importlib.abc
@@ -38,7 +38,7 @@ def same_output(model, inputs, expected) -> bool:
 
 
 def auto_class_of(folder: Path) -> type:
-    """The Auto class for what is in a folder, or the very class where transformers has none."""
+    """The Auto class for a folder, or the model class if transformers has none."""
     known = json.loads((SOURCE / "auto_classes.json").read_text())
     if folder.name in known:
         return getattr(transformers, known[folder.name])

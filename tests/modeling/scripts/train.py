@@ -1,5 +1,5 @@
 """
-One training run with stock Trainer, as a process or several of their own: `train.py '{"backbone": …, "output": …}'`.
+One training run with the stock Trainer, in one or several processes: `train.py '{"backbone": …, "output": …}'`.
 
 The settings are JSON; see `SETTINGS`. The first process writes `result.json` and the trained model into the output.
 """
@@ -27,7 +27,7 @@ SETTINGS = {
     "active": ["factual", "linguistic"],
     "freeze_backbone": True,
     "dropout": True,
-    "stop_after": None,  # the step after which to wait for the end
+    "stop_after": None,  # the step after which to wait to be killed
     "resume": None,  # a checkpoint
     "fsdp_on_cpu": False,
     "arguments": {},  # of TrainingArguments
@@ -66,7 +66,7 @@ def rows(head: type, count: int = 16) -> Dataset:
 
 
 def use_fsdp_on_cpu() -> None:
-    """Says to accelerate, which takes FSDP for GPUs alone, that these CPU processes are to run it."""
+    """Makes accelerate, which supports FSDP only on GPUs, run it in these CPU processes."""
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 
     plugin = FullyShardedDataParallelPlugin()
@@ -78,7 +78,7 @@ def use_fsdp_on_cpu() -> None:
 
 def main(settings: dict) -> Trainer:
     head, output = HEADS[settings["head"]], Path(settings["output"])
-    # First, as scripts do: how many processes there are is known from here on.
+    # First, as in scripts: the number of processes is known from here on.
     args = TrainingArguments(
         output_dir=str(output),
         report_to=[],
