@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import parse_ratelimit_headers
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 
 from .format_kadapter import (
@@ -66,7 +67,11 @@ def adapter_file(source: str | os.PathLike, name: str | None, **hub_kwargs) -> P
 
 
 def patiently(call: Callable[..., T], *args, **kwargs) -> T:
-    """Calls the Hub's client, and again after a wait if the Hub answers that there were too many requests."""
+    """
+    Calls the Hub's client, and again after a wait if the Hub answers that there were too many requests.
+
+    The client itself waits only where it transfers files.
+    """
     for attempt in range(1, ATTEMPTS):
         try:
             return call(*args, **kwargs)
@@ -75,8 +80,8 @@ def patiently(call: Callable[..., T], *args, **kwargs) -> T:
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             if response is None or response.status_code != 429:
                 raise
-            asked = response.headers.get("Retry-After", "")
-            seconds = int(asked) if asked.isdigit() else 2**attempt
+            limit, asked = parse_ratelimit_headers(response.headers), response.headers.get("Retry-After", "")
+            seconds = limit.reset_in_seconds + 1 if limit else int(asked) if asked.isdigit() else 2**attempt
             if seconds > LONGEST_WAIT:
                 raise
             logger.warning(f"too many requests to the Hub: trying again in {seconds} s.")

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ class Request:
     body: bytes
     user: str | None = None
     status: int | None = None  # of the answer
+    time: float = field(default_factory=time.monotonic)
 
     @property
     def json(self) -> Any:

@@ -19,6 +19,8 @@ CHUNK = 10 * 2**20  # the client keeps what it has received in steps of this siz
 BROKEN_AFTER = CHUNK + 2**20
 WIDE_ADAPTER = SMALL_ADAPTER | {"hidden_size": 320, "intermediate_size": 1280}  # its file is larger than that
 AGAIN = {"Retry-After": "1"}
+SECONDS = 4  # that the Hub's other header asks to wait
+RATE_LIMIT = {"RateLimit": f'"api";r=0;t={SECONDS}'}
 
 WITHOUT = {"adapter": FACTUAL, "head": "head.safetensors", "index": INDEX, "config": "config.json"}
 # By repository: the file that is served with wrong bytes, and the single byte that is changed, if not all are.
@@ -245,7 +247,9 @@ def troubled(pushed, tmp_path_factory) -> Troubled:
             for place, (method, path) in places.items():
                 if places is BUSY_DOWNLOADS:
                     copy_of(PRIVATE, f"busy-{place}")
-                hub.fail(method, path.format(f"user/busy-{place}"), 429, headers=AGAIN)
+                hub.fail(
+                    method, path.format(f"user/busy-{place}"), 429, headers=RATE_LIMIT if place == "info" else AGAIN
+                )
 
         for name, (file, at) in DAMAGES.items():
             source = BACKBONE if name.startswith("backbone") else WIDE if name == "unsampled-byte" else MODEL
@@ -343,6 +347,13 @@ def test_a_download_waits_when_it_is_told_to(troubled, pushed, place):
 @pytest.mark.parametrize("place", BUSY_UPLOADS)
 def test_an_upload_waits_when_it_is_told_to(troubled, place):
     assert troubled.found["busy"][place] == troubled.hub.repositories[f"user/busy-{place}"].refs[MAIN]
+
+
+def test_an_upload_waits_for_as_long_as_the_rate_limit_says(troubled):
+    refused, answered = [r.time for r in troubled.hub.log if r.method == "GET" and r.path.endswith("/user/busy-info")][
+        :2
+    ]
+    assert answered - refused >= SECONDS
 
 
 def test_each_place_told_to_wait_once(troubled):
