@@ -56,7 +56,7 @@ class KAdapterModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the fused states.
         backbone_last_hidden_state (`torch.FloatTensor` of that shape): the backbone's last.
         knowledge_states (`dict[str, torch.FloatTensor]`): each active adapter's output, of that shape.
-        hidden_states, attentions (`tuple`, *optional*): the backbone's, as its own forward returns them.
+        hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
     """
 
     last_hidden_state: torch.FloatTensor | None = None

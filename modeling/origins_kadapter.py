@@ -43,6 +43,10 @@ class Origins:
         """A repository, folder or file, or `"new"`."""
         return self._sources.get(part, "new")
 
+    def is_new(self, part: str) -> bool:
+        """Whether a part was made here, not loaded."""
+        return part not in self._sources
+
     def forget(self, part: str) -> None:
         self._sources.pop(part, None)
         self._fingerprints.pop(part, None)
@@ -82,7 +86,7 @@ class Origins:
         for name, adapter in config.knowledge_adapters.items():
             part = f"adapters.{name}"
             # An adapter that was loaded without a fingerprint keeps none: which backbone it was trained on is unknown.
-            never_set = adapter.backbone_fingerprint is None and self.source(part) == "new"
+            never_set = adapter.backbone_fingerprint is None and self.is_new(part)
             if never_set or self.is_changed(state_dict, part):
                 adapter.backbone_fingerprint = self.backbone_fingerprint(model, state_dict)
                 adapter.backbone_name_or_path = config.backbone_name_or_path

@@ -18,13 +18,13 @@ from .registry_kadapter import register_head
 class DependencyParserOutput(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor`, *optional*): of arcs and relations, where both kinds of labels were given.
-        arc_logits (`torch.FloatTensor` of shape `(batch, words, words + 1)`): of each word, a score for each head: the
-            root, then the words. What can't be the head, the word itself and padding, has the dtype's lowest number;
-            of padding, that is all.
-        relation_logits (`torch.FloatTensor` of shape `(batch, words, words + 1, num_labels)`): of each word and head,
-            a score for each relation. None while the model trains on labels: then only the right heads' are computed.
-        hidden_states, attentions (`tuple`, *optional*): the backbone's, as its own forward returns them.
+        loss (`torch.FloatTensor`, *optional*): of arcs and relations, if both kinds of labels were passed.
+        arc_logits (`torch.FloatTensor` of shape `(batch, words, words + 1)`): for each word, a score for each possible head:
+            the root, then the words. The word itself and padding can't be heads and have the lowest number of the dtype, as
+            has every head of a padded word.
+        relation_logits (`torch.FloatTensor` of shape `(batch, words, words + 1, num_labels)`): for each word and head, a
+            score for each relation. None in training with labels, which only needs those of the correct heads.
+        hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
     """
 
     loss: torch.FloatTensor | None = None
@@ -35,25 +35,25 @@ class DependencyParserOutput(ModelOutput):
 
 
 def words_in(arc_logits: torch.Tensor) -> list[int]:
-    """How many words each row of a parser's `arc_logits` has: all but padding can hang on the root."""
-    # Above the lowest number of float16, and of every other dtype.
+    """The number of words in each row of a parser's `arc_logits`: words that are not padding can have the root as head."""
+    # Scores above the lowest number of float16, which has the smallest range.
     is_word = arc_logits[:, : arc_logits.shape[2] - 1, 0] > torch.finfo(torch.float16).min / 2
     return is_word.sum(1).tolist()
 
 
 def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[int]:
     """
-    The best dependency tree of a sentence in which exactly one word hangs on the root.
+    The best dependency tree of a sentence in which exactly one word has the root as its head.
 
     Args:
-        arc_scores: `(words, words + 1)`: of each word, the score of each head, the root and then the words. That of
-            the word itself is not looked at.
+        arc_scores: `(words, words + 1)`, for each word the score of each head: the root, then the words. The score of the
+            word itself is ignored.
 
     Returns:
-        The head of each word: 0 for the root, else the head's number from 1 on.
+        The head of each word: 0 for the root, else the number of the word, starting at 1.
 
     Raises:
-        ValueError: a score is not a number.
+        ValueError: a score is NaN.
     """
     scores = torch.as_tensor(arc_scores).detach().to(device="cpu", dtype=torch.float64, copy=True)
     if scores.isnan().any():
@@ -63,7 +63,7 @@ def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[in
     heads = scores.argmax(-1).tolist() if words else []
     if not words or (heads.count(0) == 1 and not _cycle([0, *heads])):
         return heads
-    # Each word on the root costs more than all other choices can gain.
+    # Each further word on the root costs more than all other choices can gain.
     possible = scores[scores.isfinite()]
     scores[:, 0] -= (possible.max() - possible.min()) * words + 1
     nobody = torch.full((1, words + 1), -torch.inf, dtype=scores.dtype)
@@ -72,14 +72,15 @@ def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[in
 
 def _best_heads(scores: torch.Tensor) -> list[int]:
     """
-    The spanning tree of the highest sum, of `(nodes, nodes)` scores of each node's heads; node 0 is the root, whose own
-    head is 0. Source: Chu and Liu (1965), Edmonds (1967), as in McDonald et al. (HLT 2005, figure 3).
+    The heads of the maximum spanning tree for `(nodes, nodes)` scores of each node's heads; node 0 is the root, with head 0.
+
+    Source: Chu and Liu (1965), Edmonds (1967), as in McDonald et al. (HLT 2005, figure 3).
     """
     heads = [0, *scores[1:].argmax(-1).tolist()]
     cycle = _cycle(heads)
     if not cycle:
         return heads
-    # The cycle becomes one node, behind the others. An arc into it replaces the one of the word that it leads to.
+    # The cycle is contracted to one node, the last. An arc into it replaces the arc within it to the same word.
     others = [node for node in range(len(heads)) if node not in cycle]
     within = scores[cycle, [heads[node] for node in cycle]]
     best_into = (scores[cycle][:, others] - within[:, None]).max(0)
@@ -122,7 +123,7 @@ def decode_parse(arc_logits: torch.Tensor, relation_logits: torch.Tensor) -> tup
 
 
 def _can_be_checked(tensor: torch.Tensor) -> bool:
-    """Looking at a GPU's values would make the program wait for it."""
+    """Reading values from a GPU would wait for it."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -172,8 +173,10 @@ def _word_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
     """
-    The cross-entropy of `(batch, words, classes)`. Trainer counts labels only where they are called `labels`; without
-    a count, each row's mean over its words is averaged over the rows, of which micro-batches have equal numbers.
+    The cross-entropy of `(batch, words, classes)` logits.
+
+    Trainer only counts labels that are called `labels`. Without a count, each row's mean over its words is averaged over the
+    rows, as micro-batches have equal numbers of rows.
     """
     if num_items_in_batch is not None:
         return cross_entropy(logits, labels, num_items_in_batch)
@@ -184,19 +187,18 @@ def _word_loss(
 @register_head()
 class KAdapterForDependencyParsing(HeadModel):
     """
-    The head of each word and its relation to it, from the fused states of the words' first tokens; the first token of
-    the text stands for the root.
+    Predicts the head of each word and the relation between them, from the fused states of the words' first tokens; the first
+    token of the text represents the root.
 
-    Source: the biaffine attention of Dozat and Manning (ICLR 2017, section 3). The original's `lin-adapter.py` classifies
-    each sub-word into one of the positions of a text of fixed length instead, and learns no relations.
+    Source: the biaffine attention of Dozat and Manning (ICLR 2017, section 3). The original's `lin-adapter.py` instead
+    classifies each sub-word as one of the positions of a text of fixed length, and learns no relations.
     """
 
     def add_head(self, config: KAdapterConfig, width: int) -> None:
         arc, relation = min(500, width), min(100, width)
         self.arc_word, self.arc_head = nn.Linear(width, arc), nn.Linear(width, arc)
         self.relation_word, self.relation_head = nn.Linear(width, relation), nn.Linear(width, relation)
-        # Applied to a word, it gives what scores its heads: with the bias, a weight for each feature of the head; for
-        # relations also a constant.
+        # Applied to a word, a scorer returns weights for the features of its heads; for relations, also a constant.
         self.arc_scorer = nn.Linear(arc, arc)
         self.relation_scorer = nn.Linear(relation, config.num_labels * (relation + 1))
 
@@ -217,20 +219,20 @@ class KAdapterForDependencyParsing(HeadModel):
         """
         Args:
             word_starts: `(batch, words)`, the position of each word's first token; -1 fills rows with fewer words.
-            head_labels: `(batch, words)`, the head of each word: 0 for the root, else the head's number in the row,
-                from 1 on; -100 where it doesn't count.
-            relation_labels: `(batch, words)`, the index of the word's relation to its head; -100 where it doesn't
-                count, as where the head doesn't.
-            num_items_in_batch: the number of words whose losses are averaged. By default it is the mean over each
-                row's words, then over the rows, so that accumulating gradients over micro-batches does not change it.
+            head_labels: `(batch, words)`, the head of each word: 0 for the root, else the number of the word in its row,
+                starting at 1; -100 is ignored.
+            relation_labels: `(batch, words)`, the index of each word's relation to its head; -100 is ignored, as is the
+                relation of a word whose head is -100.
+            num_items_in_batch: the number of words to average over. By default the loss is the mean over each row's words,
+                then over the rows, so that gradient accumulation does not change it.
 
         Returns:
-            `arc_logits` of shape `(batch, words, words + 1)` and, but while training on labels, `relation_logits` of
-            shape `(batch, words, words + 1, num_labels)`; see `decode` for the trees.
+            `arc_logits` of shape `(batch, words, words + 1)` and, except in training with labels, `relation_logits` of
+            shape `(batch, words, words + 1, num_labels)`; `decode` returns the trees.
 
         Raises:
             ValueError: `word_starts` is missing, of another shape, or outside the text; labels are of another shape, or
-                a head is no other word of the row.
+                a head is not another word of the row.
         """
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         word_starts = _check_word_starts(word_starts, encoded)
@@ -278,11 +280,11 @@ class KAdapterForDependencyParsing(HeadModel):
 
         Args:
             output: of the model in evaluation mode or without labels.
-            word_starts: as given to the model.
+            word_starts: those that the model was called with.
 
         Returns:
-            For each row the head of each word (0 for the root, else the head's number from 1 on), and the name of its
-            relation to it, from `config.id2label`.
+            For each row, the head of each word (0 for the root, else the number of the word, starting at 1), and the name of
+            the relation to it, from `config.id2label`.
         """
         if output.relation_logits is None:
             raise ValueError("the output has no relation_logits: call the model without labels or in evaluation mode.")
