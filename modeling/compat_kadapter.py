@@ -125,16 +125,19 @@ def without_load_report() -> Iterator[None]:
     All versions; it is logged with no way to turn it off. Without this, nearly every backbone prints one, as most encoders'
     repositories hold a pooler or a language-model head, which a K-Adapter does not use.
     """
-    log = logging.get_logger("transformers.modeling_utils")
+    names = ("transformers.modeling_utils", "transformers.integrations.peft")
+    logs = [logging.get_logger(name) for name in names]
 
     def keep(record):
         return "LOAD REPORT" not in record.getMessage()
 
-    log.addFilter(keep)
+    for log in logs:
+        log.addFilter(keep)
     try:
         yield
     finally:
-        log.removeFilter(keep)
+        for log in logs:
+            log.removeFilter(keep)
 
 
 def mark_initialized(model: nn.Module) -> None:

@@ -395,6 +395,10 @@ class _StatesGiven(nn.Module):
         super().__init__()
         self.__dict__["backbone"] = backbone  # not a submodule here, as it is already one of the K-Adapter
 
+    def __deepcopy__(self, memo: dict) -> "_StatesGiven":
+        """Belongs to the same backbone, unless that is copied too: PEFT copies heads that are to train (`modules_to_save`)."""
+        return type(self)(memo.get(id(self.backbone), self.backbone))
+
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)

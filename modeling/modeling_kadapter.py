@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,7 +31,15 @@ from .format_kadapter import (
 from .fusion_kadapter import KnowledgeFusion, new_fusion
 from .loading_kadapter import fill_adapter, load_on_backbone, load_repository
 from .origins_kadapter import Origins, summary_table
-from .peft_kadapter import check_says_of_peft, load_peft_adapter, peft_parameters, plain_state_dict
+from .peft_kadapter import (
+    check_says_of_peft,
+    check_trains_what_runs,
+    is_wrapped_by_peft,
+    load_peft_adapter,
+    peft_parameters,
+    plain_state_dict,
+    warn_of_peft_in,
+)
 from .reading_kadapter import read_adapter
 from .replacing_kadapter import write_tensors
 from .saving_kadapter import save_repository
@@ -97,6 +105,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["KnowledgeAdapterLayer"]
     # Whether the class uses the language-model head of the backbone.
     needs_lm_head = False
+    # The names of the parameters that were last set to train.
+    _trained: Set[str] = frozenset()
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
         """
@@ -269,6 +279,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: the folder can't be written.
+            KAdapterConfigError: weights that PEFT has put into the model would not be saved.
         """
         if not is_main_process:
             return
@@ -317,7 +328,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     def set_active_knowledge_adapters(self, names: str | Iterable[str] | None) -> None:
         """Activates exactly these adapters; with None or an empty list, the model computes what the backbone does."""
         self.config.active_knowledge_adapters = self._checked_names(names or [])
-        self._update_trainable()
+        self._update_trainable(thaw=False)
 
     def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | None = None) -> None:
         """
@@ -388,6 +399,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         """
         self._check_known(name)
         path = Path(path) if Path(path).suffix == ".safetensors" else Path(path, adapter_path(name))
+        warn_of_peft_in(self, f"adapters.{name}")
         state = plain_state_dict(self)
         self.origins.update_adapters(state, self.config)
         tensors = part_of(state, f"adapters.{name}")
@@ -403,7 +415,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             if name in names:
                 names.remove(name)
         self.origins.forget(f"adapters.{name}")
-        self._update_trainable()
+        self._update_trainable(thaw=False)
 
     def knowledge_summary(self) -> str:
         """
@@ -464,7 +476,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     def freeze_backbone(self) -> None:
         """The backbone does not train: no gradients, no dropout."""
         self.config.freeze_backbone = True
-        self._update_trainable()
+        self._update_trainable(thaw=False)
 
     def unfreeze_backbone(self) -> None:
         """The backbone trains. Saving then stores it, as it is no longer the one that it was loaded from."""
@@ -483,12 +495,12 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         names = self._checked_names(self.adapters if names is None else names)
         kept = [name for name in self.config.frozen_knowledge_adapters if name not in names]
         self.config.frozen_knowledge_adapters = kept + (names if frozen else [])
-        self._update_trainable()
+        self._update_trainable(thaw=not frozen)
 
     def freeze_head(self) -> None:
         """The fusion and the task head don't train."""
         self.config.freeze_head = True
-        self._update_trainable()
+        self._update_trainable(thaw=False)
 
     def unfreeze_head(self) -> None:
         """The fusion and the task head train."""
@@ -511,8 +523,13 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         self.config.frozen_knowledge_adapters = [other for other in self.adapters if other != name]
         self._update_trainable()
 
-    def _update_trainable(self) -> None:
-        """Sets `requires_grad` from the configuration. What the forward pass doesn't use doesn't train: DDP requires it."""
+    def _update_trainable(self, thaw: bool = True) -> None:
+        """
+        Sets `requires_grad` from the configuration. What the forward pass doesn't use doesn't train: DDP requires it.
+
+        Args:
+            thaw: also where all that trained has been frozen since by something else, such as PEFT.
+        """
         config, active = self.config, self.config.active_knowledge_adapters
         backbone = set(self.backbone.parameters())
         trained: set[nn.Parameter] = set()
@@ -524,6 +541,18 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         for name in active:
             if name not in config.frozen_knowledge_adapters:
                 trained |= set(self.adapters[name].parameters())
+        before = [parameter for name, parameter in self.named_parameters() if name in self._trained]
+        if is_wrapped_by_peft(self):
+            trained = set()
+            if thaw:
+                logger.warning(
+                    "PEFT decides what trains in a model that get_peft_model has wrapped, and saves nothing else: the rest "
+                    "stays frozen. Name what is to train in modules_to_save of PEFT's configuration."
+                )
+        elif not thaw and before and not any(parameter.requires_grad for parameter in before):
+            trained = set()
+        else:
+            self._trained = {name for name, parameter in self.named_parameters() if parameter in trained}
         peft = peft_parameters(self)  # PEFT decides about its own
         for parameter in self.parameters():
             if parameter.is_floating_point() and parameter not in peft:
@@ -534,6 +563,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         """As `nn.Module.train`, but frozen parts stay in evaluation mode, without dropout."""
         super().train(mode)
         self._settle_modes()
+        if mode:
+            check_trains_what_runs(self)
         if self.backbone.training and not self.origins.backbone_trained:
             own = set(self.backbone.parameters()) - peft_parameters(self)
             self.origins.backbone_trained = any(parameter.requires_grad for parameter in own)

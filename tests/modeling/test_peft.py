@@ -1,12 +1,34 @@
 """PEFT's adapters on a K-Adapter: LoRA trains, saves and loads, and nothing of the K-Adapter is lost or changed."""
 
+import copy
 import json
+import logging
 import os
 
 import pytest
 import torch
 from conftest import SMALL_ADAPTER, assert_same_weights, batch, contents, disturb
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    RandLoraConfig,
+    TaskType,
+    TrainableTokensConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -17,12 +39,14 @@ from transformers import (
 )
 
 from kadapter_hf import (
+    KAdapterConfigError,
     KAdapterForMaskedLM,
     KAdapterForSequenceClassification,
     KAdapterLoadError,
     KAdapterModel,
     KnowledgeAdapterConfig,
 )
+from kadapter_hf.modeling.peft_kadapter import plain_state_dict
 from kadapter_hf.modeling.replacing_kadapter import finish_replacing
 
 
@@ -54,6 +78,16 @@ def result(model) -> torch.Tensor:
 
 def trainable(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.fixture
+def messages(caplog):
+    """What is logged: transformers' loggers, which the package uses, keep their messages from caplog otherwise."""
+    logger = logging.getLogger("transformers")
+    propagated, logger.propagate = logger.propagate, True
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        yield caplog
+    logger.propagate = propagated
 
 
 def plain(model) -> dict[str, torch.Tensor]:
@@ -339,6 +373,229 @@ def test_a_lora_interrupted_in_saving_is_not_loaded_onto_another_save(build, tmp
     finish_replacing(tmp_path)
     assert torch.equal(result(KAdapterForSequenceClassification.from_pretrained(tmp_path)), plain_result)
     assert not torch.equal(with_lora, plain_result)
+
+
+# ---- Weights that would be lost --------------------------------------------------------------------------------------
+
+
+def add_to_the_backbone(model):
+    model.backbone.add_adapter(lora())
+    return model
+
+
+def inject(model):
+    return inject_adapter_in_model(lora(), model)
+
+
+def wrap(model):
+    get_peft_model(model, lora())
+    return model
+
+
+def wrap_with_a_trained_head(model):
+    get_peft_model(model, lora(target_modules=["key"], modules_to_save=["classifier"]))
+    return model
+
+
+def build_on_a_backbone_that_has_lora(model):
+    backbone = AutoModel.from_pretrained(model.config.backbone_name_or_path)
+    backbone.add_adapter(lora())
+    return KAdapterForSequenceClassification.from_backbone(backbone)
+
+
+def build_on_a_masked_lm_that_has_lora(model):
+    backbone = AutoModelForMaskedLM.from_pretrained(model.config.backbone_name_or_path)
+    backbone.add_adapter(lora())
+    return KAdapterForSequenceClassification.from_backbone(backbone)
+
+
+def add_beside_one_in_the_backbone(model):
+    model.backbone.add_adapter(lora(), adapter_name="inner")
+    model.add_adapter(lora(), adapter_name="outer")
+    return model
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        add_to_the_backbone,
+        inject,
+        wrap,
+        wrap_with_a_trained_head,
+        build_on_a_backbone_that_has_lora,
+        build_on_a_masked_lm_that_has_lora,
+        add_beside_one_in_the_backbone,
+    ],
+)
+def test_weights_of_peft_that_would_not_be_saved_are_refused(attach, build, tmp_path):
+    model = attach(build(KAdapterForSequenceClassification))
+    with pytest.raises(KAdapterConfigError, match="would leave out the weights.*add_adapter"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_second_peft_adapter_is_saved_by_activating_it(build, tmp_path, messages):
+    """A folder holds one, as with every transformers model; which ones it lacks is said."""
+    model = build(KAdapterForSequenceClassification)
+    for name in ("one", "two"):
+        model.add_adapter(lora(), adapter_name=name)
+        disturb_lora(model)
+    for name, other in (("one", "two"), ("two", "one")):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path / name)
+        assert f"without ['{other}']" in messages.messages[-1]
+        assert torch.equal(result(KAdapterForSequenceClassification.from_pretrained(tmp_path / name)), result(model))
+
+
+def test_an_adapter_file_without_the_lora_inside_the_adapter_says_so(build, tmp_path, messages):
+    model = build()
+    model.add_adapter(lora(target_modules="adapters.factual.*down_project"))
+    model.save_knowledge_adapter(tmp_path, "linguistic")
+    assert not messages.messages
+    model.save_knowledge_adapter(tmp_path, "factual")
+    assert "without what PEFT has put into 'adapters.factual.layers.0.down_project'" in messages.text
+
+
+def test_a_merged_lora_is_not_saved_a_second_time(build, tmp_path):
+    model = build(KAdapterForSequenceClassification)
+    model.add_adapter(lora())
+    train(model)
+    wanted = result(model)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.merge()
+    with pytest.raises(KAdapterConfigError, match="is merged into .* unmerge_adapter"):
+        model.save_pretrained(tmp_path)
+    for layer in layers:
+        layer.unmerge()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(result(KAdapterForSequenceClassification.from_pretrained(tmp_path)), wanted)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal", "eva", False])
+def test_every_initialisation_of_lora_comes_back_exactly(init, build, tmp_path):
+    """Some take LoRA's start off the base weights, which are saved so: loading must not do it a second time."""
+    model = build(KAdapterForSequenceClassification)
+    model.add_adapter(lora(init_lora_weights=init))
+    disturb_lora(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(result(KAdapterForSequenceClassification.from_pretrained(tmp_path)), result(model))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"]
+    assert saved == (True if init in ("pissa", "pissa_niter_4", "olora") else init)
+
+
+def test_corda_comes_back_exactly(build, tmp_path):
+    """It reads covariances that the loading side does not have."""
+    model = build(KAdapterForSequenceClassification)
+    config = lora(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+    preprocess_corda(model, config, run_model=lambda: model(**batch(rows=1)))  # it takes one row at a time
+    model.add_adapter(config)
+    disturb_lora(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(result(KAdapterForSequenceClassification.from_pretrained(tmp_path)), result(model))
+
+
+@pytest.mark.parametrize("model_class", [KAdapterModel, KAdapterForSequenceClassification, KAdapterForMaskedLM])
+@pytest.mark.parametrize(
+    "config",
+    [lora(trainable_token_indices=[7, 8]), TrainableTokensConfig(token_indices=[7, 8])],
+    ids=["beside LoRA", "alone"],
+)
+def test_trained_tokens_come_back(model_class, config, build, tmp_path):
+    model = build(model_class)
+    names = set(model.state_dict())
+    model.add_adapter(copy.deepcopy(config))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert set(plain_state_dict(model)) == names
+    model.save_pretrained(tmp_path)
+    assert torch.equal(result(model_class.from_pretrained(tmp_path)), result(model))
+
+
+METHODS = {
+    "IA3": IA3Config(target_modules=["key", "value"], feedforward_modules=[]),
+    "LoHa": LoHaConfig(target_modules=["query"]),
+    "LoKr": LoKrConfig(target_modules=["query"]),
+    "OFT": OFTConfig(target_modules=["query"], oft_block_size=4, r=0),
+    "BOFT": BOFTConfig(target_modules=["query"], boft_block_size=4),
+    "AdaLoRA": AdaLoraConfig(target_modules=["query"], total_step=10),
+    "HRA": HRAConfig(target_modules=["query"]),
+    "RandLoRA": RandLoraConfig(target_modules=["query"], r=4),
+    "layer norms": LNTuningConfig(target_modules=["LayerNorm"]),
+    "DoRA": lora(use_dora=True),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_that_add_adapter_takes_comes_back(method, build, tmp_path):
+    model = build(KAdapterForSequenceClassification)
+    names = set(model.state_dict())
+    model.add_adapter(copy.deepcopy(METHODS[method]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    assert set(plain_state_dict(model)) == names
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(result(KAdapterForSequenceClassification.from_pretrained(tmp_path)), result(model))
+
+
+# ---- What PEFT has frozen --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_active_knowledge_adapters(["factual"]),
+        lambda model: model.unfreeze_head(),
+        lambda model: model.unfreeze_knowledge_adapters(),
+        lambda model: model.unfreeze_backbone(),
+        lambda model: model.train_knowledge_adapter("factual", train_head=True),
+        lambda model: model.delete_knowledge_adapter("factual"),
+    ],
+)
+@pytest.mark.parametrize("modules_to_save", [None, ["classifier"]])
+def test_nothing_is_thawed_in_a_wrapped_model(change, modules_to_save, build):
+    """PEFT would not save what trains beside its own weights."""
+    model = build(KAdapterForSequenceClassification)
+    wrapped = get_peft_model(model, lora(target_modules="backbone.*query", modules_to_save=modules_to_save))
+    names = trainable(wrapped)
+    change(model)
+    assert trainable(wrapped) == names
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_active_knowledge_adapters(["factual"]),
+        lambda model: model.freeze_head(),
+        lambda model: model.freeze_knowledge_adapters("factual"),
+        lambda model: model.delete_knowledge_adapter("factual"),
+    ],
+)
+@pytest.mark.parametrize("attach", ["prompt tuning", "add_adapter"])
+def test_nothing_that_peft_has_frozen_is_thawed_in_passing(change, attach, build):
+    model = build(KAdapterForSequenceClassification)
+    if attach == "add_adapter":
+        outer = model
+        model.add_adapter(lora(target_modules="backbone.*query"))
+    else:
+        sizes = {"token_dim": 32, "num_attention_heads": 2}
+        outer = get_peft_model(model, PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3, **sizes))
+    names = trainable(outer)
+    change(model)
+    assert trainable(outer) == names
+
+
+def test_the_original_of_a_head_that_peft_trains_stays_frozen(build):
+    """It takes no part in the forward pass: DDP would wait for its gradients."""
+    model = build(KAdapterForSequenceClassification)
+    model.add_adapter(lora(modules_to_save=["classifier"]))
+    model.unfreeze_head()
+    assert {name for name in trainable(model) if name.startswith("classifier")} == {
+        "classifier.modules_to_save.default.weight",
+        "classifier.modules_to_save.default.bias",
+    }
 
 
 # ---- Trainer --------------------------------------------------------------------------------------------------------
