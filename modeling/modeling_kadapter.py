@@ -195,7 +195,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             backbone: a repository id, a folder, or a loaded model, which becomes part of the K-Adapter except for its
                 pooler, which is not used.
             adapters: trained ones to load (a repository, folder or file, or a list of them), or a dict from names to
-                such sources or to `KnowledgeAdapterConfig`s of new ones. Loaded adapters are frozen, new ones train.
+                such sources or to `KnowledgeAdapterConfig`s of new ones, or dicts of their fields. Loaded adapters are
+                frozen, new ones train.
             fusion: `"concat"`, `"add"` or one of your own; see `register_fusion`.
             kwargs: fields of `KAdapterConfig` (and `num_labels`); the rest goes to the backbone's own `from_pretrained`
                 (`dtype`, `device_map`, `quantization_config`, `revision`, `token`, `attn_implementation`, …).
@@ -330,14 +331,21 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         self.config.active_knowledge_adapters = self._checked_names(names or [])
         self._update_trainable(thaw=False)
 
-    def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | None = None) -> None:
+    def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | dict[str, Any] | None = None) -> None:
         """
-        Adds a new, untrained knowledge adapter and activates it.
+        Adds a new, untrained knowledge adapter and activates it; `config` may be a dict of a configuration's fields.
 
         Raises:
             KAdapterConfigError: the name is taken or impossible, or the configuration does not fit the backbone.
         """
-        config = (config or KnowledgeAdapterConfig()).for_backbone(self.backbone.config, check_adapter_name(name))
+        if config is None or isinstance(config, dict):
+            config = KnowledgeAdapterConfig(**(config or {}))
+        elif type(config).__name__ != "KnowledgeAdapterConfig":  # it may be from the code of a repository
+            raise KAdapterConfigError(
+                f"the configuration of the knowledge adapter '{name}' must be a KnowledgeAdapterConfig or a dict of its "
+                f"fields, not {type(config).__name__}."
+            )
+        config = config.for_backbone(self.backbone.config, check_adapter_name(name))
         config.backbone_name_or_path = self.config.backbone_name_or_path
         config.backbone_fingerprint = self.backbone_fingerprint()
         adapter = self._new_adapter(config).to(self.own_device(), self.own_dtype())

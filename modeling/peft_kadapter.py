@@ -117,6 +117,18 @@ def check_trains_what_runs(model: nn.Module) -> None:
             )
 
 
+def check_is_no_peft_model(model: Any) -> None:
+    """
+    Raises:
+        KAdapterConfigError: `peft.get_peft_model` or the like returned it.
+    """
+    if type(model).__module__.startswith("peft."):
+        raise KAdapterConfigError(
+            "a model that PEFT has wrapped can't be a backbone. Give what its merge_and_unload() returns, which has PEFT's "
+            "weights merged into it; or what its unload() returns, and add_adapter to the K-Adapter."
+        )
+
+
 # ---- Saving ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +269,7 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
 
 def _without_adapter_name(key: str, name: str, known: Mapping[str, Any]) -> str:
     """The key that PEFT's files have for a tensor, which in a model's state dict has the adapter's name too."""
-    key = key.removeprefix("base_model.model.")
+    key = key.removeprefix("base_model.model.").replace(f".modules_to_save.{name}.", ".")
     parts = key.split(".")
     places = [place for place, part in enumerate(parts) if part == name and key not in known]
     shorter = (".".join(parts[:place] + parts[place + 1 :]) for place in reversed(places))

@@ -540,6 +540,67 @@ def test_every_method_that_add_adapter_takes_comes_back(method, build, tmp_path)
     torch.testing.assert_close(result(KAdapterForSequenceClassification.from_pretrained(tmp_path)), result(model))
 
 
+MASKED_LM_HEADS = {"roberta": "lm_head.lm_head", "bert": "lm_head", "distilbert": "lm_head", "modernbert": "decoder"}
+
+
+@pytest.mark.parametrize("model_type", MASKED_LM_HEADS)
+def test_masked_lm_head_that_trains_with_lora_comes_back(model_type, build, backbones, tmp_path):
+    """Tensors that share their memory are in the file all the same, as PEFT reads each of them."""
+    model = build(KAdapterForMaskedLM, backbone=backbones[model_type])
+    before = result(model)
+    model.add_adapter(lora(target_modules="adapters.*query", modules_to_save=[MASKED_LM_HEADS[model_type]]))
+    assert torch.equal(result(model), before)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(tmp_path)
+    loaded = KAdapterForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(result(loaded), result(model))
+    assert not torch.equal(result(loaded), before)
+
+
+def test_a_copied_masked_lm_head_has_the_same_backbone(build):
+    model = build(KAdapterForMaskedLM)
+    parts = copy.deepcopy(model.lm_head), copy.deepcopy(model)
+    assert parts[0].base_model.__dict__["backbone"] is model.backbone
+    assert parts[1].lm_head.base_model.__dict__["backbone"] is parts[1].backbone
+
+
+@pytest.mark.parametrize("attach", ["add_adapter", "get_peft_model"])
+def test_a_name_that_fits_a_module_and_one_inside_it_is_refused(attach, build, tmp_path):
+    """PEFT would train the inner one, which is not used. RoBERTa's head is called as its place here."""
+    model = build(KAdapterForMaskedLM)
+    config = lora(modules_to_save=["lm_head"])
+    wrapped = get_peft_model(model, config) if attach == "get_peft_model" else model
+    if attach == "add_adapter":
+        model.add_adapter(config)
+    for refused in (wrapped.train, lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(KAdapterConfigError, match=r"modules_to_save=\['lm_head.lm_head'\]"):
+            refused()
+
+
+@pytest.mark.parametrize("with_name", [True, False])
+@pytest.mark.parametrize("name", ["default", "query"])
+def test_state_dict_of_lora_loads_with_and_without_the_adapters_name(name, with_name, build):
+    model = build(KAdapterForSequenceClassification)
+    model.add_adapter(lora(modules_to_save=["classifier"]), adapter_name=name)
+    disturb_lora(model)
+    state = model.get_adapter_state_dict(name)
+    if with_name:
+        state = {
+            key: tensor for key, tensor in model.state_dict().items() if "lora_" in key or "modules_to_save" in key
+        }
+    loaded = build(KAdapterForSequenceClassification)
+    loaded.load_adapter(adapter_name=name, peft_config=lora(modules_to_save=["classifier"]), adapter_state_dict=state)
+    assert torch.equal(result(loaded), result(model))
+
+
+def test_state_dict_of_another_models_lora_is_refused(build):
+    model = build(KAdapterForSequenceClassification)
+    with pytest.raises(KAdapterLoadError, match="^adapter_state_dict holds a PEFT adapter for another model"):
+        model.load_adapter(peft_config=lora(), adapter_state_dict={"elsewhere.lora_A.weight": torch.zeros(1)})
+
+
 # ---- What PEFT has frozen --------------------------------------------------------------------------------------------
 
 
@@ -596,6 +657,31 @@ def test_the_original_of_a_head_that_peft_trains_stays_frozen(build):
         "classifier.modules_to_save.default.weight",
         "classifier.modules_to_save.default.bias",
     }
+
+
+# ---- As a backbone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config", [lora(), PromptTuningConfig(task_type=TaskType.FEATURE_EXTRACTION, num_virtual_tokens=2)]
+)
+def test_a_model_that_peft_has_wrapped_is_no_backbone(config, build, backbone, tmp_path):
+    wrapped = get_peft_model(AutoModel.from_pretrained(backbone), config)
+    build().save_pretrained(tmp_path)
+    for load in (
+        lambda: KAdapterModel.from_backbone(wrapped),
+        lambda: KAdapterModel.from_pretrained(tmp_path, backbone=wrapped),
+    ):
+        with pytest.raises(KAdapterConfigError, match="PEFT has wrapped can't be a backbone.*merge_and_unload"):
+            load()
+
+
+def test_a_backbone_that_lora_was_merged_into_is_one(backbone, tmp_path):
+    wrapped = get_peft_model(AutoModel.from_pretrained(backbone), lora())
+    disturb_lora(wrapped)
+    model = KAdapterModel.from_backbone(wrapped.merge_and_unload())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(result(KAdapterModel.from_pretrained(tmp_path)), result(model))
 
 
 # ---- Trainer --------------------------------------------------------------------------------------------------------
