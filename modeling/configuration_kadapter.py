@@ -18,6 +18,8 @@ from .fusion_kadapter import check_fusion
 
 DEFAULT_BACKBONE = "FacebookAI/roberta-large"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# What PEFT's prompt methods look up in the dict of a model's configuration. config.json has them in backbone_config alone.
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 # Far more than any model has. Configurations make lists of these lengths.
 _MOST = {"num_labels": 10**7, "num_hidden_layers": 10**4}
 
@@ -261,6 +263,8 @@ class KAdapterConfig(PreTrainedConfig):
         if self.frozen_knowledge_adapters is None:
             self.frozen_knowledge_adapters = []
         self.architectures = self.architectures or []  # the Auto classes iterate over it
+        for name in _SIZES:  # of a dict that to_dict made
+            kwargs.pop(name, None)
         drop_colliding(type(self), kwargs)
         super().__post_init__(**kwargs)
 
@@ -333,9 +337,8 @@ class KAdapterConfig(PreTrainedConfig):
     def __getattr__(self, name: str) -> Any:
         # What the backbone knows better: tools that read a model's sizes ask the outer configuration.
         if name in (
-            "hidden_size",
+            *_SIZES,
             "vocab_size",
-            "num_hidden_layers",
             "max_position_embeddings",
             "tie_word_embeddings",
         ):
@@ -357,4 +360,8 @@ class KAdapterConfig(PreTrainedConfig):
             name: adapter if isinstance(adapter, dict) else adapter.to_dict()
             for name, adapter in output["knowledge_adapters"].items()
         }
-        return output
+        return output | {name: getattr(self, name) for name in _SIZES if hasattr(self.backbone_config, name)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_diff_dict`, which is what is written to config.json: without the backbone's sizes."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in _SIZES}

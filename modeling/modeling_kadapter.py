@@ -1,5 +1,6 @@
 """K-Adapter: a frozen backbone, knowledge adapters beside it, and their fusion."""
 
+import inspect
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -9,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
@@ -56,13 +57,13 @@ class KAdapterModelOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the fused states.
         backbone_last_hidden_state (`torch.FloatTensor` of that shape): the backbone's last.
-        knowledge_states (`dict[str, torch.FloatTensor]`): each active adapter's output, of that shape.
+        knowledge_states (`ModelOutput`): each active adapter's output by name, of that shape.
         hidden_states, attentions (`tuple`, *optional*): the backbone's, as its own forward returns them.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     backbone_last_hidden_state: torch.FloatTensor | None = None
-    knowledge_states: dict[str, torch.FloatTensor] | None = None
+    knowledge_states: ModelOutput | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -643,7 +644,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
-            kwargs: what else `forward` was called with.
+            kwargs: what else `forward` was called with. With `past_key_values`, the keys and values of a prefix for each
+                layer of the backbone, `attention_mask` covers the prefix too.
         """
         read = self.backbone_states_read()
         given = kwargs.pop("backbone_states", None)
@@ -654,6 +656,9 @@ class KAdapterPreTrainedModel(PreTrainedModel):
                 read, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
             )
         active = self.config.active_knowledge_adapters
+        if attention_mask is not None and attention_mask.dim() == 2:
+            # With past_key_values it covers them too.
+            attention_mask = attention_mask[:, -output["last_hidden_state"].shape[1] :]
         knowledge = {name: self.adapters[name](states, attention_mask) for name in active}
         return Encoded(output["last_hidden_state"], knowledge, output.get("hidden_states"), output.get("attentions"))
 
@@ -684,8 +689,13 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         **kwargs,
     ) -> tuple[Any, Any]:
         active = [self.adapters[name] for name in self.config.active_knowledge_adapters]
+        past = kwargs.pop("past_key_values", None)
+        if past is not None:
+            self._check_takes_past()
+            kwargs["past_key_values"] = past
         if position_ids is None and any(adapter.config.attend_to_padding for adapter in active):
-            position_ids = running_position_ids(self.backbone, input_ids if input_ids is not None else inputs_embeds)
+            given = input_ids if input_ids is not None else inputs_embeds
+            position_ids = running_position_ids(self.backbone, given, 0 if past is None else past.get_seq_length())
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids}
         inputs = {key: value for key, value in inputs.items() if value is not None}
@@ -694,7 +704,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         wants_all = self.config.output_hidden_states if wants_all is None else wants_all
         # With gradient checkpointing, the output of the embeddings requires gradients even if nothing in the backbone does.
         trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        trains = trains or not self.training or (inputs_embeds is not None and inputs_embeds.requires_grad)
+        trains = trains or not self.training or past is not None
+        trains = trains or (inputs_embeds is not None and inputs_embeds.requires_grad)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             # Newer versions of transformers keep only the states with the given indices, older ones keep all.
             output = self.backbone(
@@ -709,6 +720,13 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         if not wants_all:
             output["hidden_states"] = None
         return states, output
+
+    def _check_takes_past(self) -> None:
+        if "past_key_values" not in inspect.signature(self.backbone.forward).parameters:
+            raise KAdapterConfigError(
+                f"the backbone ({self.backbone.config.model_type}) takes no past_key_values, which PEFT's prefix tuning puts "
+                "before the text. Use another of PEFT's methods, such as LoRA or prompt tuning."
+            )
 
 
 class KAdapterModel(KAdapterPreTrainedModel):
@@ -726,21 +744,25 @@ class KAdapterModel(KAdapterPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> KAdapterModelOutput:
         """
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
+            past_key_values: of a prefix, as PEFT's prefix tuning passes them; see `encode`.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`; and `backbone_states`, `(batch, states,
                 length, hidden_size)`: the `backbone_states_read` and the backbone's last, computed before. The backbone
                 then does not run.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         return KAdapterModelOutput(
             last_hidden_state=self.fusion(encoded.backbone_state, encoded.knowledge),
             backbone_last_hidden_state=encoded.backbone_state,
-            knowledge_states=encoded.knowledge or None,
+            # Pipelines take apart a batch of this class, and not a dict.
+            knowledge_states=ModelOutput(encoded.knowledge) if encoded.knowledge else None,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )

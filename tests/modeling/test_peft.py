@@ -7,7 +7,16 @@ import os
 
 import pytest
 import torch
-from conftest import SMALL_ADAPTER, assert_same_weights, batch, contents, disturb
+from conftest import (
+    SMALL_ADAPTER,
+    assert_same_weights,
+    batch,
+    contents,
+    disturb,
+    inputs_for,
+    labels_for,
+    small_adapter,
+)
 from peft import (
     AdaLoraConfig,
     BOFTConfig,
@@ -19,6 +28,8 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     RandLoraConfig,
     TaskType,
@@ -40,8 +51,13 @@ from transformers import (
 
 from kadapter_hf import (
     KAdapterConfigError,
+    KAdapterForDependencyParsing,
+    KAdapterForEntityTyping,
     KAdapterForMaskedLM,
+    KAdapterForQuestionAnswering,
+    KAdapterForRelationClassification,
     KAdapterForSequenceClassification,
+    KAdapterForTokenClassification,
     KAdapterLoadError,
     KAdapterModel,
     KnowledgeAdapterConfig,
@@ -657,6 +673,107 @@ def test_the_original_of_a_head_that_peft_trains_stays_frozen(build):
         "classifier.modules_to_save.default.weight",
         "classifier.modules_to_save.default.bias",
     }
+
+
+# ---- Prompt methods --------------------------------------------------------------------------------------------------
+
+
+TASKS = {
+    KAdapterModel: TaskType.FEATURE_EXTRACTION,
+    KAdapterForSequenceClassification: TaskType.SEQ_CLS,
+    KAdapterForTokenClassification: TaskType.TOKEN_CLS,
+    KAdapterForQuestionAnswering: TaskType.QUESTION_ANS,
+    KAdapterForEntityTyping: TaskType.SEQ_CLS,
+    KAdapterForRelationClassification: TaskType.SEQ_CLS,
+    KAdapterForMaskedLM: TaskType.FEATURE_EXTRACTION,
+    KAdapterForDependencyParsing: TaskType.FEATURE_EXTRACTION,
+}
+every_task = pytest.mark.parametrize("model_class", TASKS, ids=lambda model_class: model_class.__name__)
+
+
+@torch.no_grad()
+def tensors_of(output) -> tuple:
+    return tuple(value for value in output.to_tuple() if isinstance(value, torch.Tensor))
+
+
+@every_task
+def test_prefix_tuning_goes_through_the_knowledge_adapters(model_class, build):
+    """The prefix is before the backbone's keys and values only; adapters and head read the positions of the text."""
+    model = build(model_class)
+    inputs = inputs_for(model_class, padding=3)
+    without = tensors_of(model(**inputs))
+    wrapped = get_peft_model(model, PrefixTuningConfig(task_type=TASKS[model_class], num_virtual_tokens=3))
+    wrapped.eval()
+    found = tensors_of(wrapped(**inputs))
+    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in without]
+    assert not torch.allclose(found[0], without[0])
+    long_mask = torch.cat([torch.ones(len(inputs["input_ids"]), 3), inputs["attention_mask"]], dim=1)
+    by_hand = model.backbone(
+        inputs["input_ids"],
+        attention_mask=long_mask,
+        past_key_values=wrapped.get_prompt(len(long_mask)),
+        output_hidden_states=True,
+    )
+    read = [by_hand.hidden_states[index] for index in model.backbone_states_read()]
+    states = torch.stack([*read, by_hand.last_hidden_state], dim=1)
+    mask = {"attention_mask": inputs["attention_mask"]}
+    rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    for tensor, wanted in zip(found, tensors_of(model(backbone_states=states, **mask, **rest)), strict=True):
+        torch.testing.assert_close(tensor, wanted)
+
+
+@every_task
+def test_prefix_tuning_trains_the_prefix(model_class, build):
+    wrapped = get_peft_model(
+        build(model_class), PrefixTuningConfig(task_type=TASKS[model_class], num_virtual_tokens=3)
+    )
+    inputs = inputs_for(model_class)
+    output = wrapped.train()(**inputs, **labels_for(model_class, inputs))
+    (output.last_hidden_state.square().mean() if model_class is KAdapterModel else output.loss).backward()
+    assert all(parameter.grad.any() for parameter in wrapped.prompt_encoder.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "deberta-v2", "modernbert"])
+def test_prefix_tuning_on_a_backbone_that_takes_no_prefix_is_refused_in_a_sentence(model_type, build, backbones):
+    for model_class in (KAdapterForSequenceClassification, KAdapterForQuestionAnswering):
+        model = build(model_class, backbone=backbones[model_type])
+        wrapped = get_peft_model(model, PrefixTuningConfig(task_type=TASKS[model_class], num_virtual_tokens=3))
+        with pytest.raises(KAdapterConfigError, match="takes no past_key_values, which PEFT's prefix tuning"):
+            wrapped(**batch())
+
+
+def test_running_positions_go_on_after_the_prefix(backbone):
+    """A backbone whose adapters attend to padding gives a full row the same positions as any other."""
+    adapters = {"factual": small_adapter(attend_to_padding=True)}
+    model = KAdapterModel.from_backbone(backbone, adapters=adapters).eval()
+    wrapped = get_peft_model(
+        model, PrefixTuningConfig(task_type=TaskType.FEATURE_EXTRACTION, num_virtual_tokens=3)
+    ).eval()
+    found = wrapped(**batch()).backbone_last_hidden_state
+    model.set_active_knowledge_adapters(None)
+    torch.testing.assert_close(found, wrapped(**batch()).backbone_last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3),
+        PromptEncoderConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3, encoder_hidden_size=16),
+        PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_prompt_methods_find_the_sizes_and_come_back(config, build, tmp_path):
+    model = build(KAdapterForSequenceClassification)
+    model.save_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(model, copy.deepcopy(config)).eval()
+    found = wrapped.peft_config["default"]
+    assert (found.token_dim, found.num_layers, found.num_attention_heads) == (32, 4, 2)
+    disturb(wrapped.prompt_encoder)
+    wrapped.save_pretrained(tmp_path / "prompt")
+    base = KAdapterForSequenceClassification.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, tmp_path / "prompt")
+    torch.testing.assert_close(result(again), result(wrapped))
 
 
 # ---- As a backbone ---------------------------------------------------------------------------------------------------
