@@ -159,7 +159,7 @@ def load_backbone(
             f"an argument of from_pretrained{nearest(unknown[1], known)}."
         ) from error
     except Exception as error:  # damaged files raise many types
-        raise _not_loaded(name, error) from error
+        raise _not_loaded(name, error, kwargs.get("variant")) from error
     snapshot = snapshot_of(name, **hub_kwargs)
     if snapshot is not None:
         check_downloads(snapshot, os.fspath(name), started)
@@ -193,10 +193,13 @@ def take_fields(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
         setattr(config, field, value)
 
 
-def _not_loaded(name: Any, error: Exception) -> KAdapterLoadError:
+def _not_loaded(name: Any, error: Exception, variant: str | None = None) -> KAdapterLoadError:
+    hint = "Check the name and the network"
+    if variant is not None:
+        hint = f"variant={variant!r} asks for files of the backbone that are called so: leave it out if it has none"
     return KAdapterLoadError(
-        f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. Check the name and the "
-        f"network, or say where it is with backbone=<folder or model>. The reason: {error}"
+        f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. {hint}, or say where it is with "
+        f"backbone=<folder or model>. The reason: {error}"
     )
 
 

@@ -152,16 +152,19 @@ def without_load_report() -> Iterator[None]:
     All versions; it is logged with no way to turn it off. Without this, nearly every backbone prints one, as most encoders'
     repositories hold a pooler or a language-model head, which a K-Adapter does not use.
     """
-    log = logging.get_logger("transformers.modeling_utils")
+    names = ("transformers.modeling_utils", "transformers.integrations.peft")
+    logs = [logging.get_logger(name) for name in names]
 
     def keep(record):
         return "LOAD REPORT" not in record.getMessage()
 
-    log.addFilter(keep)
+    for log in logs:
+        log.addFilter(keep)
     try:
         yield
     finally:
-        log.removeFilter(keep)
+        for log in logs:
+            log.removeFilter(keep)
 
 
 def mark_initialized(model: nn.Module) -> None:
@@ -230,9 +233,11 @@ def no_split_modules(model: PreTrainedModel, around: nn.Module) -> set[str]:
     return set(model._no_split_modules or ()) - outer
 
 
-def running_position_ids(backbone: nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
+def running_position_ids(backbone: nn.Module, inputs: torch.Tensor, past: int = 0) -> torch.Tensor | None:
     """
     Position ids that run on over the padding, `(batch, length)`, for backbones whose positions start at padding_idx + 1.
+
+    `past` is the number of positions before these, such as those of a prefix.
 
     All versions; RoBERTa's embeddings and those derived from them have this method. Without it, converted checkpoints give
     other results on padded batches, as their adapters attend to padding.
@@ -240,7 +245,7 @@ def running_position_ids(backbone: nn.Module, inputs: torch.Tensor) -> torch.Ten
     embeddings = getattr(backbone, "embeddings", None)
     if not hasattr(embeddings, "create_position_ids_from_input_ids"):
         return None
-    start = embeddings.padding_idx + 1
+    start = embeddings.padding_idx + 1 + past
     return torch.arange(start, start + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
 
 

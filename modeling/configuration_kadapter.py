@@ -32,6 +32,8 @@ _OF_THE_BACKBONE = {
     "max_position_embeddings",
     "tie_word_embeddings",
 }
+# What PEFT's prompt methods look up in the dict of a model's configuration. config.json has them in backbone_config alone.
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 # Far more than any model has. Configurations make lists of these lengths.
 _MOST = {"num_labels": 10**7, "num_hidden_layers": 10**4}
 
@@ -392,7 +394,8 @@ class KAdapterConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As `PreTrainedConfig.from_dict`, which keeps unknown fields: those of newer versions."""
-        return super().from_dict({**config_dict, _FROM_FILE: True}, **kwargs)
+        content = {key: value for key, value in config_dict.items() if key not in _SIZES}  # backbone_config has them
+        return super().from_dict(content | {_FROM_FILE: True}, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As `PreTrainedConfig.save_pretrained`; without `auto_map`, as no code is saved with it."""
@@ -410,4 +413,8 @@ class KAdapterConfig(PreTrainedConfig):
             name: adapter if isinstance(adapter, dict) else adapter.to_dict()
             for name, adapter in output["knowledge_adapters"].items()
         }
-        return output
+        return output | {name: getattr(self, name) for name in _SIZES if hasattr(self.backbone_config, name)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_diff_dict`, which is what is written to config.json: without the backbone's sizes."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in _SIZES}

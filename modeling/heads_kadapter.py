@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -126,6 +126,7 @@ class KAdapterForSequenceClassification(HeadModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
         """
@@ -136,7 +137,8 @@ class KAdapterForSequenceClassification(HeadModel):
         Returns:
             `logits` of shape `(batch, num_labels)`.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         logits = self.classifier(self.dropout(self.fused(encoded, first_position(encoded))))
         loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(
@@ -161,6 +163,7 @@ class KAdapterForTokenClassification(HeadModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> TokenClassifierOutput:
         """
@@ -170,7 +173,8 @@ class KAdapterForTokenClassification(HeadModel):
         Returns:
             `logits` of shape `(batch, length, num_labels)`.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         logits = self.classifier(self.dropout(self.fused(encoded)))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return TokenClassifierOutput(
@@ -198,6 +202,7 @@ class KAdapterForQuestionAnswering(HeadModel):
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
         """
@@ -208,7 +213,8 @@ class KAdapterForQuestionAnswering(HeadModel):
         Returns:
             `start_logits` and `end_logits` of shape `(batch, length)`.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         logits = self.qa_outputs(self.dropout(self.fused(encoded)))
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         loss = None
@@ -250,6 +256,7 @@ class KAdapterForMultipleChoice(HeadModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MultipleChoiceModelOutput:
         """
@@ -269,7 +276,7 @@ class KAdapterForMultipleChoice(HeadModel):
             None if tensor is None else tensor.flatten(0, 1)
             for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
-        encoded = self.encode(*flat, **kwargs)
+        encoded = self.encode(*flat, past_key_values=past_key_values, **kwargs)
         fused = self.fused(encoded, first_position(encoded))
         logits = self.classifier(self.dropout(fused)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
@@ -306,6 +313,7 @@ class KAdapterForEntityTyping(HeadModel):
         entity_start: torch.LongTensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
         """
@@ -319,7 +327,8 @@ class KAdapterForEntityTyping(HeadModel):
         Raises:
             ValueError: `entity_start` is missing, of another shape, or outside the text.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         fused = self.fused(encoded, _check_marker("entity_start", entity_start, encoded))
         logits = self.out_proj(self.dropout(self.dense(fused)))
         loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
@@ -355,6 +364,7 @@ class KAdapterForRelationClassification(HeadModel):
         object_start: torch.LongTensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
         """
@@ -368,7 +378,8 @@ class KAdapterForRelationClassification(HeadModel):
         Raises:
             ValueError: a marker position is missing, of another shape, or outside the text.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         markers = (
             _check_marker("subject_start", subject_start, encoded),
             _check_marker("object_start", object_start, encoded),
@@ -394,6 +405,10 @@ class _StatesGiven(nn.Module):
     def __init__(self, backbone: PreTrainedModel):
         super().__init__()
         self.__dict__["backbone"] = backbone  # not a submodule here, as it is already one of the K-Adapter
+
+    def __deepcopy__(self, memo: dict) -> "_StatesGiven":
+        """Belongs to the same backbone, unless that is copied too: PEFT copies heads that are to train (`modules_to_save`)."""
+        return type(self)(memo.get(id(self.backbone), self.backbone))
 
     def __getattr__(self, name: str):
         try:
@@ -460,6 +475,7 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
         """
@@ -469,7 +485,8 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         Returns:
             `logits` of shape `(batch, length, vocab_size)`.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         fused = self.fusion(encoded.backbone_state, encoded.knowledge).to(next(parameters_of(self.lm_head)).dtype)
         logits = self.lm_head(inputs_embeds=fused, return_dict=True).logits
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)

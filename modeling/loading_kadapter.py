@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from .format_kadapter import (
     part_of,
 )
 from .origins_kadapter import Origins
-from .peft_kadapter import peft_hub_kwargs, plain_state_dict
+from .peft_kadapter import check_is_no_peft_model, peft_hub_kwargs, plain_state_dict
 from .reading_kadapter import (
     SavedAdapter,
     bad_config,
@@ -68,15 +68,20 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
     if "torch_dtype" in kwargs:  # the former name
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     hub_kwargs = hub_arguments(kwargs)
+    _check_arguments(kwargs)
     if isinstance(backbone, PreTrainedModel):
         if kwargs:
             raise KAdapterConfigError(f"{sorted(kwargs)} can't be used with a backbone that is already loaded.")
         check_is_encoder(backbone.config, type(backbone.base_model))
         drop_pooler(backbone)
-        name, revision, as_stored = _absolute(backbone.config.name_or_path) or None, None, False
+        name, revision, as_stored = (
+            _place(backbone.config.name_or_path) if backbone.config.name_or_path else None,
+            None,
+            False,
+        )
         loaded = add_lm_head(backbone, name) if model_class.needs_lm_head else backbone
     else:
-        name = _absolute(backbone)
+        name = _place(backbone)
         loaded = load_backbone(name, with_lm_head=model_class.needs_lm_head, **kwargs)
         revision = commit_of(name, **hub_kwargs)
         as_stored = kwargs.get("dtype") in (None, "auto") and not kwargs.keys() & {"quantization_config", "device_map"}
@@ -97,17 +102,12 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
     named = None if as_stored else model.origins.fingerprint_if_as_named(model.backbone, state, model.config)
     model.config.backbone_fingerprint = named or fingerprint(part_of(state, "backbone").values())
     for adapter_name, source in _named_sources(adapters):
-        if source is None or type(source).__name__ == KnowledgeAdapterConfig.__name__:
+        if source is None or isinstance(source, dict) or type(source).__name__ == KnowledgeAdapterConfig.__name__:
             model.add_knowledge_adapter(adapter_name, source)
         else:
             model.load_knowledge_adapter(source, adapter_name, **hub_arguments(hub_kwargs, ("revision", "subfolder")))
     _cast_own_parts(model, kwargs.get("dtype"))
     return model.eval()
-
-
-def _absolute(name: str | os.PathLike) -> str:
-    """A folder by its absolute path, which is also right in another working directory; a repository's name as it is."""
-    return os.path.abspath(name) if os.path.isdir(name) else os.fspath(name)
 
 
 def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
@@ -117,7 +117,37 @@ def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
         return list(adapters.items())
     if isinstance(adapters, (str, os.PathLike)):
         return [(None, adapters)]
+    if not isinstance(adapters, Iterable):
+        raise KAdapterConfigError(
+            "adapters must be a repository, a folder or a file, a list of them, or a dict from names to them or to "
+            f"configurations of new adapters; not {type(adapters).__name__}."
+        )
     return [(None, source) for source in adapters]
+
+
+def _place(backbone: Any) -> str:
+    """
+    A repository id, or the whole path of a folder.
+
+    Raises:
+        KAdapterConfigError: it is neither.
+    """
+    check_is_no_peft_model(backbone)
+    if not isinstance(backbone, (str, os.PathLike)):
+        raise KAdapterConfigError(
+            f"a backbone is a repository, a folder or a loaded model of transformers, not {type(backbone).__name__}."
+        )
+    return os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone)
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuses, of the arguments that every `from_pretrained` has, those that would replace the backbone's own files."""
+    for name in ("state_dict", "gguf_file"):
+        if kwargs.get(name) is not None:
+            raise KAdapterConfigError(
+                f"a K-Adapter can't be loaded with {name}=: its weights and its backbone's are in different files. Load the "
+                "backbone yourself and pass the model, or call load_state_dict of the loaded K-Adapter."
+            )
 
 
 # ---- From a repository ----------------------------------------------------------------------------------------------
@@ -136,6 +166,7 @@ def load_repository(
     """What `KAdapterPreTrainedModel.from_pretrained` does; also returns the loading info of transformers."""
     hub_kwargs = hub_arguments(kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
+    _check_arguments(kwargs)
     source, folder, peft_source = _find(source, take_auto_arguments(kwargs), hub_kwargs)
     check_peft_settled(folder)
     torch_dtype = kwargs.pop("torch_dtype", None)
@@ -276,7 +307,7 @@ def _load_its_backbone(
         )
     else:
         if given is not None:
-            name = _absolute(given)
+            name = _place(given)
             config.backbone_name_or_path, config.backbone_revision = name, None
         loaded = load_backbone(
             name,

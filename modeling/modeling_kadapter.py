@@ -1,15 +1,16 @@
 """K-Adapter: a frozen backbone, knowledge adapters beside it, and their fusion."""
 
+import inspect
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
@@ -38,7 +39,15 @@ from .format_kadapter import (
 from .fusion_kadapter import KnowledgeFusion, new_fusion
 from .loading_kadapter import fill_adapter, load_on_backbone, load_repository
 from .origins_kadapter import Origins, summary_table
-from .peft_kadapter import check_says_of_peft, load_peft_adapter, peft_parameters, plain_state_dict
+from .peft_kadapter import (
+    check_says_of_peft,
+    check_trains_what_runs,
+    is_wrapped_by_peft,
+    load_peft_adapter,
+    peft_parameters,
+    plain_state_dict,
+    warn_of_peft_in,
+)
 from .reading_kadapter import read_adapter
 from .replacing_kadapter import write_tensors
 from .saving_kadapter import save_repository
@@ -55,13 +64,13 @@ class KAdapterModelOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the fused states.
         backbone_last_hidden_state (`torch.FloatTensor` of that shape): the backbone's last.
-        knowledge_states (`dict[str, torch.FloatTensor]`): each active adapter's output, of that shape.
+        knowledge_states (`ModelOutput`): each active adapter's output by name, of that shape.
         hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     backbone_last_hidden_state: torch.FloatTensor | None = None
-    knowledge_states: dict[str, torch.FloatTensor] | None = None
+    knowledge_states: ModelOutput | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -104,6 +113,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["KnowledgeAdapterLayer"]
     # Whether the class uses the language-model head of the backbone.
     needs_lm_head = False
+    # The names of the parameters that were last set to train.
+    _trained: Set[str] = frozenset()
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
         """
@@ -192,7 +203,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             backbone: a repository id, a folder, or a loaded model, which becomes part of the K-Adapter except for its
                 pooler, which is not used.
             adapters: trained ones to load (a repository, folder or file, or a list of them), or a dict from names to
-                such sources or to `KnowledgeAdapterConfig`s of new ones. Loaded adapters are frozen, new ones train.
+                such sources or to `KnowledgeAdapterConfig`s of new ones, or dicts of their fields. Loaded adapters are
+                frozen, new ones train.
             fusion: `"concat"`, `"add"` or one of your own; see `register_fusion`.
             kwargs: fields of `KAdapterConfig` (and `num_labels`); the rest goes to the backbone's own `from_pretrained`
                 (`dtype`, `device_map`, `quantization_config`, `revision`, `token`, `attn_implementation`, …).
@@ -278,6 +290,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: the folder can't be written.
+            KAdapterConfigError: weights that PEFT has put into the model would not be saved.
         """
         if not is_main_process:
             return
@@ -326,16 +339,23 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     def set_active_knowledge_adapters(self, names: str | Iterable[str] | None) -> None:
         """Activates exactly these adapters; with None or an empty list, the model computes what the backbone does."""
         self.config.active_knowledge_adapters = self._checked_names(names or [])
-        self._update_trainable()
+        self._update_trainable(thaw=False)
 
-    def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | None = None) -> None:
+    def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | dict[str, Any] | None = None) -> None:
         """
-        Adds a new, untrained knowledge adapter and activates it.
+        Adds a new, untrained knowledge adapter and activates it; `config` may be a dict of a configuration's fields.
 
         Raises:
             KAdapterConfigError: the name is taken or impossible, or the configuration does not fit the backbone.
         """
-        config = (config or KnowledgeAdapterConfig()).for_backbone(self.backbone.config, check_adapter_name(name))
+        if config is None or isinstance(config, dict):
+            config = KnowledgeAdapterConfig(**(config or {}))
+        elif type(config).__name__ != "KnowledgeAdapterConfig":  # it may be from the code of a repository
+            raise KAdapterConfigError(
+                f"the configuration of the knowledge adapter '{name}' must be a KnowledgeAdapterConfig or a dict of its "
+                f"fields, not {type(config).__name__}."
+            )
+        config = config.for_backbone(self.backbone.config, check_adapter_name(name))
         config.backbone_name_or_path = self.config.backbone_name_or_path
         config.backbone_fingerprint = self.backbone_fingerprint()
         adapter = self._new_adapter(config).to(self.own_device(), self.own_dtype())
@@ -397,6 +417,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         """
         self._check_known(name)
         path = Path(path) if Path(path).suffix == ".safetensors" else Path(path, adapter_path(name))
+        warn_of_peft_in(self, f"adapters.{name}")
         state = plain_state_dict(self)
         self.origins.update_adapters(self, state)
         tensors = part_of(state, f"adapters.{name}")
@@ -412,7 +433,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             if name in names:
                 names.remove(name)
         self.origins.forget(f"adapters.{name}")
-        self._update_trainable()
+        self._update_trainable(thaw=False)
 
     def knowledge_summary(self) -> str:
         """
@@ -473,7 +494,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     def freeze_backbone(self) -> None:
         """The backbone does not train: no gradients, no dropout."""
         self.config.freeze_backbone = True
-        self._update_trainable()
+        self._update_trainable(thaw=False)
 
     def unfreeze_backbone(self) -> None:
         """The backbone trains. Saving then stores it, as it is no longer the one that it was loaded from."""
@@ -492,12 +513,12 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         names = self._checked_names(self.adapters if names is None else names)
         kept = [name for name in self.config.frozen_knowledge_adapters if name not in names]
         self.config.frozen_knowledge_adapters = kept + (names if frozen else [])
-        self._update_trainable()
+        self._update_trainable(thaw=not frozen)
 
     def freeze_head(self) -> None:
         """The fusion and the task head don't train."""
         self.config.freeze_head = True
-        self._update_trainable()
+        self._update_trainable(thaw=False)
 
     def unfreeze_head(self) -> None:
         """The fusion and the task head train."""
@@ -520,8 +541,13 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         self.config.frozen_knowledge_adapters = [other for other in self.adapters if other != name]
         self._update_trainable()
 
-    def _update_trainable(self) -> None:
-        """Sets `requires_grad` from the configuration. What the forward pass doesn't use doesn't train: DDP requires it."""
+    def _update_trainable(self, thaw: bool = True) -> None:
+        """
+        Sets `requires_grad` from the configuration. What the forward pass doesn't use doesn't train: DDP requires it.
+
+        Args:
+            thaw: also where all that trained has been frozen since by something else, such as PEFT.
+        """
         config, active = self.config, self.config.active_knowledge_adapters
         backbone = set(self.backbone.parameters())
         trained: set[nn.Parameter] = set()
@@ -533,6 +559,18 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         for name in active:
             if name not in config.frozen_knowledge_adapters:
                 trained |= set(self.adapters[name].parameters())
+        before = [parameter for name, parameter in self.named_parameters() if name in self._trained]
+        if is_wrapped_by_peft(self):
+            trained = set()
+            if thaw:
+                logger.warning(
+                    "PEFT decides what trains in a model that get_peft_model has wrapped, and saves nothing else: the rest "
+                    "stays frozen. Name what is to train in modules_to_save of PEFT's configuration."
+                )
+        elif not thaw and before and not any(parameter.requires_grad for parameter in before):
+            trained = set()
+        else:
+            self._trained = {name for name, parameter in self.named_parameters() if parameter in trained}
         peft = peft_parameters(self)  # PEFT decides about its own
         for parameter in self.parameters():
             if parameter.is_floating_point() and parameter not in peft:
@@ -543,6 +581,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         """As `nn.Module.train`, but frozen parts stay in evaluation mode, without dropout."""
         super().train(mode)
         self._settle_modes()
+        if mode:
+            check_trains_what_runs(self)
         if self.backbone.training and not self.origins.backbone_trained:
             own = set(self.backbone.parameters()) - peft_parameters(self)
             self.origins.backbone_trained = any(parameter.requires_grad for parameter in own)
@@ -614,7 +654,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
-            kwargs: what else `forward` was called with.
+            kwargs: what else `forward` was called with. With `past_key_values`, the keys and values of a prefix for each
+                layer of the backbone, `attention_mask` covers the prefix too.
         """
         read = self.backbone_states_read()
         given = kwargs.pop("backbone_states", None)
@@ -625,6 +666,9 @@ class KAdapterPreTrainedModel(PreTrainedModel):
                 read, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
             )
         active = self.config.active_knowledge_adapters
+        if attention_mask is not None and attention_mask.dim() == 2:
+            # With past_key_values it covers them too.
+            attention_mask = attention_mask[:, -output["last_hidden_state"].shape[1] :]
         knowledge = {name: self.adapters[name](states, attention_mask) for name in active}
         return Encoded(output["last_hidden_state"], knowledge, output.get("hidden_states"), output.get("attentions"))
 
@@ -655,8 +699,13 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         **kwargs,
     ) -> tuple[Any, Any]:
         active = [self.adapters[name] for name in self.config.active_knowledge_adapters]
+        past = kwargs.pop("past_key_values", None)
+        if past is not None:
+            self._check_takes_past()
+            kwargs["past_key_values"] = past
         if position_ids is None and any(adapter.config.attend_to_padding for adapter in active):
-            position_ids = running_position_ids(self.backbone, input_ids if input_ids is not None else inputs_embeds)
+            given = input_ids if input_ids is not None else inputs_embeds
+            position_ids = running_position_ids(self.backbone, given, 0 if past is None else past.get_seq_length())
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids}
         inputs = {key: value for key, value in inputs.items() if value is not None}
@@ -667,7 +716,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             kwargs["output_attentions"] = True
         # With gradient checkpointing, the output of the embeddings requires gradients even if nothing in the backbone does.
         trains = any(parameter.requires_grad for parameter in parameters_of(self.backbone))
-        trains = trains or not self.training or (inputs_embeds is not None and inputs_embeds.requires_grad)
+        trains = trains or not self.training or past is not None
+        trains = trains or (inputs_embeds is not None and inputs_embeds.requires_grad)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             # Newer versions of transformers keep only the states with the given indices, older ones keep all.
             output = self.backbone(
@@ -682,6 +732,13 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         if not wants_all:
             output["hidden_states"] = None
         return states, output
+
+    def _check_takes_past(self) -> None:
+        if "past_key_values" not in inspect.signature(self.backbone.forward).parameters:
+            raise KAdapterConfigError(
+                f"the backbone ({self.backbone.config.model_type}) takes no past_key_values, which PEFT's prefix tuning puts "
+                "before the text. Use another of PEFT's methods, such as LoRA or prompt tuning."
+            )
 
 
 class KAdapterModel(KAdapterPreTrainedModel):
@@ -699,21 +756,25 @@ class KAdapterModel(KAdapterPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> KAdapterModelOutput:
         """
         Args:
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
+            past_key_values: of a prefix, as PEFT's prefix tuning passes them; see `encode`.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`; and `backbone_states`, `(batch, states,
                 length, hidden_size)`: the `backbone_states_read` and the backbone's last, computed before. The backbone
                 then does not run.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         return KAdapterModelOutput(
             last_hidden_state=self.fusion(encoded.backbone_state, encoded.knowledge),
             backbone_last_hidden_state=encoded.backbone_state,
-            knowledge_states=encoded.knowledge or None,
+            # Pipelines take apart a batch of this class, and not a dict.
+            knowledge_states=ModelOutput(encoded.knowledge) if encoded.knowledge else None,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_kadapter import KAdapterConfig
@@ -214,6 +215,7 @@ class KAdapterForDependencyParsing(HeadModel):
         head_labels: torch.LongTensor | None = None,
         relation_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> DependencyParserOutput:
         """
@@ -234,7 +236,8 @@ class KAdapterForDependencyParsing(HeadModel):
             ValueError: `word_starts` is missing, of another shape, or outside the text; labels are of another shape, or
                 a head is not another word of the row.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         word_starts = _check_word_starts(word_starts, encoded)
         positions = torch.cat([first_position(encoded)[:, None], word_starts.clamp(min=0)], dim=1)
         heads = self.fused(encoded, positions)

@@ -1,42 +1,215 @@
 """PEFT's adapters inside a K-Adapter: which weights are theirs, and how theirs are loaded."""
 
+import json
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .compat_kadapter import without_load_report
-from .format_kadapter import KAdapterLoadError
+from .backbone_kadapter import is_opaque
+from .compat_kadapter import has_peft_adapter, without_load_report
+from .format_kadapter import PEFT_CONFIG, KAdapterConfigError, KAdapterLoadError
+from .replacing_kadapter import write_json
 from .sources_kadapter import hub_arguments
 
 
 logger = logging.get_logger(__name__)
 
 
-def _peft_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """PEFT's wrappers in a model by name, each with its attribute for the wrapped module (PEFT from 0.18)."""
-    layers: dict[str, tuple[nn.Module, str]] = {}
-    if "peft" not in sys.modules:  # a pass over all modules takes milliseconds
-        return layers
-    for name, module in model.named_modules():
-        if hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
-            layers[name] = (module, "base_layer")
-        elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            layers[name] = (module, "original_module")
-    return layers
+# The child of each kind of PEFT's wrappers that is the wrapped module, or leads to it (PEFT from 0.18): `BaseTunerLayer`,
+# `ModulesToSaveWrapper` and `TrainableTokensWrapper`.
+_WRAPPED = ("base_layer", "original_module", "token_adapter")
+# The initialisations of LoRA that take the start of the adapter off the weights that it is added to (PEFT 0.18 to 0.21).
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+def _wrappers(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
+    """
+    PEFT's wrappers in a model by name, each with the name of the child that is or leads to the wrapped module.
+
+    PEFT from 0.18. None stands for a module of PEFT's whose content is not known.
+    """
+    tuners, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    if tuners is None or other is None:  # a pass over all modules takes milliseconds
+        return {}
+    found: dict[str, tuple[nn.Module, str | None]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (tuners.BaseTunerLayer, other.AuxiliaryTrainingWrapper)):
+            children = dict(module.named_children())
+            found[name] = module, next((child for child in _WRAPPED if child in children), None)
+        elif type(module).__module__.startswith("peft.") and _plain_name(name, found) is not None:
+            found[name] = module, None
+    return found
+
+
+def _plain_name(name: str, wrappers: Mapping[str, tuple[nn.Module, str | None]]) -> str | None:
+    """The name that a module or tensor has without PEFT; None if it is one of PEFT's own."""
+    plain, path = [], ""
+    for part in name.split("."):
+        wrapper = wrappers.get(path)
+        path = f"{path}.{part}" if path else part
+        if wrapper is None:
+            plain.append(part)
+        elif part != wrapper[1]:
+            return None
+    return ".".join(plain)
+
+
+def plain_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """A model's state dict, or the one that is passed, with the names and tensors it has without PEFT."""
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    wrappers = _wrappers(model)
+    if not wrappers:
+        return dict(state_dict)
+    plain = {_plain_name(name, wrappers): tensor for name, tensor in state_dict.items()}
+    return {name: tensor for name, tensor in plain.items() if name is not None}
 
 
 def peft_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that PEFT added to a model."""
+    """The parameters that PEFT added to a model, and those that it has put others in the place of."""
+    wrappers = _wrappers(model)
+    if not wrappers:
+        return set()
+    replaced = tuple(
+        f"{name}.{child}."
+        for name, (module, child) in wrappers.items()
+        if child == "original_module" and _adapters_in(module)
+    )
     return {
         parameter
-        for module, kept in _peft_layers(model).values()
-        for name, parameter in module.named_parameters()
-        if not name.startswith(f"{kept}.")
+        for name, parameter in model.named_parameters()
+        if _plain_name(name, wrappers) is None or name.startswith(replaced)
     }
+
+
+def _adapters_in(wrapper: nn.Module) -> set[str]:
+    """The names of the PEFT adapters that a wrapper holds weights of (PEFT from 0.18); none are left after a deletion."""
+    return set(wrapper._get_available_adapters())
+
+
+def is_wrapped_by_peft(model: nn.Module) -> bool:
+    """Whether `peft.get_peft_model` or `inject_adapter_in_model` has changed a model, and so decides what trains in it."""
+    # PEFT from 0.18 sets peft_config, and leaves it there after `unload`.
+    return hasattr(model, "peft_config") and not has_peft_adapter(model) and bool(_wrappers(model))
+
+
+def check_trains_what_runs(model: nn.Module) -> None:
+    """
+    Refuses a wrapper that PEFT has put beside the module that it was to wrap.
+
+    PEFT, all versions: `modules_to_save` with a name that a module and one inside it end in, such as "lm_head" for RoBERTa,
+    gives the outer module a second inner one, which trains and is saved, but is not used.
+
+    Raises:
+        KAdapterConfigError: there is one.
+    """
+    wrappers = _wrappers(model)
+    for name in wrappers:
+        if _plain_name(name, wrappers) is None:
+            raise KAdapterConfigError(
+                f"modules_to_save names '{name}' and what it is a part of: what would train is not what runs. Name one of "
+                f"them, by its whole name: modules_to_save=['{name}']."
+            )
+
+
+def check_is_no_peft_model(model: Any) -> None:
+    """
+    Raises:
+        KAdapterConfigError: `peft.get_peft_model` or the like returned it.
+    """
+    if type(model).__module__.startswith("peft."):
+        raise KAdapterConfigError(
+            "a model that PEFT has wrapped can't be a backbone. Give what its merge_and_unload() returns, which has PEFT's "
+            "weights merged into it; or what its unload() returns, and add_adapter to the K-Adapter."
+        )
+
+
+# ---- Saving ---------------------------------------------------------------------------------------------------------
+
+
+def check_peft_is_saved(model: Any) -> None:
+    """
+    Refuses to save a model without the weights that PEFT has put into it.
+
+    Raises:
+        KAdapterConfigError: transformers' PEFT integration does not know them, or they can't be told from the model's.
+    """
+    known = set(model.peft_config) if has_peft_adapter(model) else set()
+    check_trains_what_runs(model)
+    for name, (module, child) in _wrappers(model).items():
+        if child is None:
+            raise KAdapterConfigError(
+                f"'{name}' is PEFT's {type(module).__name__}, which a K-Adapter can't be saved with."
+            )
+        if getattr(module, "merged", False):
+            raise KAdapterConfigError(
+                f"a PEFT adapter is merged into '{name}', and would be saved a second time. Call PEFT's unmerge_adapter "
+                "first, or save what merge_and_unload returns."
+            )
+        unknown = sorted(_adapters_in(module) - known)
+        if not unknown:
+            continue
+        if is_wrapped_by_peft(model):
+            way = (
+                "The model that get_peft_model returned saves them with its own save_pretrained, into another folder; save "
+                "the K-Adapter before you wrap it. To save both in one folder, use add_adapter of the K-Adapter instead of "
+                "get_peft_model; to make the weights the K-Adapter's own, save what merge_and_unload returns."
+            )
+        else:
+            way = (
+                "Use add_adapter of the K-Adapter instead of its backbone's, or give from_backbone a backbone that PEFT's "
+                "merge_and_unload returned."
+            )
+        raise KAdapterConfigError(
+            f"save_pretrained would leave out the weights of the PEFT adapter '{unknown[0]}' in '{name}'. {way}"
+        )
+    left_out = sorted(known - set(model.active_adapters())) if known else []
+    if left_out:
+        logger.warning(
+            f"of the PEFT adapters only the active one is saved, without {left_out}. To save another, call "
+            "set_adapter(name), and save_pretrained to another folder."
+        )
+
+
+def warn_of_peft_in(model: nn.Module, part: str) -> None:
+    """Says that the file of a part alone does not hold what PEFT has put into it."""
+    inside = [
+        name for name, (module, _) in _wrappers(model).items() if name.startswith(f"{part}.") and _adapters_in(module)
+    ]
+    if inside:
+        logger.warning(
+            f"'{part}' is saved without what PEFT has put into '{inside[0]}' (and {len(inside) - 1} more). save_pretrained "
+            "of the whole model saves both."
+        )
+
+
+def save_peft_adapter(model: Any, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+    """
+    Saves the active PEFT adapter of a model, if it has any, into the folder of the K-Adapter.
+
+    Args:
+        state_dict: the state dict to take its weights from, if not the model's own.
+    """
+    if not has_peft_adapter(model):
+        return
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    wrappers = _wrappers(model)
+    # transformers refuses tensors that share memory, or leaves some of them out.
+    own = {name: tensor.clone() for name, tensor in state_dict.items() if _plain_name(name, wrappers) is None}
+    PreTrainedModel.save_pretrained(model, folder, state_dict={**state_dict, **own})
+    config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE) and not is_opaque(model.backbone):
+        # The weights that it has changed are saved as they are now, and are not to be changed again.
+        config |= {"init_lora_weights": True, "corda_config": None, "loftq_config": {}, "lora_ga_config": None}
+        write_json(folder / PEFT_CONFIG, config)
+
+
+# ---- Loading --------------------------------------------------------------------------------------------------------
 
 
 def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -46,7 +219,7 @@ def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     Raises:
         KAdapterLoadError: the state dict has names that a PEFT adapter has moved.
     """
-    if not _peft_layers(model):
+    if not _wrappers(model):
         return
     own = model.state_dict()
     moved = [name for name in plain_state_dict(model, own) if name in state_dict and name not in own]
@@ -56,23 +229,6 @@ def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             "would not be restored. To resume training from a checkpoint, wrap the model with peft.get_peft_model and "
             "pass that to Trainer; to continue from the checkpoint's weights, load it with from_pretrained."
         )
-
-
-def plain_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """A model's state dict, or the one that is passed, with the names and tensors it has without PEFT."""
-    state_dict = model.state_dict() if state_dict is None else state_dict
-    layers = _peft_layers(model)
-    if not layers:
-        return dict(state_dict)
-    plain = {}
-    for name, tensor in state_dict.items():
-        parts = name.split(".")
-        wrapper = next((w for end in range(1, len(parts)) if (w := ".".join(parts[:end])) in layers), None)
-        if wrapper is None:
-            plain[name] = tensor
-        elif name.startswith(f"{wrapper}.{layers[wrapper][1]}."):
-            plain[name.replace(f".{layers[wrapper][1]}.", ".", 1)] = tensor
-    return plain
 
 
 def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: str | None, **kwargs) -> Any:
@@ -85,24 +241,39 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
     """
     with without_load_report():
         result = load(source, name, **kwargs)
-    from peft import load_peft_weights, set_peft_model_state_dict
-
+    peft = sys.modules["peft"]  # an import statement would make PEFT a requirement of every saved model
     name = name or "default"
     weights = kwargs.get("adapter_state_dict")
+    label = "adapter_state_dict" if weights is not None else f"'{source}'"
     if weights is None:
-        weights = load_peft_weights(source, "cpu", **peft_hub_kwargs(kwargs | (kwargs.get("adapter_kwargs") or {})))
-    weights = {key.removeprefix("base_model.model."): tensor for key, tensor in weights.items()}
-    expected = model.get_adapter_state_dict(name).keys()
-    if weights.keys() - expected:
+        weights = peft.load_peft_weights(
+            source, "cpu", **peft_hub_kwargs(kwargs | (kwargs.get("adapter_kwargs") or {}))
+        )
+    own = model.get_adapter_state_dict(name)
+    weights = {_without_adapter_name(key, name, own): tensor for key, tensor in weights.items()}
+    if weights.keys() - own.keys():
         raise KAdapterLoadError(
-            f"'{source}' holds a PEFT adapter for another model: this one has no tensor '{min(weights.keys() - expected)}'."
+            f"{label} holds a PEFT adapter for another model: this one has no tensor '{min(weights.keys() - own.keys())}'."
         )
-    if expected - weights.keys():
-        logger.warning(
-            f"'{source}' has no weights for {sorted(expected - weights.keys())}: they are new and untrained."
-        )
-    set_peft_model_state_dict(model, weights, name)
+    missing = sorted(own.keys() - weights.keys())
+    given = {own[key].data_ptr(): weights[key] for key in weights}
+    weights |= {key: given.get(own[key].data_ptr(), own[key]) for key in missing}
+    new = [
+        key for key in missing if own[key].data_ptr() not in given
+    ]  # the others share their memory with one that is there
+    if new:
+        logger.warning(f"{label} has no weights for {new}: they are new and untrained.")
+    peft.set_peft_model_state_dict(model, weights, name)
     return result
+
+
+def _without_adapter_name(key: str, name: str, known: Mapping[str, Any]) -> str:
+    """The key that PEFT's files have for a tensor, which in a model's state dict has the adapter's name too."""
+    key = key.removeprefix("base_model.model.").replace(f".modules_to_save.{name}.", ".")
+    parts = key.split(".")
+    places = [place for place, part in enumerate(parts) if part == name and key not in known]
+    shorter = (".".join(parts[:place] + parts[place + 1 :]) for place in reversed(places))
+    return next((candidate for candidate in shorter if candidate in known), key)
 
 
 def peft_hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:

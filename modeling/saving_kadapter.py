@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
-from .compat_kadapter import has_peft_adapter
 from .format_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
@@ -28,7 +27,7 @@ from .format_kadapter import (
     is_own_class,
     part_of,
 )
-from .peft_kadapter import plain_state_dict
+from .peft_kadapter import check_peft_is_saved, plain_state_dict, save_peft_adapter
 from .registry_kadapter import ENTRY_MODULE, auto_map
 from .replacing_kadapter import replace_files, write_json, write_tensors
 
@@ -42,8 +41,10 @@ def save_repository(model: Any, folder: Path, state_dict: dict[str, torch.Tensor
 
     Raises:
         KAdapterLoadError: the folder is a file, or holds the backbone.
+        KAdapterConfigError: weights that PEFT has put into the model would not be saved.
         OSError: the folder can't be written.
     """
+    check_peft_is_saved(model)
     _check_target(folder, model.config.backbone_name_or_path)
     config, origins = model.config, model.origins
     state = plain_state_dict(model, state_dict)
@@ -94,8 +95,7 @@ def write_repository(
     with replace_files(folder) as staging:
         _write_files(model, staging, state)
         _write_card(model, staging, folder, any(file_of(name) == BACKBONE_FILE for name in state))
-        if has_peft_adapter(model):
-            PreTrainedModel.save_pretrained(model, staging, state_dict=peft_state)
+        save_peft_adapter(model, staging, peft_state)
 
 
 def _write_card(model: Any, staging: Path, folder: Path, backbone_stored: bool) -> None:

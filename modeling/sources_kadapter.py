@@ -17,6 +17,7 @@ from .format_kadapter import (
     BACKBONE_FILE,
     HEAD_FILE,
     PEFT_CONFIG,
+    KAdapterConfigError,
     KAdapterLoadError,
     adapter_path,
     locate,
@@ -45,7 +46,13 @@ def adapter_file(source: str | os.PathLike, name: str | None, **hub_kwargs) -> P
 
     Raises:
         KAdapterLoadError: there is none, or several and none of them has that name.
+        KAdapterConfigError: `source` is no place.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise KAdapterConfigError(
+            "a knowledge adapter is loaded from a repository, a folder or a file, or made from a KnowledgeAdapterConfig; not "
+            f"from {type(source).__name__}."
+        )
     path = Path(source)
     if path.is_file() or path.suffix == ".safetensors":
         return path

@@ -582,3 +582,23 @@ def test_configuration_class_of_travelled_code_is_accepted(build):
     model = build(adapters=())
     model.add_knowledge_adapter("factual", travelled(**SMALL_ADAPTER))
     assert list(model.adapters) == ["factual"]
+
+
+def test_a_new_adapter_can_be_given_by_its_fields(backbone):
+    model = KAdapterModel.from_backbone(backbone, adapters={"factual": dict(SMALL_ADAPTER)})
+    model.add_knowledge_adapter("places", SMALL_ADAPTER | {"backbone_layers": [1]})
+    assert model.config.knowledge_adapters["factual"].hidden_size == SMALL_ADAPTER["hidden_size"]
+    assert model.config.knowledge_adapters["places"].backbone_layers == [1]
+
+
+@pytest.mark.parametrize("wrong", [{"hiden_size": 16}, 16, object(), [16]])
+def test_what_is_no_adapter_is_refused_in_a_sentence(wrong, build, backbone):
+    with pytest.raises(KAdapterConfigError, match="knowledge adapter|KnowledgeAdapterConfig"):
+        KAdapterModel.from_backbone(backbone, adapters={"factual": wrong})
+    with pytest.raises(KAdapterConfigError, match="knowledge adapter|KnowledgeAdapterConfig"):
+        build().add_knowledge_adapter("places", wrong)
+
+
+def test_adapters_that_are_neither_places_nor_named_are_refused_in_a_sentence(backbone):
+    with pytest.raises(KAdapterConfigError, match="a dict from names to them"):
+        KAdapterModel.from_backbone(backbone, adapters=KnowledgeAdapterConfig())

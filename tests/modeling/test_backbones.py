@@ -572,3 +572,46 @@ def test_backbone_of_another_type_is_not_an_answer_to_a_missing_one(build, backb
     build().save_pretrained(tmp_path)
     with pytest.raises(BackboneMismatchError, match="model_type 'bert'.*made for 'roberta'"):
         KAdapterModel.from_pretrained(tmp_path, backbone=backbones["bert"])
+
+
+@pytest.mark.parametrize("argument", ["state_dict", "gguf_file"])
+@pytest.mark.parametrize("stored", [True, False])
+def test_an_argument_that_would_replace_the_files_is_refused(argument, stored, build, backbone, tmp_path):
+    model = build()
+    if stored:
+        model.unfreeze_backbone()
+        disturb(model.backbone)
+    model.save_pretrained(tmp_path)
+    value = model.state_dict() if argument == "state_dict" else "model.gguf"
+    for load in (
+        lambda: KAdapterModel.from_pretrained(tmp_path, **{argument: value}),
+        lambda: KAdapterModel.from_backbone(backbone, **{argument: value}),
+    ):
+        with pytest.raises(KAdapterConfigError, match=f"can't be loaded with {argument}="):
+            load()
+
+
+def test_a_variant_that_the_backbone_lacks_is_named(build, backbone, tmp_path):
+    build().save_pretrained(tmp_path)
+    for load in (KAdapterModel.from_pretrained, KAdapterModel.from_backbone):
+        with pytest.raises(
+            KAdapterLoadError, match="variant='fp16' asks for files of the backbone that are called so"
+        ):
+            load(tmp_path if load == KAdapterModel.from_pretrained else backbone, variant="fp16")
+
+
+def test_a_variant_of_the_backbone_is_loaded(tmp_path):
+    AutoModel.from_config(TINY["roberta"]).save_pretrained(tmp_path / "backbone", variant="fp16")
+    KAdapterModel.from_backbone(tmp_path / "backbone", variant="fp16").save_pretrained(tmp_path / "model")
+    KAdapterModel.from_pretrained(tmp_path / "model", variant="fp16")
+
+
+@pytest.mark.parametrize("wrong", [16, {}, object()])
+def test_what_is_no_backbone_is_refused_in_a_sentence(wrong, build, tmp_path):
+    build().save_pretrained(tmp_path)
+    for load in (
+        lambda: KAdapterModel.from_backbone(wrong),
+        lambda: KAdapterModel.from_pretrained(tmp_path, backbone=wrong),
+    ):
+        with pytest.raises(KAdapterConfigError, match="a backbone is a repository, a folder or a loaded model"):
+            load()

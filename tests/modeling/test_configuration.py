@@ -418,3 +418,15 @@ def test_unknown_field_of_the_whole_is_kept_or_dropped_with_a_warning(field, war
 def test_adapter_configuration_of_a_newer_version_loads_with_all_its_known_fields():
     newer = small_adapter(backbone_layers=[1, 3]).to_dict() | {"gate": "tanh", "scale": 2.0}
     assert KnowledgeAdapterConfig.from_dict(newer).to_dict() == newer
+
+
+def test_the_dict_has_the_sizes_that_tools_look_up_and_the_file_does_not(tmp_path):
+    config = config_with(factual={})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    assert sizes.items() <= config.to_dict().items()
+    config.save_pretrained(tmp_path)
+    assert not sizes.keys() & json.loads((tmp_path / "config.json").read_text()).keys()
+    assert not sizes.keys() & json.loads(config.to_json_string()).keys()
+    again = KAdapterConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert not sizes.keys() & vars(again).keys()

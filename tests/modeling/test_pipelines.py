@@ -183,3 +183,12 @@ def test_pipeline_follows_a_change_of_weights(saved, tokenizer):
     before = classify(TEXTS[0])
     disturb(model.adapters, 5)
     assert classify(TEXTS[0]) != before
+
+
+@pytest.mark.parametrize("adapters", [("factual", "linguistic"), ("one-name",), ()])
+def test_features_of_a_batch_are_those_of_each_text(adapters, saved, tokenizer):
+    model, folder = saved(KAdapterModel, adapters=adapters)
+    features = pipeline("feature-extraction", model=folder, tokenizer=tokenizer)
+    texts = [TEXTS[0]] * 3
+    for found, text in zip(features(texts, batch_size=2), texts, strict=True):
+        torch.testing.assert_close(torch.tensor(found), outputs(model.eval(), tokenizer, text).last_hidden_state)
