@@ -96,7 +96,9 @@ def _classification_loss(
 
 
 def _check_marker(name: str, positions: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
+    """The positions of the markers among those of the states, after checking them."""
     batch, length = encoded.backbone_state.shape[:2]
+    length -= encoded.virtual_tokens
     if positions is None:
         raise ValueError(
             f"{name} is missing: the position of the marker before the entity in each row, shape (batch,)."
@@ -109,7 +111,7 @@ def _check_marker(name: str, positions: torch.Tensor | None, encoded: Encoded) -
         outside = positions[(positions < 0) | (positions >= length)]
         if outside.numel():
             raise ValueError(f"{name} has {outside[0].item()}, but the rows are {length} tokens long.")
-    return positions
+    return positions + encoded.virtual_tokens
 
 
 @register_head("AutoModelForSequenceClassification")

@@ -46,6 +46,7 @@ from .peft_kadapter import (
     load_peft_adapter,
     peft_parameters,
     plain_state_dict,
+    virtual_tokens,
     warn_of_peft_in,
 )
 from .reading_kadapter import read_adapter
@@ -84,12 +85,15 @@ class Encoded:
         backbone_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the backbone's last.
         knowledge (`dict[str, torch.FloatTensor]`): the output of each active adapter, of that shape.
         hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
+        virtual_tokens (`int`): how many positions PEFT's prompt methods have put before those of the text; positions that
+            the caller gave count without them.
     """
 
     backbone_state: torch.Tensor
     knowledge: dict[str, torch.Tensor]
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    virtual_tokens: int = 0
 
 
 class KAdapterPreTrainedModel(PreTrainedModel):
@@ -583,10 +587,28 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         self._settle_modes()
         if mode:
             check_trains_what_runs(self)
+            self._warn_of_new_head()
         if self.backbone.training and not self.origins.backbone_trained:
             own = set(self.backbone.parameters()) - peft_parameters(self)
             self.origins.backbone_trained = any(parameter.requires_grad for parameter in own)
         return self
+
+    def _warn_of_new_head(self) -> None:
+        """Says that a new head does not train although it is not to be frozen: PEFT finds only some names by itself."""
+        new = self.origins.source("head") == "new" and not self.config.freeze_head
+        heads = (
+            {name: child for name, child in self.named_children() if child in set(self.head_modules())} if new else {}
+        )
+        frozen = [
+            name
+            for name, head in heads.items()
+            if any(True for _ in head.parameters()) and not any(tensor.requires_grad for tensor in head.parameters())
+        ]
+        if frozen:
+            logger.warning_once(
+                f"the head's {frozen} are new, and something such as PEFT has frozen them: they stay random. With PEFT, pass "
+                f"modules_to_save={frozen} to its configuration."
+            )
 
     def _settle_modes(self) -> None:
         parts = [([part], part.parameters()) for part in (self.backbone, self.fusion, *self.adapters.values())]
@@ -670,7 +692,15 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             # With past_key_values it covers them too.
             attention_mask = attention_mask[:, -output["last_hidden_state"].shape[1] :]
         knowledge = {name: self.adapters[name](states, attention_mask) for name in active}
-        return Encoded(output["last_hidden_state"], knowledge, output.get("hidden_states"), output.get("attentions"))
+        return Encoded(
+            backbone_state=output["last_hidden_state"],
+            knowledge=knowledge,
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            virtual_tokens=virtual_tokens()
+            if inputs_embeds is not None and kwargs.get("past_key_values") is None
+            else 0,
+        )
 
     def backbone_states_read(self) -> list[int]:
         """The indices of the backbone's hidden states that the active adapters read, in ascending order."""

@@ -129,7 +129,9 @@ def _can_be_checked(tensor: torch.Tensor) -> bool:
 
 
 def _check_word_starts(word_starts: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
+    """The positions of the words among those of the states, after checking them."""
     batch, length = encoded.backbone_state.shape[:2]
+    length -= encoded.virtual_tokens
     if word_starts is None:
         raise ValueError("word_starts is missing: the position of each word's first token, shape (batch, words).")
     if word_starts.dim() != 2 or word_starts.shape[0] != batch or word_starts.is_floating_point():
@@ -143,7 +145,8 @@ def _check_word_starts(word_starts: torch.Tensor | None, encoded: Encoded) -> to
             raise ValueError(f"word_starts has {outside[0].item()}, but the rows are {length} tokens long.")
         if ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
             raise ValueError("word_starts has a word after a -1; -1 fills the end of a row with fewer words.")
-    return word_starts.to(encoded.backbone_state.device)
+    word_starts = word_starts.to(encoded.backbone_state.device)
+    return torch.where(word_starts < 0, word_starts, word_starts + encoded.virtual_tokens)
 
 
 def _check_labels(

@@ -117,6 +117,23 @@ def check_trains_what_runs(model: nn.Module) -> None:
             )
 
 
+def virtual_tokens() -> int:
+    """
+    The number of tokens that one of PEFT's prompt methods has put before the inputs of the call that is running.
+
+    PEFT, all versions, passes `inputs_embeds` that begin with them and says so nowhere else than in the call itself.
+    `torch.compile` hides the call: there it is 0.
+    """
+    peft = sys.modules.get("peft")
+    frame = None if peft is None or torch.compiler.is_compiling() else sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        if isinstance(caller, peft.PeftModel) and caller.active_peft_config.is_prompt_learning:
+            return caller.active_peft_config.num_virtual_tokens
+        frame = frame.f_back
+    return 0
+
+
 def check_is_no_peft_model(model: Any) -> None:
     """
     Raises:

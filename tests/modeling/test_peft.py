@@ -776,6 +776,48 @@ def test_prompt_methods_find_the_sizes_and_come_back(config, build, tmp_path):
     torch.testing.assert_close(result(again), result(wrapped))
 
 
+@pytest.mark.parametrize(
+    "model_class", [KAdapterForEntityTyping, KAdapterForRelationClassification, KAdapterForDependencyParsing]
+)
+def test_positions_count_without_the_virtual_tokens(model_class, build):
+    """The same as shifting them by hand in a call of the model itself."""
+    model = build(model_class)
+    inputs = inputs_for(model_class)
+    wrapped = get_peft_model(model, PromptTuningConfig(task_type=TASKS[model_class], num_virtual_tokens=3)).eval()
+    embedded = torch.cat([wrapped.get_prompt(4), model.get_input_embeddings()(inputs["input_ids"])], dim=1)
+    rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    shifted = {name: torch.where(value < 0, value, value + 3) for name, value in rest.items()}
+    wanted = tensors_of(model(inputs_embeds=embedded, attention_mask=torch.ones(4, 13), **shifted))
+    for tensor, other in zip(tensors_of(wrapped(**inputs)), wanted, strict=True):
+        torch.testing.assert_close(tensor, other)
+    given = model.get_input_embeddings()(inputs["input_ids"])
+    for tensor, other in zip(tensors_of(model(inputs_embeds=given, **rest)), tensors_of(model(**inputs)), strict=True):
+        torch.testing.assert_close(tensor, other)
+
+
+def test_a_marker_among_the_virtual_tokens_is_refused_as_outside(build):
+    model = build(KAdapterForEntityTyping)
+    wrapped = get_peft_model(model, PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3))
+    for outside in (-1, 10):
+        with pytest.raises(ValueError, match="entity_start has .* the rows are 10 tokens long"):
+            wrapped(**batch(), entity_start=torch.tensor([outside, 0, 0]))
+
+
+@pytest.mark.parametrize("model_class", [KAdapterForEntityTyping, KAdapterForRelationClassification])
+def test_a_new_head_that_peft_does_not_train_is_named(model_class, build, messages):
+    """PEFT adds the head of a classifier to what it trains only if it is called classifier or score."""
+    logging.Logger.warning_once.cache_clear()  # other tests may have given it
+    model = build(model_class)
+    get_peft_model(model, lora(task_type=TaskType.SEQ_CLS, target_modules="backbone.*query")).train()
+    assert "modules_to_save=['dense', 'out_proj']" in messages.text
+    messages.clear()
+    named = lora(target_modules="backbone.*query", modules_to_save=["dense", "out_proj"], task_type=TaskType.SEQ_CLS)
+    wrapped = get_peft_model(build(model_class), named)
+    wrapped.train()
+    assert not [text for text in messages.messages if "modules_to_save" in text]
+    assert any("out_proj" in name for name in trainable(wrapped))
+
+
 # ---- As a backbone ---------------------------------------------------------------------------------------------------
 
 
