@@ -1,5 +1,6 @@
 """`kadapter prepare`: converts a corpus to Parquet files, a list of its labels and a report on dropped records."""
 
+import inspect
 import os
 from enum import Enum
 from pathlib import Path
@@ -10,7 +11,7 @@ from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
 
-from ..corpora import parse_text, read_conllu, read_docred, read_fewrel, read_semeval, read_tacred
+from ..corpora import CORPORA, Corpus, parse_text, read_conllu
 from ..corpora.schema import Report, write_json
 from ._common import plain_errors
 
@@ -92,48 +93,24 @@ def trex(
             show(report, output)
 
 
-@prepare.command()
-def fewrel(file: File, output: Output, names: Names = None, strict: Strict = False) -> None:
-    """
-    FewRel: Wikidata relations in Wikipedia sentences.
+def add_command(name: str, corpus: Corpus) -> None:
+    """Adds the command for a corpus."""
 
-    Example: `kadapter prepare fewrel train_wiki.json --names pid2name.json --output data/fewrel`
-    """
-    with plain_errors():
-        write(*read_fewrel(file, names, strict), output, "relations.json")
+    def convert(file: File, output: Output, names: Names = None, strict: Strict = False) -> None:
+        options = {"strict": strict} if names is None else {"names": names, "strict": strict}
+        with plain_errors():
+            write(*corpus.read(file, **options), output)
 
+    def convert_without_names(file: File, output: Output, strict: Strict = False) -> None:
+        convert(file, output, strict=strict)
 
-@prepare.command()
-def docred(file: File, output: Output, names: Names = None, strict: Strict = False) -> None:
-    """
-    DocRED and Re-DocRED: pairs of entities in the same sentence.
-
-    Example: `kadapter prepare docred train_revised.json --names rel_info.json --output data/re-docred`
-    """
-    with plain_errors():
-        write(*read_docred(file, names, strict), output, "relations.json")
+    takes_names = "names" in inspect.signature(corpus.read).parameters
+    help = f"{corpus.help}\n\nExample: `kadapter prepare {name} {corpus.example}`"
+    prepare.command(name, help=help)(convert if takes_names else convert_without_names)
 
 
-@prepare.command()
-def tacred(file: File, output: Output, strict: Strict = False) -> None:
-    """
-    TACRED, TACREV and Re-TACRED, in JSON format.
-
-    Example: `kadapter prepare tacred train.json --output data/tacred`
-    """
-    with plain_errors():
-        write(*read_tacred(file, strict), output, "relations.json")
-
-
-@prepare.command()
-def semeval(file: File, output: Output, strict: Strict = False) -> None:
-    """
-    SemEval-2010 Task 8: directed relations between nominals.
-
-    Example: `kadapter prepare semeval TRAIN_FILE.TXT --output data/semeval`
-    """
-    with plain_errors():
-        write(*read_semeval(file, strict), output, "relations.json")
+for name, corpus in CORPORA.items():
+    add_command(name, corpus)
 
 
 @prepare.command()
@@ -158,7 +135,7 @@ def conllu(
             made = parse_text(lines_of(file), pipeline, strict)
         else:
             made = read_conllu(file, strict)
-        write(*made, output, "labels.json")
+        write(*made, output)
 
 
 def lines_of(file: Path) -> list[str]:
@@ -168,13 +145,14 @@ def lines_of(file: Path) -> list[str]:
         raise ValueError(f"{file} is not UTF-8") from None
 
 
-def write(dataset: Dataset, report: Report, output: Path, labels: str) -> None:
+def write(dataset: Dataset, report: Report, output: Path) -> None:
     """Writes the data set, its labels and the report to `output`, and prints the report."""
     disable_progress_bars()
     output.mkdir(parents=True, exist_ok=True)
     draft = output / ".train.draft"
     dataset.to_parquet(str(draft))
     draft.replace(output / "train.parquet")
+    labels = "relations.json" if "relation" in dataset.column_names else "labels.json"
     write_json(output / labels, sorted(report.labels))
     report.save(output / "report.json")
     show(report, output)

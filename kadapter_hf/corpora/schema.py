@@ -41,6 +41,22 @@ class Schema:
     labels: str
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """
+    A corpus that is read from files, as a command of `kadapter prepare`.
+
+    Attributes:
+        read: `read(path, strict=…)` returns a data set and a report. If it also takes `names`, the command has `--names`.
+        help: what the command's `--help` says.
+        example: the arguments of the example in `--help`.
+    """
+
+    read: Callable[..., tuple[Dataset, "Report"]]
+    help: str
+    example: str
+
+
 @dataclass
 class Report:
     """The number of rows kept and of rows per label; for each reason, the number of dropped records and the first names."""
