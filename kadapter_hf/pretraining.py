@@ -24,12 +24,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .activations import ROW, CachedActivationsCollator, cached_activations
 from .corpora import Report, Schema, check_columns, read_jsonl
 from .features import encode, most_tokens
+from .figures import new_figure, warn_without_matplotlib
 from .hub import push_folder
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
 from .objectives import OBJECTIVES, Objective
@@ -137,6 +139,8 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     if objective not in OBJECTIVES:
         raise ValueError(f"there is no objective '{objective}'; there are {sorted(OBJECTIVES)}")
     task, name = OBJECTIVES[objective], arguments.name or objective
+    warn_without_matplotlib("training.png")
+    _check_report_to(training)
     checkpoint = _checkpoint_to_resume(training)
     set_seed(training.seed)
     rows = _train_and_eval_rows(task, arguments, training.seed)
@@ -145,6 +149,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         raise ValueError(f"'{arguments.data}' has only the label {labels}: at least two are needed.")
     if task.schema is not None:
         rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
+    compute_metrics = task.metrics(labels) if task.metrics else None
     tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
     numbers = {label: number for number, label in enumerate(labels)}
     fields: dict[str, Any] = {"classifier_dropout": arguments.dropout, "fusion": arguments.fusion}
@@ -156,27 +161,29 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     with training.main_process_first(desc="features"):
         most = most_tokens(tokenizer, arguments.max_length, model.backbone.config)
         data = {split: encode(split_rows, features, tokenizer, max_length=most) for split, split_rows in rows.items()}
-    collator = task.collator(tokenizer)
+    if arguments.cache_activations is not None:
+        data = _numbered(data)
+        training.remove_unused_columns = False
+    stop = StopOnInterrupt()
+    # Made before the activations are computed, so that errors in its arguments come first.
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=task.collator(tokenizer),
+        train_dataset=data["train"],
+        eval_dataset=data["eval"],
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits,
+        callbacks=[stop],
+    )
     if arguments.cache_activations is not None:
         dtype = getattr(torch, arguments.activations_dtype)
         all_rows = concatenate_datasets([split.select_columns("input_ids") for split in data.values()])
         model.to(training.device)  # type: ignore[arg-type]
         with training.main_process_first(desc="activations"):
             cache = cached_activations(model, all_rows, tokenizer, arguments.cache_activations, dtype)
-        data, collator = _numbered(data), CachedActivationsCollator(collator, cache)
-        training.remove_unused_columns = False
-    stop = StopOnInterrupt()
-    trainer = Trainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["eval"],
-        processing_class=tokenizer,
-        compute_metrics=task.metrics(labels) if task.metrics else None,
-        preprocess_logits_for_metrics=task.preprocess_logits,
-        callbacks=[stop],
-    )
+        trainer.data_collator = CachedActivationsCollator(trainer.data_collator, cache)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
         raise KeyboardInterrupt
@@ -217,6 +224,15 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
                 revision=training.hub_revision,
             )
     return metrics
+
+
+def _check_report_to(training: TrainingArguments) -> None:
+    """Raises an ImportError if a package for --report_to is missing, which Trainer would do after minutes of preparation."""
+    for callback in get_reporting_integration_callbacks(training.report_to):
+        try:
+            callback()
+        except RuntimeError as error:
+            raise ImportError(f"--report_to {' '.join(training.report_to)}: {error}") from None
 
 
 def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
@@ -329,9 +345,9 @@ def _quality(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _draw_losses(history: list[dict[str, float]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
+    if figure is None:
+        return
     axes = figure.add_subplot()
     for key, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]

@@ -1,5 +1,6 @@
 """An adapter from rows to a repository: what trains, what is saved, cached activations, interruption and bad input."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -366,6 +367,31 @@ def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, t
     run("factual", str(tmp_path), backbone, tmp_path / "out", "--max_steps", "1")
     provenance = KAdapterModel.from_pretrained(tmp_path / "out").config.knowledge_adapters["factual"].provenance
     assert (provenance["rows"], provenance["held_out_rows"]) == (12, 6)
+
+
+# ---- Missing packages -----------------------------------------------------------------------------------------------
+
+
+def test_scikit_learn_is_looked_for_before_the_training(facts, backbone, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(ImportError, match=r"scikit-learn.*kadapter-hf\[knowledge\]"):
+        run("factual", facts, backbone, tmp_path / "out", "--max_steps", "1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_for_report_to_is_looked_for_before_the_data(backbone, tmp_path):
+    if importlib.util.find_spec("comet_ml"):
+        pytest.skip("comet_ml is installed")
+    with pytest.raises(ImportError, match="--report_to comet_ml: .*comet"):
+        run("factual", "nowhere", backbone, tmp_path / "out", "--report_to", "comet_ml")
+
+
+def test_without_matplotlib_there_is_an_adapter_and_no_figure(facts, backbone, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run("factual", facts, backbone, tmp_path / "out", "--max_steps", "1")
+    assert caplog.records[0].message.startswith("Without matplotlib, training.png is not drawn: pip install ")
+    assert KAdapterModel.from_pretrained(tmp_path / "out").active_knowledge_adapters == ["factual"]
+    assert not (tmp_path / "out" / "training.png").exists()
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------

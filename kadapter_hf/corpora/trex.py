@@ -19,6 +19,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress
 
+from ..figures import warn_without_matplotlib
 from .schema import Report, write_json
 from .trex_steps import ExtractTrex, Split, SplitTrex
 
@@ -62,6 +63,7 @@ def prepare_trex(
             file or triple is unusable.
         ImportError: Ray was requested and is not installed.
     """
+    warn_without_matplotlib("relations.png")
     output = Path(output).resolve()
     files = corpus_files(folders)
     extracted = output / "extracted"

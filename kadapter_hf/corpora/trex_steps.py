@@ -16,11 +16,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..figures import new_figure
 from .schema import MALFORMED, RELATION, Report, write_json
 
 
 try:
-    import matplotlib.figure
     import msgspec
     from datatrove.pipeline.base import PipelineStep
 except ImportError as error:
@@ -302,7 +302,9 @@ def in_test(key: str, seed: int) -> bool:
 def draw(report: Report, path: Path) -> None:
     """Draws a bar for each of the 200 most frequent relations, like the original."""
     counts = report.labels.most_common(200)[::-1]
-    figure = matplotlib.figure.Figure(figsize=(8, 1 + 0.2 * len(counts)), layout="constrained")
+    figure = new_figure(8, 1 + 0.2 * len(counts))
+    if figure is None:
+        return
     axes = figure.add_subplot()
     bars = axes.barh([relation for relation, _ in counts], [count for _, count in counts])
     axes.bar_label(bars, padding=2)

@@ -23,7 +23,8 @@ class Objective:
         collator: creates the collator from the tokenizer.
         schema: the columns of a row, including its labels, as in `kadapter_hf.corpora`; None for an objective without
             labels, which accepts any columns.
-        metrics: creates Trainer's `compute_metrics` from the list of labels; None for the loss only.
+        metrics: creates Trainer's `compute_metrics` from the list of labels; None for the loss only. Called before the
+            training, so this is the place to look for packages that the metrics need.
         preprocess_logits: Trainer's `preprocess_logits_for_metrics`.
     """
 

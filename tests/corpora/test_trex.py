@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections import Counter
 
@@ -280,6 +281,13 @@ def test_a_folder_goes_with_one_list_of_files(write_file, tmp_path):
     write_file([document(triple())], "trex/another.json")
     with pytest.raises(ValueError, match="was created from other files"):
         prepare_trex([folder], tmp_path / "out", min_examples=2)
+
+
+def test_without_matplotlib_there_are_rows_and_no_figure(write_file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert prepare_trex([corpus(write_file)], tmp_path / "out", min_examples=2).kept == 120
+    assert "Without matplotlib, relations.png is not drawn" in caplog.text
+    assert not (tmp_path / "out" / "relations.png").exists()
 
 
 def test_too_high_a_minimum_is_an_error_that_says_what_there_is(write_file, tmp_path):
