@@ -58,6 +58,8 @@ class PretrainingArguments:
     name: str | None = _help(None, "Name of the adapter. Default: the name of the objective.")
     backbone: str = _help(DEFAULT_BACKBONE, "The frozen backbone: a repository or folder.")
     eval_size: float = _help(0.1, "Fraction of the rows to hold out if the data has no split for evaluation.")
+    max_train_samples: int | None = _help(None, "Train on at most this many rows, chosen at random.")
+    max_eval_samples: int | None = _help(None, "Evaluate on at most this many rows, chosen at random.")
     max_length: int | None = _help(None, "Maximum number of tokens of a row. Default: the backbone's maximum.")
     cache_activations: str | None = _help(
         None, "Folder to cache the backbone's states in, so that it runs once per row instead of in each epoch."
@@ -87,6 +89,9 @@ class PretrainingArguments:
     def __post_init__(self):
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}")
         if self.activations_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--activations_dtype must be float32 or bfloat16, not {self.activations_dtype}")
 
@@ -134,7 +139,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
 
     Raises:
         ValueError: the objective is unknown, or the data does not fit it or has fewer than two labels.
-        KeyboardInterrupt: Ctrl-C; the output folder contains a checkpoint.
+        KeyboardInterrupt: Ctrl-C; its message says what was saved.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"there is no objective '{objective}'; there are {sorted(OBJECTIVES)}")
@@ -149,6 +154,8 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         raise ValueError(f"'{arguments.data}' has only the label {labels}: at least two are needed.")
     if task.schema is not None:
         rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
+    rows["train"] = _sample(rows["train"], training.seed, arguments.max_train_samples, _rows_in_max_steps(training))
+    rows["eval"] = _sample(rows["eval"], training.seed, arguments.max_eval_samples)
     compute_metrics = task.metrics(labels) if task.metrics else None
     tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
     numbers = {label: number for number, label in enumerate(labels)}
@@ -186,7 +193,10 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         trainer.data_collator = CachedActivationsCollator(trainer.data_collator, cache)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(
+            f"Stopped after saving '{get_last_checkpoint(str(training.output_dir))}'. To continue from it, add "
+            "--resume_from_checkpoint true."
+        )
     metrics = _quality(trainer.evaluate())
     local = Path(arguments.data).exists()
     described = {
@@ -315,6 +325,20 @@ def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Datase
         f"{len(rows) - len(kept)} held-out rows are dropped, as their labels don't occur in training: {unknown[:5]}"
     )
     return rows.select(kept)
+
+
+def _rows_in_max_steps(training: TrainingArguments) -> int | None:
+    """The number of rows that --max_steps will use; None if the number of epochs limits the training."""
+    if training.max_steps <= 0:
+        return None
+    per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return training.max_steps * per_step
+
+
+def _sample(rows: Dataset, seed: int, *limits: int | None) -> Dataset:
+    """As many random rows as the smallest limit allows. Files are often sorted, so the first rows would be one-sided."""
+    count = min([len(rows), *(limit for limit in limits if limit is not None)])
+    return rows if count == len(rows) else rows.shuffle(seed=seed).select(range(count))
 
 
 def _numbered(data: dict[str, Dataset]) -> dict[str, Dataset]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import assert_same_weights, contents, free_port, small_adapter
 from datasets import Dataset
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, TrainerCallback
+from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, RobertaModel, TrainerCallback
 from typer.testing import CliRunner, Result
 
 from kadapter_hf import KAdapterForDependencyParsing, KAdapterForRelationClassification, KAdapterModel, pretraining
@@ -162,6 +162,23 @@ def cached(backbone, build, tokenizer, tmp_path):
     return make
 
 
+def test_activations_are_computed_for_the_rows_that_are_used_only(facts, backbone, tmp_path):
+    used = {}
+    for name, flags in {
+        "steps": ("--max_steps", "2", "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2"),
+        "samples": ("--max_steps", "2", "--max_train_samples", "5", "--max_eval_samples", "1"),
+    }.items():
+        run(
+            "factual", facts, backbone, tmp_path / name, *flags, "--cache_activations", str(tmp_path / f"{name}-cache")
+        )
+        provenance = KAdapterModel.from_pretrained(tmp_path / name).config.knowledge_adapters["factual"].provenance
+        used[name] = (provenance["rows"], provenance["held_out_rows"], provenance["labels"])
+    assert used == {"steps": (12, 4, 3), "samples": (5, 1, 3)}
+    # 11 tokens in each row; 3 states and the last one, each 32 wide, in float32.
+    (states,) = (tmp_path / "steps-cache").rglob("states.bin")
+    assert states.stat().st_size == (12 + 4) * 11 * 4 * 32 * 4
+
+
 TEXTS = ["the river", "the city of rome is in italy", "a"]
 
 
@@ -264,6 +281,52 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_with_the_same_weigh
     assert_same_weights(parts, whole)
 
 
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """`interrupt_at(forward)`: the backbone's forward pass of this number ends in what Ctrl-C does; 0 for none."""
+    wanted, passes = 0, 0
+    forward = RobertaModel.forward
+
+    def counted(self, *args, **kwargs):
+        nonlocal passes
+        passes += 1
+        if passes == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args, **kwargs)
+
+    def interrupt_at(number: int) -> int:
+        """Returns the number of passes since the last call."""
+        nonlocal wanted, passes
+        before, wanted, passes = passes, number, 0
+        return before
+
+    monkeypatch.setattr(RobertaModel, "forward", counted)
+    return interrupt_at
+
+
+def test_interrupted_activations_are_continued_and_are_the_same(build, cached, tmp_path, interrupt_at):
+    model = build(KAdapterModel, adapters=["factual"])
+    texts = [" ".join(["river"] * count) for count in range(1, 60)] * 2  # four batches
+    whole = cached(model, texts).tokens.clone()
+    shutil.rmtree(tmp_path / "cache")
+    interrupt_at(3)
+    with pytest.raises(KeyboardInterrupt, match="states of 64 of 118 examples in .*The same command continues"):
+        cached(model, texts)
+    interrupt_at(0)
+    assert torch.equal(cached(model, texts).tokens, whole)
+    assert interrupt_at(0) == 2
+    cached(model, texts)
+    assert interrupt_at(0) == 0
+
+
+def test_ctrl_c_among_the_activations_says_so_and_speaks_of_no_checkpoint(facts, backbone, tmp_path, interrupt_at):
+    interrupt_at(1)
+    flags = ["--data", facts, "--backbone", backbone, "--output_dir", tmp_path / "out", "--max_steps", "1", *SMALL]
+    done = invoke("pretrain", "factual", *map(str, flags), "--cache_activations", str(tmp_path / "cache"))
+    assert done.exit_code == 130
+    assert "Stopped with the backbone's states of 0 of " in done.stderr and "checkpoint" not in done.stderr
+
+
 def start(data: str, backbone: str, output: Path, *flags: str, command: tuple[str, ...] = ("-c",)) -> subprocess.Popen:
     """A pre-training in a process of its own, or in several; all of them can be killed together."""
     script = "import sys; from kadapter_hf.pretraining import main; main(sys.argv[1:])"
@@ -364,7 +427,7 @@ def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, t
     Dataset.from_list(FACTS[:12]).to_parquet(tmp_path / "train.parquet")
     odd = [row | {"relation": "above"} for row in FACTS[12:15]]
     Dataset.from_list([*FACTS[12:18], *odd]).to_parquet(tmp_path / "test.parquet")
-    run("factual", str(tmp_path), backbone, tmp_path / "out", "--max_steps", "1")
+    run("factual", str(tmp_path), backbone, tmp_path / "out", "--max_steps", "2")
     provenance = KAdapterModel.from_pretrained(tmp_path / "out").config.knowledge_adapters["factual"].provenance
     assert (provenance["rows"], provenance["held_out_rows"]) == (12, 6)
 

@@ -29,10 +29,8 @@ def pretrain(
     try:
         with plain_errors():
             metrics = main([objective, *context.args])
-    except KeyboardInterrupt:
-        typer.echo(
-            "Stopped after saving a checkpoint. To continue from it, add --resume_from_checkpoint true.", err=True
-        )
+    except KeyboardInterrupt as stop:
+        typer.echo(str(stop) or "Stopped.", err=True)
         raise typer.Exit(130) from None
     for key, value in metrics.items():
         typer.echo(f"{key.removeprefix('eval_')}: {value:.4f}")
