@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -29,13 +29,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .activations import ROW, CachedActivationsCollator, cached_activations
-from .corpora import Report, Schema, check_columns, read_jsonl
+from .corpora import Schema
 from .features import encode, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .hub import push_folder
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
 from .objectives import OBJECTIVES, Objective
 from .objectives.objective import label_set, row_labels
+from .rows import load_rows
 
 
 logger = logging.get_logger(__name__)
@@ -51,8 +52,8 @@ class PretrainingArguments:
 
     data: str = field(
         metadata={
-            "help": "Training rows: a folder written by `kadapter prepare`, a JSON Lines or Parquet file, or a data set on "
-            "the Hub. A split named validation or test is used for evaluation."
+            "help": "Training rows: a folder written by `kadapter prepare`; a Parquet, JSON Lines, JSON, CSV or TSV file, or a "
+            "folder of them; or a data set on the Hub. A split named validation or test is used for evaluation."
         }
     )
     name: str | None = _help(None, "Name of the adapter. Default: the name of the objective.")
@@ -272,47 +273,6 @@ def _train_and_eval_rows(task: Objective, arguments: PretrainingArguments, seed:
         raise ValueError(f"'{arguments.data}' has {len(splits['train'])} rows, which is too few to train on.")
     parts = splits["train"].train_test_split(arguments.eval_size, seed=seed)
     return {"train": parts["train"], "eval": parts["test"]}
-
-
-def load_rows(data: str, schema: Schema | None) -> DatasetDict:
-    """
-    Loads rows from Parquet files, a JSON Lines file or a data set on the Hub, and checks them against a schema.
-
-    Rows that violate the schema are dropped with a warning.
-
-    Raises:
-        ValueError: a column is missing, there is no split to train on, or no row is left.
-    """
-    path = Path(data)
-    if path.suffix in (".json", ".jsonl") and schema is not None:
-        rows, report = read_jsonl(path, schema)
-        if report.dropped:
-            logger.warning(f"'{data}': dropped rows: {report.reasons()}")
-        return DatasetDict(train=rows)
-    if path.suffix in (".json", ".jsonl", ".parquet"):
-        splits = load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=data)
-    else:
-        splits = load_dataset("parquet", data_dir=data) if path.is_dir() else load_dataset(data)
-    if "train" not in splits:
-        raise ValueError(f"'{data}' has no split named train; it has {list(splits)}")
-    if schema is not None:
-        for name, rows in splits.items():
-            check_columns(rows.column_names, schema)
-            splits[name] = _without_problems(rows.select_columns(list(schema.features)), schema, f"{data}, {name}")
-    return splits
-
-
-def _without_problems(rows: Dataset, schema: Schema, name: str) -> Dataset:
-    report, kept = Report(), []
-    for number, row in enumerate(rows):
-        problem = schema.problem(row)
-        if problem:
-            report.drop(problem, f"row {number}")
-        else:
-            kept.append(number)
-    if report.dropped:
-        logger.warning(f"'{name}': dropped rows: {report.reasons()}")
-    return rows.select(kept) if report.dropped else rows
 
 
 def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:

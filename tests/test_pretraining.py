@@ -1,6 +1,8 @@
 """An adapter from rows to a repository: what trains, what is saved, cached activations, interruption and bad input."""
 
+import csv
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -23,7 +25,8 @@ from kadapter_hf.activations import CachedActivationsCollator, cached_activation
 from kadapter_hf.cli import app
 from kadapter_hf.corpora import read_conllu
 from kadapter_hf.objectives import OBJECTIVES, Objective
-from kadapter_hf.pretraining import load_rows, main
+from kadapter_hf.pretraining import main
+from kadapter_hf.rows import load_rows
 
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
@@ -430,6 +433,77 @@ def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, t
     run("factual", str(tmp_path), backbone, tmp_path / "out", "--max_steps", "2")
     provenance = KAdapterModel.from_pretrained(tmp_path / "out").config.knowledge_adapters["factual"].provenance
     assert (provenance["rows"], provenance["held_out_rows"]) == (12, 6)
+
+
+# ---- Formats --------------------------------------------------------------------------------------------------------
+
+
+def as_csv(rows: list[dict], delimiter: str) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: json.dumps(cell) if isinstance(cell, list) else cell for name, cell in row.items()})
+    return text.getvalue()
+
+
+FORMATS = {
+    "jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    "json": lambda rows: json.dumps(rows, indent=1),
+    "csv": lambda rows: as_csv(rows, ","),
+    "tsv": lambda rows: as_csv(rows, "\t"),
+}
+TREES = [{"text": "Sit !", "tokens": ["Sit", "!"], "heads": [0, 1], "labels": ["root", "punct"]}] * 2
+TYPED = [{"text": "Rome, Italy", "entity": [0, 4], "types": ["city", "place"]}] * 2
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize(("objective", "rows"), [("factual", FACTS), ("linguistic", TREES), ("typing", TYPED)])
+def test_each_schema_is_read_from_each_format_in_a_file_and_in_a_folder(objective, rows, ending, write_file):
+    file = write_file(FORMATS[ending](rows), f"rows.{ending}")
+    folder = write_file(FORMATS[ending](rows), f"folder/train-0.{ending}").parent
+    write_file(FORMATS[ending](rows[:1]), f"folder/train-1.{ending}")
+    write_file(FORMATS[ending](rows[1:]), f"folder/dev.{ending}")
+    schema = OBJECTIVES[objective].schema
+    assert list(load_rows(str(file), schema)["train"]) == rows
+    assert {name: list(split) for name, split in load_rows(str(folder), schema).items()} == {
+        "train": rows + rows[:1],
+        "validation": rows[1:],
+    }
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_without_a_schema_each_format_keeps_its_columns(ending, write_file):
+    rows = [{"title": "the river", "number": 1}, {"title": "the city", "number": 2}]
+    assert list(load_rows(str(write_file(FORMATS[ending](rows), f"rows.{ending}")), None)["train"]) == rows
+
+
+def test_rows_are_read_from_a_folder_of_save_to_disk(tmp_path):
+    Dataset.from_list(FACTS).save_to_disk(tmp_path / "saved")
+    assert list(load_rows(str(tmp_path / "saved"), OBJECTIVES["factual"].schema)["train"]) == FACTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.txt", "a", r"rows.txt' is of an unknown format; known ones are .parquet, .jsonl, .csv, .tsv, .json"),
+        ("rows/a.txt", "a", r"rows' has no file of a known format"),
+        ("rows.csv", "text,subject\na,b\n", r"rows.csv: the relation schema has .*missing: object, relation"),
+        ("rows.csv", "text,subject,object,relation\na b,0-1,2-3,r\n", r"1 × subject is not \[start, end\] \(line 2\)"),
+        ("rows.tsv", b"text\tsubject\tobject\trelation\n\xff\n", "rows.tsv is not UTF-8"),
+        ("rows.json", "[1, 2]", r"2 × not a JSON object \(row 1, row 2\)"),
+        ("rows/dev.csv", as_csv(FACTS, ","), r"rows' has no split named train; it has \['validation'\]"),
+    ],
+)
+def test_what_can_not_be_read_is_named(name, content, said, write_file, tmp_path):
+    write_file(content, name)
+    with pytest.raises(ValueError, match=said):
+        load_rows(str(tmp_path / name.split("/")[0]), OBJECTIVES["factual"].schema)
+
+
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub():
+    with pytest.raises(ValueError, match="there is no file 'triples.csv'"):
+        load_rows("triples.csv", OBJECTIVES["factual"].schema)
 
 
 # ---- Missing packages -----------------------------------------------------------------------------------------------
