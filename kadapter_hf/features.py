@@ -16,6 +16,8 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .messages import shortened
+
 
 logger = logging.get_logger(__name__)
 
@@ -293,5 +295,6 @@ def _index(labels: Sequence[str], label: str, kind: str) -> int:
         return labels.index(label)
     except ValueError:
         raise ValueError(
-            f"the {kind} '{label}' is not among the {len(labels)} labels: {', '.join(labels[:5])}, …"
+            f"the {kind} '{shortened(label)}' is not among the {len(labels)} labels: "
+            f"{', '.join(map(shortened, labels[:5]))}, …"
         ) from None

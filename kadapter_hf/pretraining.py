@@ -33,6 +33,7 @@ from .corpora import Schema
 from .features import encode, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .hub import push_folder
+from .messages import shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
 from .objectives import OBJECTIVES, Objective
 from .objectives.objective import label_set, row_labels
@@ -152,7 +153,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     rows = _train_and_eval_rows(task, arguments, training.seed)
     labels = task.labels_of(rows["train"])
     if task.schema is not None and len(labels) < 2:
-        raise ValueError(f"'{arguments.data}' has only the label {labels}: at least two are needed.")
+        raise ValueError(f"'{arguments.data}' has only the label {shortened(labels)}: at least two are needed.")
     if task.schema is not None:
         rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
     rows["train"] = _sample(rows["train"], training.seed, arguments.max_train_samples, _rows_in_max_steps(training))
@@ -282,7 +283,8 @@ def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Datase
         return rows
     kept = [number for number, labels in enumerate(row_labels(rows, schema)) if known.issuperset(labels)]
     logger.warning(
-        f"{len(rows) - len(kept)} held-out rows are dropped, as their labels don't occur in training: {unknown[:5]}"
+        f"{len(rows) - len(kept)} held-out rows are dropped, as their labels don't occur in training: "
+        f"{', '.join(map(shortened, unknown[:5]))}"
     )
     return rows.select(kept)
 

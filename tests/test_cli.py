@@ -477,3 +477,10 @@ def test_faults_of_data_machine_and_hub_are_one_line(error, capsys):
         raise error
     said = capsys.readouterr().err
     assert ended.value.exit_code == 1 and said.startswith("Error: ") and "a b" in said and said.count("\n") == 1
+
+
+def test_a_message_is_shown_with_its_beginning_and_its_end_if_it_is_long(capsys):
+    with pytest.raises(typer.Exit), _common.plain_errors():
+        raise ValueError(f"the first words {'x' * 100_000} the last words")
+    said = capsys.readouterr().err
+    assert said.startswith("Error: the first words x") and said.endswith("x the last words\n") and len(said) < 5000

@@ -404,6 +404,10 @@ def test_one_relation_only_is_refused(backbone, tmp_path):
     assert "only the label ['in']" in refused(rows, backbone, tmp_path)
 
 
+def test_an_error_quotes_little_of_the_rows(backbone, tmp_path):
+    assert len(refused([row | {"relation": "x" * 100_000} for row in FACTS], backbone, tmp_path)) < 1000
+
+
 def test_an_empty_corpus_is_refused(backbone, tmp_path):
     assert "rows.jsonl" in refused([], backbone, tmp_path)
 
@@ -426,13 +430,14 @@ def test_rows_that_break_the_schema_are_left_out_and_named(tmp_path, caplog):
     assert "dropped rows: 1 × " in caplog.text and "row 5" in caplog.text
 
 
-def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, tmp_path):
+def test_held_out_rows_with_a_label_that_training_lacks_are_left_out(backbone, tmp_path, caplog):
     Dataset.from_list(FACTS[:12]).to_parquet(tmp_path / "train.parquet")
-    odd = [row | {"relation": "above"} for row in FACTS[12:15]]
+    odd = [row | {"relation": f"above{'x' * 100_000}"} for row in FACTS[12:15]]
     Dataset.from_list([*FACTS[12:18], *odd]).to_parquet(tmp_path / "test.parquet")
     run("factual", str(tmp_path), backbone, tmp_path / "out", "--max_steps", "2")
     provenance = KAdapterModel.from_pretrained(tmp_path / "out").config.knowledge_adapters["factual"].provenance
     assert (provenance["rows"], provenance["held_out_rows"]) == (12, 6)
+    assert "3 held-out rows are dropped" in caplog.text and len(caplog.text) < 1000
 
 
 # ---- Formats --------------------------------------------------------------------------------------------------------

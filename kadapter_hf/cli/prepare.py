@@ -10,9 +10,11 @@ import typer
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..corpora import CORPORA, Corpus, parse_text, read_conllu
 from ..corpora.schema import Report, write_json
+from ..messages import shortened
 from ._common import plain_errors
 
 
@@ -164,7 +166,7 @@ def show(report: Report, output: Path) -> None:
     table = Table("label", "count")
     table.columns[1].justify = "right"
     for label, count in report.labels.most_common(ROWS_SHOWN):
-        table.add_row(label, f"{count:,}")
+        table.add_row(Text(shortened(label)), f"{count:,}")
     if len(report.labels) > ROWS_SHOWN:
         table.add_row(f"… and {len(report.labels) - ROWS_SHOWN} more", "")
     console.print(table)
@@ -172,6 +174,6 @@ def show(report: Report, output: Path) -> None:
         dropped = Table("dropped because", "count", "first records")
         dropped.columns[1].justify = "right"
         for reason, count in report.dropped.most_common():
-            dropped.add_row(reason, f"{count:,}", ", ".join(report.first_dropped[reason][:2]))
+            dropped.add_row(reason, f"{count:,}", Text(", ".join(report.first_dropped[reason][:2])))
         console.print(dropped)
     console.print(f"{report.kept:,} rows kept, {report.dropped.total():,} dropped. Written to {output}.", markup=False)

@@ -17,6 +17,8 @@ from datasets import Dataset, Features, List, Value
 from rich.console import Console
 from rich.progress import track
 
+from ..messages import shortened
+
 
 NAMES_PER_REASON = 5
 Row = Mapping[str, Any]
@@ -77,7 +79,7 @@ class Report:
         self.dropped[reason] += count
         names = self.first_dropped.setdefault(reason, [])
         if len(names) < NAMES_PER_REASON:
-            names.append(name)
+            names.append(shortened(name))
 
     def add(self, other: "Report") -> None:
         self.kept += other.kept
@@ -264,7 +266,7 @@ def build(path: str | Path, schema: Schema, records: Iterable[Record], strict: b
         problem = row if isinstance(row, str) else schema.problem(row)
         if isinstance(row, str) or problem:
             if strict:
-                raise ValueError(f"{path}, {name}: {problem}")
+                raise ValueError(f"{path}, {shortened(name)}: {problem}")
             report.drop(str(problem), name)
         else:
             rows.append({column: row[column] for column in schema.features})

@@ -63,6 +63,35 @@ def test_an_error_is_one_sentence_and_exit_code_1(write_file, tmp_path, argument
     assert "Traceback" not in result.output
 
 
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize("strict", [[], ["--strict"]], ids=["", "strict"])
+@pytest.mark.parametrize(
+    ("command", "content"),
+    [
+        ("fewrel", {LONG: [{}]}),
+        ("docred", [{"title": LONG, "labels": []}, {"title": LONG, "labels": [{"h": LONG, "r": LONG, "t": LONG}]}]),
+        ("tacred", [{"id": LONG}]),
+        ("semeval", LONG),
+        ("conllu", f"# sent_id = {LONG}\n{TREE.replace('root', '_')}".replace("0\t_", "1\t_")),
+        ("trex", [{"docid": LONG}]),
+    ],
+)
+def test_an_error_quotes_little_of_a_wrong_file(command, content, strict, write_file, tmp_path):
+    result = run(command, write_file(content, "corpus.json"), "--output", tmp_path / "out", *strict)
+    assert result.exit_code == 1
+    assert "x" * 20 in result.stderr and "…" in result.stderr
+    assert len(result.stderr) < 1000
+
+
+def test_tables_quote_little_of_long_labels_and_show_brackets(write_file, tmp_path):
+    content = {"[bold]P1[/bold]": FEWREL["P403"], LONG: FEWREL["P403"], "P2": {LONG: 1}, LONG[1:]: [{}]}
+    result = run("fewrel", write_file(content), "--output", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "[bold]P1[/bold]" in result.stdout and len(result.stdout) < 5000
+
+
 @pytest.mark.parametrize("command", [["fewrel"], ["semeval"], ["conllu"], ["conllu", "--pipeline", "any"]])
 def test_a_file_that_is_not_utf_8_is_named(write_file, tmp_path, command):
     result = run(*command, write_file(b"caf\xe9", "corpus.txt"), "--output", tmp_path / "out")
