@@ -1,5 +1,7 @@
 """Formatting of errors and of untrusted text for display."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.errors import (
@@ -52,6 +54,12 @@ def shortened(text: Any, most: int = 100) -> str:
     text = str(text)
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The suggestion of a similar name, to append to a message; empty if there is none."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def is_repo_id(name: str) -> bool:

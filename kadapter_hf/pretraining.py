@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -33,8 +33,10 @@ from .corpora import Schema
 from .features import encode, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .hub import push_folder
-from .messages import shortened
+from .messages import did_you_mean, one_line, shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
+from .modeling.format_kadapter import check_adapter_name
+from .modeling.fusion_kadapter import check_fusion
 from .objectives import OBJECTIVES, Objective
 from .objectives.objective import label_set, row_labels
 from .rows import load_rows
@@ -96,6 +98,10 @@ class PretrainingArguments:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
         if self.activations_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--activations_dtype must be float32 or bfloat16, not {self.activations_dtype}")
+        if self.name is not None:
+            check_adapter_name(self.name)
+        check_fusion(self.fusion, {})
+        self.adapter_config()
 
     def adapter_config(self) -> KnowledgeAdapterConfig:
         return KnowledgeAdapterConfig(
@@ -144,7 +150,9 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         KeyboardInterrupt: Ctrl-C; its message says what was saved.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"there is no objective '{objective}'; there are {sorted(OBJECTIVES)}")
+        raise ValueError(
+            f"there is no objective '{objective}'; there are {sorted(OBJECTIVES)}.{did_you_mean(objective, OBJECTIVES)}"
+        )
     task, name = OBJECTIVES[objective], arguments.name or objective
     warn_without_matplotlib("training.png")
     _check_report_to(training)
@@ -344,8 +352,32 @@ def _draw_losses(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def parser(objective: str) -> HfArgumentParser:
-    return HfArgumentParser(
+class Parser(HfArgumentParser):
+    """Reports wrong usage without the list of all flags, and with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
+
+    def parse(self, flags: Sequence[str]) -> tuple[PretrainingArguments, TrainingArguments]:
+        """The arguments; exits with code 2 if they are wrong."""
+        try:
+            # transformers changes the arguments of some flags in place.
+            arguments, training, rest = self.parse_args_into_dataclasses(
+                args=list(flags), return_remaining_strings=True
+            )
+        except (ValueError, ImportError) as error:  # what the dataclasses check
+            self.error(str(error))
+        for word in rest:
+            flag = word.partition("=")[0]
+            if flag.startswith("--"):
+                self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
+        if rest:
+            self.error(f"unexpected arguments: {shlex.join(rest)}")
+        return arguments, training
+
+
+def parser(objective: str) -> Parser:
+    return Parser(
         (PretrainingArguments, TrainingArguments),  # type: ignore[arg-type]
         prog=f"kadapter pretrain {objective}",
         description=f"Trains a knowledge adapter on a frozen backbone ({objective}). Example: kadapter pretrain "
@@ -357,4 +389,4 @@ def parser(objective: str) -> HfArgumentParser:
 def main(arguments: Sequence[str]) -> dict[str, float]:
     """`kadapter pretrain`: the name of the objective, then the flags of `PretrainingArguments` and `TrainingArguments`."""
     objective, *flags = arguments
-    return pretrain(objective, *parser(objective).parse_args_into_dataclasses(args=flags))
+    return pretrain(objective, *parser(objective).parse(flags))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from transformers.utils import logging
 
 from .corpora import Report, Schema, check_columns, read_csv, read_jsonl
@@ -42,7 +43,12 @@ def load_rows(data: str, schema: Schema | None) -> DatasetDict:
     if not path.exists():
         if path.suffix in FORMATS:
             raise ValueError(f"there is no file '{data}'.")
-        splits = load_dataset(data)
+        try:
+            splits = load_dataset(data)
+        except (OSError, DatasetsError) as error:
+            raise ValueError(
+                f"'{data}' is neither a local file or folder nor a data set on the Hub that can be loaded: {error}"
+            ) from error
     elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         saved = load_from_disk(data)
         splits = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)

@@ -506,6 +506,11 @@ def test_what_can_not_be_read_is_named(name, content, said, write_file, tmp_path
         load_rows(str(tmp_path / name.split("/")[0]), OBJECTIVES["factual"].schema)
 
 
+def test_a_source_that_is_nowhere_is_named():
+    with pytest.raises(ValueError, match="'fewrell' is neither a local file or folder nor a data set on the Hub"):
+        load_rows("fewrell", OBJECTIVES["factual"].schema)
+
+
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub():
     with pytest.raises(ValueError, match="there is no file 'triples.csv'"):
         load_rows("triples.csv", OBJECTIVES["factual"].schema)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ..messages import did_you_mean
 from ._common import plain_errors
 
 
@@ -25,7 +26,10 @@ def pretrain(
     from ..pretraining import main
 
     if objective not in OBJECTIVES:
-        raise typer.BadParameter(f"'{objective}' is not one of {', '.join(OBJECTIVES)}.", param_hint="OBJECTIVE")
+        suggestion = did_you_mean(objective, OBJECTIVES)
+        raise typer.BadParameter(
+            f"'{objective}' is not one of {', '.join(OBJECTIVES)}.{suggestion}", param_hint="OBJECTIVE"
+        )
     try:
         with plain_errors():
             metrics = main([objective, *context.args])
