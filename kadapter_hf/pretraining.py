@@ -377,13 +377,19 @@ class Parser(HfArgumentParser):
 
 
 def parser(objective: str) -> Parser:
-    return Parser(
+    made = Parser(
         (PretrainingArguments, TrainingArguments),  # type: ignore[arg-type]
         prog=f"kadapter pretrain {objective}",
         description=f"Trains a knowledge adapter on a frozen backbone ({objective}). Example: kadapter pretrain "
         f"{objective} --data corpus --backbone FacebookAI/roberta-large --output_dir {objective}-adapter",
         allow_abbrev=False,
     )
+    if objective in OBJECTIVES:
+        made.set_defaults(**OBJECTIVES[objective].defaults)
+    for action in made._actions:
+        if action.dest == "output_dir":  # transformers' default is a folder in the current one
+            action.required, action.help = True, "The output folder for the adapter and checkpoints."
+    return made
 
 
 def main(arguments: Sequence[str]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,14 @@ def test_beside_the_adapter_are_its_tokenizer_training_curve_and_trainers_state(
     assert AutoTokenizer.from_pretrained(factual)("rome")["input_ids"]
     assert (factual / "training.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((factual / "trainer_state.json").read_text())["global_step"] == 12
+
+
+def test_without_flags_the_training_curve_has_many_points(facts, backbone, tmp_path):
+    small = [flag for flag in SMALL if flag != "--logging_steps" and flag != "1"]
+    small.insert(small.index("--adapter_num_hidden_layers") + 1, "1")
+    flags = ["--data", facts, "--backbone", backbone, "--output_dir", str(tmp_path), "--num_train_epochs", "10"]
+    main(["factual", *flags, *small])
+    assert len(losses(tmp_path)) == 10  # each of the steps, as there are fewer than 50
 
 
 def test_a_linguistic_adapter_learns_heads_and_relations(backbone, tmp_path):
@@ -562,6 +571,9 @@ def test_the_command_trains_and_combines_and_both_adapters_give_what_each_gave_a
     done = kadapter("pretrain", "factual", *flags, *SMALL, "--max_steps", "2", "--seed", "7")
     assert done.returncode == 0, done.stderr
     assert "micro_f1: " in done.stdout
+    assert done.stdout.endswith(
+        f"The adapter 'maps' is in {tmp_path / 'maps'}. `kadapter info {tmp_path / 'maps'}` shows the contents.\n"
+    )
     combined = invoke("combine", str(factual), str(tmp_path / "maps"), "--output", str(tmp_path / "both"))
     assert combined.exit_code == 0, combined.output
     both = KAdapterModel.from_pretrained(tmp_path / "both")
@@ -581,6 +593,14 @@ def test_help_teaches_with_an_example_and_lists_trainers_flags_for_each_objectiv
         assert done.exit_code == 0 and "--cache_activations" in done.stdout and "--num_train_epochs" in done.stdout
 
 
+def test_each_objective_has_defaults_of_its_own_which_help_shows():
+    rates = {}
+    for objective in OBJECTIVES:
+        said = " ".join(invoke("pretrain", objective, "--help").stdout.split())
+        rates[objective] = re.search(r"--learning-rate LEARNING_RATE .*?\(default: (.*?)\)", said)[1]
+    assert rates == {"factual": "0.0005", "linguistic": "0.001", "typing": "0.0005"}
+
+
 def test_wrong_arguments_say_what_was_expected(tmp_path):
     done = invoke("pretrain", "factul", "--data", "x", "--output_dir", str(tmp_path))
     assert done.exit_code == 2 and "'factul' is not one of factual, linguistic" in done.stderr
@@ -588,6 +608,6 @@ def test_wrong_arguments_say_what_was_expected(tmp_path):
     assert done.exit_code == 1 and "has no knowledge adapter: " in done.stderr
 
 
-def test_a_missing_flag_is_named_and_ends_the_process_with_exit_code_2(tmp_path):
-    done = kadapter("pretrain", "factual", "--output_dir", str(tmp_path))
-    assert done.returncode == 2 and "--data" in done.stderr
+def test_a_missing_flag_is_named_and_ends_the_process_with_exit_code_2():
+    done = kadapter("pretrain", "factual")
+    assert done.returncode == 2 and "required: --data, --output_dir" in done.stderr
