@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .messages import shortened
@@ -22,6 +22,20 @@ from .messages import shortened
 logger = logging.get_logger(__name__)
 
 Batch = Mapping[str, Sequence[Any]]
+
+
+def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a backbone.
+
+    Raises:
+        OSError: there is none. `AutoTokenizer` returns one without a vocabulary for some of such folders.
+        ValueError: transformers has no tokenizer for this kind of model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError(f"the backbone '{backbone}' has no tokenizer: save one there, with its save_pretrained.")
+    return tokenizer
 
 
 def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer: PreTrainedTokenizerBase, **kwargs):

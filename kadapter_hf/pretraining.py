@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import (
-    AutoTokenizer,
     HfArgumentParser,
     Trainer,
     TrainerCallback,
@@ -30,7 +29,7 @@ from transformers.utils import logging
 
 from .activations import ROW, CachedActivationsCollator, cached_activations
 from .corpora import Schema
-from .features import encode, most_tokens
+from .features import encode, load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .hub import push_folder
 from .messages import did_you_mean, one_line, shortened
@@ -167,7 +166,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     rows["train"] = _sample(rows["train"], training.seed, arguments.max_train_samples, _rows_in_max_steps(training))
     rows["eval"] = _sample(rows["eval"], training.seed, arguments.max_eval_samples)
     compute_metrics = task.metrics(labels) if task.metrics else None
-    tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
+    tokenizer = load_tokenizer(arguments.backbone)
     numbers = {label: number for number, label in enumerate(labels)}
     fields: dict[str, Any] = {"classifier_dropout": arguments.dropout, "fusion": arguments.fusion}
     if labels:

@@ -14,7 +14,7 @@ from conftest import POSITIONS, SIZES, contents
 from huggingface_hub import CommitInfo, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMaskedLM, RobertaConfig
+from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig
 from typer.testing import CliRunner
 
 from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
@@ -402,6 +402,54 @@ def test_combine_prints_json_too(folder, file, backbone, tmp_path):
     assert found == {"output": str(tmp_path / "out"), "backbone": backbone, "adapters": ["factual", "linguistic"]}
 
 
+def test_adapters_of_the_same_name_are_named_anew(file, build, tmp_path):
+    build(seed=1).save_knowledge_adapter(tmp_path / "other", "factual")
+    said = refused("combine", file, tmp_path / "other", "--output", tmp_path / "out")
+    assert f"'{file}' and '{tmp_path / 'other'}' both have an adapter named 'factual'" in said
+    assert f"factual2={tmp_path / 'other'}" in said and not (tmp_path / "out").exists()
+    found = printed("combine", file, f"news={tmp_path / 'other'}", "--output", tmp_path / "out")
+    assert found["adapters"] == ["factual", "news"]
+    adapters = KAdapterModel.from_pretrained(tmp_path / "out").adapters
+    for name, source in (("factual", file), ("news", tmp_path / "other" / "adapters" / "factual.safetensors")):
+        saved = {key.removeprefix("adapters.factual."): value for key, value in load_file(source).items()}
+        assert all(torch.equal(value, saved[key]) for key, value in adapters[name].state_dict().items())
+
+
+def test_a_name_chooses_one_of_several_adapters(folder, tmp_path):
+    found = printed("combine", f"linguistic={folder}", "--output", tmp_path / "out")
+    assert found["adapters"] == ["linguistic"]
+
+
+def test_combine_refuses_a_folder_with_files_in_it(file, folder):
+    before = contents(folder)
+    assert "exists and is not empty; choose another folder" in refused("combine", file, "--output", folder)
+    assert contents(folder) == before
+
+
+def test_the_combined_model_has_its_backbones_tokenizer(file, backbone, tmp_path):
+    assert run("combine", file, "--output", tmp_path / "out").exit_code == 0
+    ids = AutoTokenizer.from_pretrained(backbone)("the river")["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the river")["input_ids"] == ids
+
+
+def test_a_backbone_without_a_tokenizer_is_told(build, tmp_path):
+    other = str(backbone_of(tmp_path / "other"))
+    build(backbone=other).save_knowledge_adapter(tmp_path / "alone.safetensors", "factual")
+    result = run("combine", tmp_path / "alone.safetensors", "--output", tmp_path / "out")
+    assert result.exit_code == 0 and f"'{other}' has no tokenizer" in result.stdout
+
+
+def test_combine_says_whether_the_output_is_the_backbones(file, tmp_path):
+    inputs = {"input_ids": torch.tensor([[0, 7, 8, 2]])}
+    for fusion, same in (("concat", True), ("add", False)):
+        result = run("combine", file, "--fusion", fusion, "--output", tmp_path / fusion)
+        assert ("its output is that of the backbone" in result.stdout) is same
+        model = KAdapterModel.from_pretrained(tmp_path / fusion)
+        with torch.no_grad():
+            output = model(**inputs)
+        assert (model.config.fusion, torch.allclose(*output[:2], atol=0.1)) == (fusion, same)
+
+
 # ---- All commands ---------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +502,7 @@ def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
         ([*PRETRAIN, "--load_best_model_at_end", "true"], "requires the save and eval strategy to match"),
         ([*PRETRAIN, "--whatever", "x"], "there is no flag --whatever. Try 'kadapter pretrain factual --help'"),
         ([*PRETRAIN, "more", "rows"], "unexpected arguments: more rows"),
+        (["combine", "x", "--output", "y", "--fusion", "ad"], "fusion must be one of ['add', 'concat'"),
         (["convert", "setup.cfg", "--output", "x", "--layers", "0,a"], "comma-separated numbers are expected"),
     ],
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights, contents, free_port, small_adapter
+from conftest import TINY, assert_same_weights, contents, free_port, small_adapter
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, RobertaModel, TrainerCallback
 from typer.testing import CliRunner, Result
@@ -415,6 +415,12 @@ def test_one_relation_only_is_refused(backbone, tmp_path):
 
 def test_an_error_quotes_little_of_the_rows(backbone, tmp_path):
     assert len(refused([row | {"relation": "x" * 100_000} for row in FACTS], backbone, tmp_path)) < 1000
+
+
+def test_a_backbone_without_a_tokenizer_is_refused(facts, tmp_path):
+    AutoModel.from_config(TINY["roberta"]).save_pretrained(tmp_path / "backbone")
+    with pytest.raises(OSError, match="backbone' has no tokenizer: save one there"):
+        run("factual", facts, str(tmp_path / "backbone"), tmp_path / "out", "--max_steps", "1")
 
 
 def test_an_empty_corpus_is_refused(backbone, tmp_path):
