@@ -263,13 +263,13 @@ def _epochs(provenance: Mapping[str, Any]) -> list[dict[str, str]]:
 def _results(adapter: str, provenance: Mapping[str, Any]) -> list[EvalResult]:
     metrics = provenance.get("metrics")
     task_type, task_name = TASKS.get(str(provenance.get("objective")), ("other", adapter))
-    dataset = provenance.get("dataset") or provenance.get("corpus") or "not recorded"
+    dataset = ", ".join(_listed(provenance.get("dataset")) or _listed(provenance.get("corpus"))) or "not recorded"
     return [
         EvalResult(
             task_type=task_type,
             task_name=task_name,
-            dataset_type=str(dataset),
-            dataset_name=Path(str(dataset)).name or str(dataset),
+            dataset_type=dataset,
+            dataset_name=Path(dataset).name or dataset,
             metric_type="f1" if key.endswith("f1") else key.removeprefix("eval_"),
             metric_name=key.removeprefix("eval_").replace("_", " "),
             metric_value=round(value, 4),

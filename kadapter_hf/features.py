@@ -69,7 +69,7 @@ def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer
             f"without tokens; the first ones: {dropped[:5]}."
         )
     if not kept:
-        raise ValueError("no row is left: the corpus is empty, or its texts don't fit into max_length tokens.")
+        raise ValueError(f"no row is left of {len(dataset)}: no text fits into max_length tokens.")
     return encoded.remove_columns("row")
 
 

@@ -52,10 +52,11 @@ def _help(default: Any, text: str) -> Any:
 class PretrainingArguments:
     """Arguments in addition to those of Trainer."""
 
-    data: str = field(
+    data: str | list[str] = field(
         metadata={
             "help": "Training rows: a folder written by `kadapter prepare`; a Parquet, JSON Lines, JSON, CSV or TSV file, or a "
-            "folder of them; or a data set on the Hub. A split named validation or test is used for evaluation."
+            "folder of them; or a data set on the Hub. Several are joined. A split named validation or test is used for "
+            "evaluation."
         }
     )
     name: str | None = _help(None, "Name of the adapter. Default: the name of the objective.")
@@ -90,6 +91,7 @@ class PretrainingArguments:
     )
 
     def __post_init__(self):
+        self.data = [self.data] if isinstance(self.data, str) else self.data
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
         for name in ("max_train_samples", "max_eval_samples"):
@@ -157,12 +159,18 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     _check_report_to(training)
     checkpoint = _checkpoint_to_resume(training)
     set_seed(training.seed)
+    source = "', '".join(arguments.data)  # as quoted in errors
     rows = _train_and_eval_rows(task, arguments, training.seed)
     labels = task.labels_of(rows["train"])
     if task.schema is not None and len(labels) < 2:
-        raise ValueError(f"'{arguments.data}' has only the label {shortened(labels)}: at least two are needed.")
+        raise ValueError(f"'{source}' has only the label {shortened(labels)}: at least two are needed.")
     if task.schema is not None:
         rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
+        if not len(rows["eval"]):
+            raise ValueError(
+                f"'{source}': no held-out row is left, as their labels don't occur in training. Use more rows for each "
+                "label, or a larger --eval_size."
+            )
     rows["train"] = _sample(rows["train"], training.seed, arguments.max_train_samples, _rows_in_max_steps(training))
     rows["eval"] = _sample(rows["eval"], training.seed, arguments.max_eval_samples)
     compute_metrics = task.metrics(labels) if task.metrics else None
@@ -207,15 +215,15 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
             "--resume_from_checkpoint true."
         )
     metrics = _quality(trainer.evaluate())
-    local = Path(arguments.data).exists()
+    on_hub = [data for data in arguments.data if not Path(data).exists()]
     described = {
-        "dataset": None if local else arguments.data,
+        "dataset": on_hub[0] if len(on_hub) == 1 else on_hub,
         "language": arguments.language,
         "license": arguments.license,
     }
     model.config.knowledge_adapters[name].provenance = {  # type: ignore[index]
         "objective": objective,
-        "corpus": Path(arguments.data).resolve().name if local else arguments.data,
+        "corpus": ", ".join(data if data in on_hub else Path(data).resolve().name for data in arguments.data),
         **{key: value for key, value in described.items() if value},
         "rows": len(data["train"]),
         "labels": len(labels),
@@ -273,12 +281,18 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
 
 
 def _train_and_eval_rows(task: Objective, arguments: PretrainingArguments, seed: int) -> dict[str, Dataset]:
-    splits = load_rows(arguments.data, task.schema)
+    loaded = [load_rows(data, task.schema) for data in arguments.data]
+    splits = {
+        name: concatenate_datasets([of_one[name] for of_one in loaded if name in of_one])
+        for name in ("train", "validation", "test")
+        if any(name in of_one for of_one in loaded)
+    }
     for name in ("validation", "test"):
         if name in splits:
             return {"train": splits["train"], "eval": splits[name]}
     if len(splits["train"]) < 2:
-        raise ValueError(f"'{arguments.data}' has {len(splits['train'])} rows, which is too few to train on.")
+        names = "', '".join(arguments.data)
+        raise ValueError(f"'{names}' has {len(splits['train'])} rows, which is too few to train on.")
     parts = splits["train"].train_test_split(arguments.eval_size, seed=seed)
     return {"train": parts["train"], "eval": parts["test"]}
 

@@ -69,7 +69,9 @@ def load_rows(data: str, schema: Schema | None) -> DatasetDict:
     if schema is not None:
         for name, rows in splits.items():
             check_columns(rows.column_names, schema)
-            splits[name] = _without_problems(rows.select_columns(list(schema.features)), schema, f"{data}, {name}")
+            rows = _without_problems(rows.select_columns(list(schema.features)), schema, f"{data}, {name}")
+            # With the same types of columns, several data sets can be joined.
+            splits[name] = rows if rows.features == schema.features else rows.cast(schema.features)
     return splits
 
 

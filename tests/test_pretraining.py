@@ -556,6 +556,23 @@ def test_without_matplotlib_there_is_an_adapter_and_no_figure(facts, backbone, t
     assert not (tmp_path / "out" / "training.png").exists()
 
 
+def test_held_out_rows_without_a_label_of_the_training_are_refused_as_such(backbone, tmp_path):
+    Dataset.from_list(FACTS[:12]).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_list([row | {"relation": "above"} for row in FACTS]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match="no held-out row is left, as their labels don't occur in training. Use more"):
+        run("factual", str(tmp_path), backbone, tmp_path / "out", "--max_steps", "1")
+
+
+def test_several_data_sets_are_joined_by_split(facts, backbone, tmp_path):
+    Dataset.from_list(FACTS[:12]).to_parquet(tmp_path / "maps" / "train.parquet")
+    Dataset.from_list(FACTS[12:18]).to_parquet(tmp_path / "maps" / "test.parquet")
+    flags = ["--data", facts, str(tmp_path / "maps"), "--backbone", backbone, "--output_dir", str(tmp_path / "out")]
+    main(["factual", *flags, *SMALL, "--num_train_epochs", "1"])
+    provenance = KAdapterModel.from_pretrained(tmp_path / "out").config.knowledge_adapters["factual"].provenance
+    assert (provenance["rows"], provenance["held_out_rows"]) == (len(FACTS) + 12, 6)
+    assert provenance["corpus"] == f"{Path(facts).name}, maps" and "dataset" not in provenance
+
+
 # ---- The command ----------------------------------------------------------------------------------------------------
 
 

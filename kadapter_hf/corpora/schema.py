@@ -9,7 +9,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,6 +87,11 @@ class Report:
         self.labels.update(other.labels)
         for reason, names in other.first_dropped.items():
             self.first_dropped[reason] = [*self.first_dropped.get(reason, []), *names][:NAMES_PER_REASON]
+
+    def renamed(self, prefix: str) -> "Report":
+        """The same report, with this prefix for the names of records."""
+        names = {reason: [f"{prefix}: {name}" for name in names] for reason, names in self.first_dropped.items()}
+        return replace(self, first_dropped=names)
 
     def reasons(self) -> str:
         """All reasons in one line, most frequent first."""
