@@ -157,6 +157,8 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     task, name = OBJECTIVES[objective], arguments.name or objective
     warn_without_matplotlib("training.png")
     _check_report_to(training)
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
     checkpoint = _checkpoint_to_resume(training)
     set_seed(training.seed)
     source = "', '".join(arguments.data)  # as quoted in errors

@@ -171,6 +171,9 @@ def test_the_tables_have_it_too_and_leave_the_terminal_alone(folder, build, tmp_
     sha256 = hashlib.sha256((folder / "adapters" / "factual.safetensors").read_bytes()).hexdigest()
     for said in ("KAdapterForRelationClassification", "adapter linguistic", "0, 1, 2", sha256, "micro_f1 0.75"):
         assert said in text
+    code = sorted(folder.glob("*.py"))
+    assert f"{len(code)} files of code ({sum(path.stat().st_size for path in code):,} bytes)" in text
+    assert not any(path.name in text for path in code)
     model = build(adapters=["odd"])
     model.config.knowledge_adapters["odd"].provenance = {"corpus": "\x1b[2J[bold]mine[/bold]\ud800"}
     model.save_knowledge_adapter(tmp_path / "odd.safetensors", "odd")

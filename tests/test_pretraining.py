@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -36,6 +37,12 @@ SMALL = (
     *("--adapter_num_hidden_layers", "1", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
     *("--learning_rate", "1e-2", "--dataloader_pin_memory", "false", "--logging_steps", "1"),
 )
+
+
+def small_without(*names: str) -> list[str]:
+    """The flags of `SMALL` without some of them."""
+    pairs = zip(SMALL[::2], SMALL[1::2], strict=True)
+    return [word for name, value in pairs if name not in names for word in (name, value)]
 
 
 def fact(subject: str, relation: str, other: str) -> dict:
@@ -112,9 +119,18 @@ def test_beside_the_adapter_are_its_tokenizer_training_curve_and_trainers_state(
     assert json.loads((factual / "trainer_state.json").read_text())["global_step"] == 12
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the run would use the GPU")
+def test_a_run_on_the_cpu_gives_no_warnings(facts, backbone, tmp_path):
+    small = small_without("--dataloader_pin_memory", "--use_cpu")
+    flags = ["--data", facts, "--backbone", backbone, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
+    flags += ["--cache_activations", str(tmp_path / "cache")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        main(["factual", *flags, *small])
+
+
 def test_without_flags_the_training_curve_has_many_points(facts, backbone, tmp_path):
-    small = [flag for flag in SMALL if flag != "--logging_steps" and flag != "1"]
-    small.insert(small.index("--adapter_num_hidden_layers") + 1, "1")
+    small = small_without("--logging_steps")
     flags = ["--data", facts, "--backbone", backbone, "--output_dir", str(tmp_path), "--num_train_epochs", "10"]
     main(["factual", *flags, *small])
     assert len(losses(tmp_path)) == 10  # each of the steps, as there are fewer than 50
