@@ -1,8 +1,10 @@
 """K-Adapter for the Hugging Face ecosystem: named knowledge adapters for a frozen encoder."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version as _version
+from typing import Any
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig as _AutoConfig, AutoModel as _AutoModel
 
 from .cards import write_model_card
 from .hub import push_knowledge_adapter_to_hub, push_saved, push_to_hub
@@ -29,15 +31,29 @@ from .modeling.registry_kadapter import register_head
 
 
 try:
-    __version__ = version("kadapter-hf")
+    __version__ = _version("kadapter-hf")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
-AutoConfig.register(KAdapterConfig.model_type, KAdapterConfig, exist_ok=True)
-AutoModel.register(KAdapterConfig, KAdapterModel, exist_ok=True)
+_AutoConfig.register(KAdapterConfig.model_type, KAdapterConfig, exist_ok=True)
+_AutoModel.register(KAdapterConfig, KAdapterModel, exist_ok=True)
 # Methods that code loaded from a repository lacks: model cards, and Hub pushes with checks.
 for _method in (write_model_card, push_to_hub, push_saved, push_knowledge_adapter_to_hub):
     setattr(KAdapterPreTrainedModel, _method.__name__, _method)
+
+# Imported when they are first used, as some take seconds.
+_SUBMODULES = ("activations", "collators", "conversion", "corpora", "features", "metrics", "objectives", "pretraining")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBMODULES, "__version__"])
+
 
 __all__ = [
     "BackboneMismatchError",

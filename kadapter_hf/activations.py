@@ -16,16 +16,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import WeakFileLock
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .corpora.schema import write_json
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
 logger = logging.get_logger(__name__)
 
 STATES = "states.bin"
+BATCHES_PER_NOTE = 100  # how often the progress is saved, in case the process is killed
 ROW = "row"  # the column with the index of a row in the cache
 
 
@@ -59,6 +62,8 @@ def cached_activations(
     """
     The states of the rows of `dataset` (with `input_ids`); computed if `folder` has no cache of them yet.
 
+    If the computation is interrupted, the next call continues it.
+
     Args:
         dtype: dtype of the cache. float32 gives the same training as without a cache; bfloat16 needs half the disk space.
         batch_size: batch size for the backbone.
@@ -81,7 +86,10 @@ def cached_activations(
         key.update(json.dumps(row).encode())
     place = Path(folder) / key.hexdigest()[:32]
     if not (place / STATES).is_file():
-        _compute(model, ids, tokenizer, place, lengths, layers, dtype, batch_size)
+        place.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(place / "lock"):  # another run may be computing the same states
+            if not (place / STATES).is_file():
+                _compute(model, ids, tokenizer, place, lengths, layers, dtype, batch_size)
     return ActivationCache(place / STATES, lengths, states, width, dtype)
 
 
@@ -95,42 +103,64 @@ def _compute(
     dtype: torch.dtype,
     batch_size: int,
 ) -> None:
-    """Writes the states to a temporary folder and renames it to `place`, so that `place` is never incomplete."""
-    shape = (sum(lengths), len(layers) + 1, model.backbone.config.hidden_size)
-    size = shape[0] * shape[1] * shape[2] * dtype.itemsize
-    part = place.with_name(f"{place.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
-        free = shutil.disk_usage(part).free
-        logger.warning(f"The backbone's states of {len(ids)} examples need {size / 1e9:.2f} GB in '{place}'.")
-        if size > free:
-            raise OSError(
-                f"'{place.parent}' has {free / 1e9:.2f} GB left, and the backbone's states need {size / 1e9:.2f} GB. "
-                "Choose a larger disk, cache them in bfloat16, or train without a cache."
-            )
-        with open(part / STATES, "wb") as file:
-            file.truncate(size)
-        cache = ActivationCache(part / STATES, lengths, shape[1], shape[2], dtype, writable=True)
+    """Writes the states to a temporary file, which is renamed when it is complete. Continues one from an interrupted run."""
+    states, width = len(layers) + 1, model.backbone.config.hidden_size
+    token_size = states * width * dtype.itemsize
+    part, progress = place / f"{STATES}.part", place / "progress.json"
+    # Batches of equal length avoid the cost of padding and rounding differences caused by it.
+    order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
+    done = json.loads(progress.read_text()) if part.exists() and progress.exists() else 0
+    size = token_size * sum(lengths[row] for row in order[done:])
+    free = shutil.disk_usage(place).free
+    earlier = f", in addition to {done} from an earlier run" if done else ""
+    logger.warning(
+        f"The backbone's states of {len(ids) - done} examples need {size / 1e9:.2f} GB in '{place}'{earlier}."
+    )
+    if size > free:
+        if not done:
+            shutil.rmtree(place, ignore_errors=True)
+        raise OSError(
+            f"'{place.parent}' has {free / 1e9:.2f} GB left, and the backbone's states need {size / 1e9:.2f} GB. "
+            "Choose a larger disk, cache them in bfloat16, or train without a cache."
+        )
+    with open(part, "r+b" if done else "wb") as file:
+        file.truncate(token_size * sum(lengths))
+        cache = ActivationCache(part, lengths, states, width, dtype, writable=True)
+
+        def note_progress() -> None:
+            os.fsync(file.fileno())  # first, so that the states that are counted are on the disk
+            write_json(progress, done)
+
         collate = DataCollatorWithPadding(tokenizer)
-        # Batches of equal length avoid the cost of padding and rounding differences caused by it.
-        order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
         model.eval()
-        starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="Backbone's states", disable=not logging.is_progress_bar_enabled()):
-            rows = order[start : start + batch_size]
-            batch = collate([{"input_ids": ids[row]} for row in rows])
-            batch = {name: tensor.to(model.backbone.device) for name, tensor in batch.items()}
-            with torch.no_grad():
-                output = model.backbone(**batch, output_hidden_states=True, return_dict=True)
-            found = [*(output.hidden_states[layer] for layer in layers), output.last_hidden_state]
-            stacked = torch.stack(found, dim=2).to("cpu", dtype)
-            for position, row in enumerate(rows):
-                # Padding may be on either side.
-                real = batch["attention_mask"][position].bool().cpu()
-                cache[row].copy_(stacked[position, real])
-        os.replace(part, place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        starts = range(done, len(order), batch_size)
+        try:
+            for number, start in enumerate(
+                tqdm(starts, desc="Backbone's states", disable=not logging.is_progress_bar_enabled()), start=1
+            ):
+                rows = order[start : start + batch_size]
+                batch = collate([{"input_ids": ids[row]} for row in rows])
+                batch = {name: tensor.to(model.backbone.device) for name, tensor in batch.items()}
+                with torch.no_grad():
+                    output = model.backbone(**batch, output_hidden_states=True, return_dict=True)
+                found = [*(output.hidden_states[layer] for layer in layers), output.last_hidden_state]
+                stacked = torch.stack(found, dim=2).to("cpu", dtype)
+                for position, row in enumerate(rows):
+                    # Padding may be on either side.
+                    real = batch["attention_mask"][position].bool().cpu()
+                    cache[row].copy_(stacked[position, real])
+                done = start + len(rows)
+                if number % BATCHES_PER_NOTE == 0:
+                    note_progress()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"Stopped with the backbone's states of {done} of {len(ids)} examples in '{place}'. The same command "
+                "continues from there."
+            ) from None
+        finally:
+            note_progress()
+    os.replace(part, place / STATES)
+    progress.unlink()
 
 
 class CachedActivationsCollator:

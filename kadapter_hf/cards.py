@@ -188,7 +188,7 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
         adapters=adapters,
         backbone_link=f"[{backbone}](https://huggingface.co/{backbone})" if on_hub else f"`{shown}`",
         backbone_stored=backbone_stored,
-        snippet=_snippet(architecture, source, list(adapters), shown, backbone_stored),
+        snippet=_snippet(architecture, source, list(adapters), backbone if on_hub else None, backbone_stored),
         facts={adapter: _facts(provenance) for adapter, provenance in told.items()},
         epochs={adapter: _epochs(provenance) for adapter, provenance in told.items()},
         results=results,
@@ -201,7 +201,8 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
 # ---- Content of the card --------------------------------------------------------------------------------------------
 
 
-def _snippet(architecture: str, source: str, adapters: list[str], backbone: str, backbone_stored: bool) -> str:
+def _snippet(architecture: str, source: str, adapters: list[str], backbone: str | None, backbone_stored: bool) -> str:
+    """The code under "Use"; `backbone` is None for one in a folder, whose path is taken from the configuration."""
     if backbone_stored or not adapters:
         return (
             f"from kadapter_hf import {architecture}\n\n"
@@ -209,14 +210,16 @@ def _snippet(architecture: str, source: str, adapters: list[str], backbone: str,
             "print(model.knowledge_summary())"
         )
     sources = ", ".join(f'"{adapter}": "{source}"' for adapter in adapters)
+    name = f'"{backbone}"' if backbone else "model.config.backbone_name_or_path  # a folder; set it to yours"
     return (
         f"from kadapter_hf import {', '.join(sorted({architecture, 'KAdapterModel'}))}\n"
         "from transformers import AutoTokenizer\n\n"
         f"# The saved model{'' if architecture == 'KAdapterModel' else ', including its head'}\n"
         f'model = {architecture}.from_pretrained("{source}")\n\n'
         "# Or only the adapters, to combine with others and fine-tune\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{backbone}")\n'
-        f'model = KAdapterModel.from_backbone("{backbone}", {{{sources}}})\n'
+        f"backbone = {name}\n"
+        "tokenizer = AutoTokenizer.from_pretrained(backbone)\n"
+        f"model = KAdapterModel.from_backbone(backbone, {{{sources}}})\n"
         'inputs = tokenizer("The Danube flows through Vienna.", return_tensors="pt")\n'
         "print(model(**inputs).last_hidden_state.shape)"
     )
@@ -260,13 +263,13 @@ def _epochs(provenance: Mapping[str, Any]) -> list[dict[str, str]]:
 def _results(adapter: str, provenance: Mapping[str, Any]) -> list[EvalResult]:
     metrics = provenance.get("metrics")
     task_type, task_name = TASKS.get(str(provenance.get("objective")), ("other", adapter))
-    dataset = provenance.get("dataset") or provenance.get("corpus") or "not recorded"
+    dataset = ", ".join(_listed(provenance.get("dataset")) or _listed(provenance.get("corpus"))) or "not recorded"
     return [
         EvalResult(
             task_type=task_type,
             task_name=task_name,
-            dataset_type=str(dataset),
-            dataset_name=Path(str(dataset)).name or str(dataset),
+            dataset_type=dataset,
+            dataset_name=Path(dataset).name or dataset,
             metric_type="f1" if key.endswith("f1") else key.removeprefix("eval_"),
             metric_name=key.removeprefix("eval_").replace("_", " "),
             metric_value=round(value, 4),

@@ -13,13 +13,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from .messages import shortened
 
 
 logger = logging.get_logger(__name__)
 
 Batch = Mapping[str, Sequence[Any]]
+
+
+def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a backbone.
+
+    Raises:
+        OSError: there is none. `AutoTokenizer` returns one without a vocabulary for some of such folders.
+        ValueError: transformers has no tokenizer for this kind of model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError(f"the backbone '{backbone}' has no tokenizer: save one there, with its save_pretrained.")
+    return tokenizer
 
 
 def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer: PreTrainedTokenizerBase, **kwargs):
@@ -53,7 +69,7 @@ def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer
             f"without tokens; the first ones: {dropped[:5]}."
         )
     if not kept:
-        raise ValueError("no row is left: the corpus is empty, or its texts don't fit into max_length tokens.")
+        raise ValueError(f"no row is left of {len(dataset)}: no text fits into max_length tokens.")
     return encoded.remove_columns("row")
 
 
@@ -293,5 +309,6 @@ def _index(labels: Sequence[str], label: str, kind: str) -> int:
         return labels.index(label)
     except ValueError:
         raise ValueError(
-            f"the {kind} '{label}' is not among the {len(labels)} labels: {', '.join(labels[:5])}, …"
+            f"the {kind} '{shortened(label)}' is not among the {len(labels)} labels: "
+            f"{', '.join(map(shortened, labels[:5]))}, …"
         ) from None

@@ -1,5 +1,7 @@
 """Formatting of errors and of untrusted text for display."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.errors import (
@@ -14,6 +16,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 
+MOST = 4000
 LOGIN = "log in with `hf auth login` or give --token"
 # Errors of the Hub that get a different message, subclasses first.
 REFUSALS = {
@@ -24,7 +27,7 @@ REFUSALS = {
 
 
 def sentence(error: Exception, repo: str | None = None) -> str:
-    """The message of an error, in one line."""
+    """The message of an error, in one line of at most `MOST` characters."""
     text = str(error) or type(error).__name__
     if isinstance(error, HfHubHTTPError):
         words = next((words for kind, words in REFUSALS.items() if isinstance(error, kind)), None)
@@ -36,7 +39,7 @@ def sentence(error: Exception, repo: str | None = None) -> str:
         text = f"'{repo}' is not completely cached, and the Hub can't be reached: check the name and the network."
     elif isinstance(error, HTTPError):
         text = f"the Hub can't be reached ({text}): check the network."
-    return one_line(text)
+    return one_line(shortened(text, MOST))
 
 
 def one_line(value: Any) -> str:
@@ -44,6 +47,19 @@ def one_line(value: Any) -> str:
     return "".join(
         char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(str(value).split())
     )
+
+
+def shortened(text: Any, most: int = 100) -> str:
+    """Text of at most `most` characters; a longer one loses its middle. For quoting what is in a file."""
+    text = str(text)
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The suggestion of a similar name, to append to a message; empty if there is none."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def is_repo_id(name: str) -> bool:

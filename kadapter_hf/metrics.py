@@ -10,6 +10,7 @@ All values are between 0 and 1. Division by zero yields 0.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,18 +33,29 @@ def relation_metrics(prediction: EvalPrediction) -> Metrics:
     Raises:
         ImportError: scikit-learn is not installed.
     """
+    sklearn_metrics = require_scikit_learn()
+    found, right = _classes(prediction)
+    return {
+        "micro_f1": float(sklearn_metrics.f1_score(right, found, average="micro", zero_division=0)),
+        "macro_f1": float(sklearn_metrics.f1_score(right, found, average="macro", zero_division=0)),
+        "accuracy": float(sklearn_metrics.accuracy_score(right, found)),
+    }
+
+
+def require_scikit_learn() -> ModuleType:
+    """
+    Returns `sklearn.metrics`. Call it before a training whose metrics need it.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
     try:
-        from sklearn.metrics import accuracy_score, f1_score
+        import sklearn.metrics
     except ImportError as error:
         raise ImportError(
             "relation_metrics needs scikit-learn; install it with pip install 'kadapter-hf[knowledge]'."
         ) from error
-    found, right = _classes(prediction)
-    return {
-        "micro_f1": float(f1_score(right, found, average="micro", zero_division=0)),
-        "macro_f1": float(f1_score(right, found, average="macro", zero_division=0)),
-        "accuracy": float(accuracy_score(right, found)),
-    }
+    return sklearn.metrics
 
 
 def tacred_metrics(labels: Sequence[str], no_relation: str = "no_relation") -> Callable[[EvalPrediction], Metrics]:

@@ -12,28 +12,33 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import (
-    AutoTokenizer,
     HfArgumentParser,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .activations import ROW, CachedActivationsCollator, cached_activations
-from .corpora import Report, Schema, check_columns, read_jsonl
-from .features import encode, most_tokens
+from .corpora import Schema
+from .features import encode, load_tokenizer, most_tokens
+from .figures import new_figure, warn_without_matplotlib
 from .hub import push_folder
+from .messages import did_you_mean, one_line, shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
+from .modeling.format_kadapter import check_adapter_name
+from .modeling.fusion_kadapter import check_fusion
 from .objectives import OBJECTIVES, Objective
 from .objectives.objective import label_set, row_labels
+from .rows import load_rows
 
 
 logger = logging.get_logger(__name__)
@@ -47,15 +52,18 @@ def _help(default: Any, text: str) -> Any:
 class PretrainingArguments:
     """Arguments in addition to those of Trainer."""
 
-    data: str = field(
+    data: str | list[str] = field(
         metadata={
-            "help": "Training rows: a folder written by `kadapter prepare`, a JSON Lines or Parquet file, or a data set on "
-            "the Hub. A split named validation or test is used for evaluation."
+            "help": "Training rows: a folder written by `kadapter prepare`; a Parquet, JSON Lines, JSON, CSV or TSV file, or a "
+            "folder of them; or a data set on the Hub. Several are joined. A split named validation or test is used for "
+            "evaluation."
         }
     )
     name: str | None = _help(None, "Name of the adapter. Default: the name of the objective.")
     backbone: str = _help(DEFAULT_BACKBONE, "The frozen backbone: a repository or folder.")
     eval_size: float = _help(0.1, "Fraction of the rows to hold out if the data has no split for evaluation.")
+    max_train_samples: int | None = _help(None, "Train on at most this many rows, chosen at random.")
+    max_eval_samples: int | None = _help(None, "Evaluate on at most this many rows, chosen at random.")
     max_length: int | None = _help(None, "Maximum number of tokens of a row. Default: the backbone's maximum.")
     cache_activations: str | None = _help(
         None, "Folder to cache the backbone's states in, so that it runs once per row instead of in each epoch."
@@ -83,10 +91,18 @@ class PretrainingArguments:
     )
 
     def __post_init__(self):
+        self.data = [self.data] if isinstance(self.data, str) else self.data
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}")
         if self.activations_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--activations_dtype must be float32 or bfloat16, not {self.activations_dtype}")
+        if self.name is not None:
+            check_adapter_name(self.name)
+        check_fusion(self.fusion, {})
+        self.adapter_config()
 
     def adapter_config(self) -> KnowledgeAdapterConfig:
         return KnowledgeAdapterConfig(
@@ -132,20 +148,35 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
 
     Raises:
         ValueError: the objective is unknown, or the data does not fit it or has fewer than two labels.
-        KeyboardInterrupt: Ctrl-C; the output folder contains a checkpoint.
+        KeyboardInterrupt: Ctrl-C; its message says what was saved.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"there is no objective '{objective}'; there are {sorted(OBJECTIVES)}")
+        raise ValueError(
+            f"there is no objective '{objective}'; there are {sorted(OBJECTIVES)}.{did_you_mean(objective, OBJECTIVES)}"
+        )
     task, name = OBJECTIVES[objective], arguments.name or objective
+    warn_without_matplotlib("training.png")
+    _check_report_to(training)
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
     checkpoint = _checkpoint_to_resume(training)
     set_seed(training.seed)
+    source = "', '".join(arguments.data)  # as quoted in errors
     rows = _train_and_eval_rows(task, arguments, training.seed)
     labels = task.labels_of(rows["train"])
     if task.schema is not None and len(labels) < 2:
-        raise ValueError(f"'{arguments.data}' has only the label {labels}: at least two are needed.")
+        raise ValueError(f"'{source}' has only the label {shortened(labels)}: at least two are needed.")
     if task.schema is not None:
         rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
+        if not len(rows["eval"]):
+            raise ValueError(
+                f"'{source}': no held-out row is left, as their labels don't occur in training. Use more rows for each "
+                "label, or a larger --eval_size."
+            )
+    rows["train"] = _sample(rows["train"], training.seed, arguments.max_train_samples, _rows_in_max_steps(training))
+    rows["eval"] = _sample(rows["eval"], training.seed, arguments.max_eval_samples)
+    compute_metrics = task.metrics(labels) if task.metrics else None
+    tokenizer = load_tokenizer(arguments.backbone)
     numbers = {label: number for number, label in enumerate(labels)}
     fields: dict[str, Any] = {"classifier_dropout": arguments.dropout, "fusion": arguments.fusion}
     if labels:
@@ -156,40 +187,45 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     with training.main_process_first(desc="features"):
         most = most_tokens(tokenizer, arguments.max_length, model.backbone.config)
         data = {split: encode(split_rows, features, tokenizer, max_length=most) for split, split_rows in rows.items()}
-    collator = task.collator(tokenizer)
+    if arguments.cache_activations is not None:
+        data = _numbered(data)
+        training.remove_unused_columns = False
+    stop = StopOnInterrupt()
+    # Made before the activations are computed, so that errors in its arguments come first.
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=task.collator(tokenizer),
+        train_dataset=data["train"],
+        eval_dataset=data["eval"],
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits,
+        callbacks=[stop],
+    )
     if arguments.cache_activations is not None:
         dtype = getattr(torch, arguments.activations_dtype)
         all_rows = concatenate_datasets([split.select_columns("input_ids") for split in data.values()])
         model.to(training.device)  # type: ignore[arg-type]
         with training.main_process_first(desc="activations"):
             cache = cached_activations(model, all_rows, tokenizer, arguments.cache_activations, dtype)
-        data, collator = _numbered(data), CachedActivationsCollator(collator, cache)
-        training.remove_unused_columns = False
-    stop = StopOnInterrupt()
-    trainer = Trainer(
-        model,
-        training,
-        data_collator=collator,
-        train_dataset=data["train"],
-        eval_dataset=data["eval"],
-        processing_class=tokenizer,
-        compute_metrics=task.metrics(labels) if task.metrics else None,
-        preprocess_logits_for_metrics=task.preprocess_logits,
-        callbacks=[stop],
-    )
+        trainer.data_collator = CachedActivationsCollator(trainer.data_collator, cache)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(
+            f"Stopped after saving '{get_last_checkpoint(str(training.output_dir))}'. To continue from it, add "
+            "--resume_from_checkpoint true."
+        )
     metrics = _quality(trainer.evaluate())
-    local = Path(arguments.data).exists()
+    on_hub = [data for data in arguments.data if not Path(data).exists()]
     described = {
-        "dataset": None if local else arguments.data,
+        "dataset": on_hub[0] if len(on_hub) == 1 else on_hub,
         "language": arguments.language,
         "license": arguments.license,
     }
     model.config.knowledge_adapters[name].provenance = {  # type: ignore[index]
         "objective": objective,
-        "corpus": Path(arguments.data).resolve().name if local else arguments.data,
+        "corpus": ", ".join(data if data in on_hub else Path(data).resolve().name for data in arguments.data),
         **{key: value for key, value in described.items() if value},
         "rows": len(data["train"]),
         "labels": len(labels),
@@ -219,6 +255,15 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     return metrics
 
 
+def _check_report_to(training: TrainingArguments) -> None:
+    """Raises an ImportError if a package for --report_to is missing, which Trainer would do after minutes of preparation."""
+    for callback in get_reporting_integration_callbacks(training.report_to):
+        try:
+            callback()
+        except RuntimeError as error:
+            raise ImportError(f"--report_to {' '.join(training.report_to)}: {error}") from None
+
+
 def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
     folder = Path(str(training.output_dir))
     last = get_last_checkpoint(folder) if folder.is_dir() else None
@@ -238,55 +283,20 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
 
 
 def _train_and_eval_rows(task: Objective, arguments: PretrainingArguments, seed: int) -> dict[str, Dataset]:
-    splits = load_rows(arguments.data, task.schema)
+    loaded = [load_rows(data, task.schema) for data in arguments.data]
+    splits = {
+        name: concatenate_datasets([of_one[name] for of_one in loaded if name in of_one])
+        for name in ("train", "validation", "test")
+        if any(name in of_one for of_one in loaded)
+    }
     for name in ("validation", "test"):
         if name in splits:
             return {"train": splits["train"], "eval": splits[name]}
     if len(splits["train"]) < 2:
-        raise ValueError(f"'{arguments.data}' has {len(splits['train'])} rows, which is too few to train on.")
+        names = "', '".join(arguments.data)
+        raise ValueError(f"'{names}' has {len(splits['train'])} rows, which is too few to train on.")
     parts = splits["train"].train_test_split(arguments.eval_size, seed=seed)
     return {"train": parts["train"], "eval": parts["test"]}
-
-
-def load_rows(data: str, schema: Schema | None) -> DatasetDict:
-    """
-    Loads rows from Parquet files, a JSON Lines file or a data set on the Hub, and checks them against a schema.
-
-    Rows that violate the schema are dropped with a warning.
-
-    Raises:
-        ValueError: a column is missing, there is no split to train on, or no row is left.
-    """
-    path = Path(data)
-    if path.suffix in (".json", ".jsonl") and schema is not None:
-        rows, report = read_jsonl(path, schema)
-        if report.dropped:
-            logger.warning(f"'{data}': dropped rows: {report.reasons()}")
-        return DatasetDict(train=rows)
-    if path.suffix in (".json", ".jsonl", ".parquet"):
-        splits = load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=data)
-    else:
-        splits = load_dataset("parquet", data_dir=data) if path.is_dir() else load_dataset(data)
-    if "train" not in splits:
-        raise ValueError(f"'{data}' has no split named train; it has {list(splits)}")
-    if schema is not None:
-        for name, rows in splits.items():
-            check_columns(rows.column_names, schema)
-            splits[name] = _without_problems(rows.select_columns(list(schema.features)), schema, f"{data}, {name}")
-    return splits
-
-
-def _without_problems(rows: Dataset, schema: Schema, name: str) -> Dataset:
-    report, kept = Report(), []
-    for number, row in enumerate(rows):
-        problem = schema.problem(row)
-        if problem:
-            report.drop(problem, f"row {number}")
-        else:
-            kept.append(number)
-    if report.dropped:
-        logger.warning(f"'{name}': dropped rows: {report.reasons()}")
-    return rows.select(kept) if report.dropped else rows
 
 
 def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:
@@ -296,9 +306,24 @@ def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Datase
         return rows
     kept = [number for number, labels in enumerate(row_labels(rows, schema)) if known.issuperset(labels)]
     logger.warning(
-        f"{len(rows) - len(kept)} held-out rows are dropped, as their labels don't occur in training: {unknown[:5]}"
+        f"{len(rows) - len(kept)} held-out rows are dropped, as their labels don't occur in training: "
+        f"{', '.join(map(shortened, unknown[:5]))}"
     )
     return rows.select(kept)
+
+
+def _rows_in_max_steps(training: TrainingArguments) -> int | None:
+    """The number of rows that --max_steps will use; None if the number of epochs limits the training."""
+    if training.max_steps <= 0:
+        return None
+    per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return training.max_steps * per_step
+
+
+def _sample(rows: Dataset, seed: int, *limits: int | None) -> Dataset:
+    """As many random rows as the smallest limit allows. Files are often sorted, so the first rows would be one-sided."""
+    count = min([len(rows), *(limit for limit in limits if limit is not None)])
+    return rows if count == len(rows) else rows.shuffle(seed=seed).select(range(count))
 
 
 def _numbered(data: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -329,9 +354,9 @@ def _quality(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _draw_losses(history: list[dict[str, float]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
+    if figure is None:
+        return
     axes = figure.add_subplot()
     for key, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
@@ -342,17 +367,47 @@ def _draw_losses(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def parser(objective: str) -> HfArgumentParser:
-    return HfArgumentParser(
+class Parser(HfArgumentParser):
+    """Reports wrong usage without the list of all flags, and with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
+
+    def parse(self, flags: Sequence[str]) -> tuple[PretrainingArguments, TrainingArguments]:
+        """The arguments; exits with code 2 if they are wrong."""
+        try:
+            # transformers changes the arguments of some flags in place.
+            arguments, training, rest = self.parse_args_into_dataclasses(
+                args=list(flags), return_remaining_strings=True
+            )
+        except (ValueError, ImportError) as error:  # what the dataclasses check
+            self.error(str(error))
+        for word in rest:
+            flag = word.partition("=")[0]
+            if flag.startswith("--"):
+                self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
+        if rest:
+            self.error(f"unexpected arguments: {shlex.join(rest)}")
+        return arguments, training
+
+
+def parser(objective: str) -> Parser:
+    made = Parser(
         (PretrainingArguments, TrainingArguments),  # type: ignore[arg-type]
         prog=f"kadapter pretrain {objective}",
         description=f"Trains a knowledge adapter on a frozen backbone ({objective}). Example: kadapter pretrain "
         f"{objective} --data corpus --backbone FacebookAI/roberta-large --output_dir {objective}-adapter",
         allow_abbrev=False,
     )
+    if objective in OBJECTIVES:
+        made.set_defaults(**OBJECTIVES[objective].defaults)
+    for action in made._actions:
+        if action.dest == "output_dir":  # transformers' default is a folder in the current one
+            action.required, action.help = True, "The output folder for the adapter and checkpoints."
+    return made
 
 
 def main(arguments: Sequence[str]) -> dict[str, float]:
     """`kadapter pretrain`: the name of the objective, then the flags of `PretrainingArguments` and `TrainingArguments`."""
     objective, *flags = arguments
-    return pretrain(objective, *parser(objective).parse_args_into_dataclasses(args=flags))
+    return pretrain(objective, *parser(objective).parse(flags))

@@ -14,7 +14,7 @@ from conftest import POSITIONS, SIZES, contents
 from huggingface_hub import CommitInfo, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMaskedLM, RobertaConfig
+from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig
 from typer.testing import CliRunner
 
 from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
@@ -22,6 +22,7 @@ from kadapter_hf.cli import _common, app
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PRETRAIN = ["pretrain", "factual", "--data", "nowhere", "--output_dir", "nowhere"]
 PROVENANCE = {"objective": "factual", "corpus": "fewrel", "metrics": {"micro_f1": 0.75}, "training": [{"epoch": 1}]}
 
 
@@ -170,6 +171,9 @@ def test_the_tables_have_it_too_and_leave_the_terminal_alone(folder, build, tmp_
     sha256 = hashlib.sha256((folder / "adapters" / "factual.safetensors").read_bytes()).hexdigest()
     for said in ("KAdapterForRelationClassification", "adapter linguistic", "0, 1, 2", sha256, "micro_f1 0.75"):
         assert said in text
+    code = sorted(folder.glob("*.py"))
+    assert f"{len(code)} files of code ({sum(path.stat().st_size for path in code):,} bytes)" in text
+    assert not any(path.name in text for path in code)
     model = build(adapters=["odd"])
     model.config.knowledge_adapters["odd"].provenance = {"corpus": "\x1b[2J[bold]mine[/bold]\ud800"}
     model.save_knowledge_adapter(tmp_path / "odd.safetensors", "odd")
@@ -401,6 +405,54 @@ def test_combine_prints_json_too(folder, file, backbone, tmp_path):
     assert found == {"output": str(tmp_path / "out"), "backbone": backbone, "adapters": ["factual", "linguistic"]}
 
 
+def test_adapters_of_the_same_name_are_named_anew(file, build, tmp_path):
+    build(seed=1).save_knowledge_adapter(tmp_path / "other", "factual")
+    said = refused("combine", file, tmp_path / "other", "--output", tmp_path / "out")
+    assert f"'{file}' and '{tmp_path / 'other'}' both have an adapter named 'factual'" in said
+    assert f"factual2={tmp_path / 'other'}" in said and not (tmp_path / "out").exists()
+    found = printed("combine", file, f"news={tmp_path / 'other'}", "--output", tmp_path / "out")
+    assert found["adapters"] == ["factual", "news"]
+    adapters = KAdapterModel.from_pretrained(tmp_path / "out").adapters
+    for name, source in (("factual", file), ("news", tmp_path / "other" / "adapters" / "factual.safetensors")):
+        saved = {key.removeprefix("adapters.factual."): value for key, value in load_file(source).items()}
+        assert all(torch.equal(value, saved[key]) for key, value in adapters[name].state_dict().items())
+
+
+def test_a_name_chooses_one_of_several_adapters(folder, tmp_path):
+    found = printed("combine", f"linguistic={folder}", "--output", tmp_path / "out")
+    assert found["adapters"] == ["linguistic"]
+
+
+def test_combine_refuses_a_folder_with_files_in_it(file, folder):
+    before = contents(folder)
+    assert "exists and is not empty; choose another folder" in refused("combine", file, "--output", folder)
+    assert contents(folder) == before
+
+
+def test_the_combined_model_has_its_backbones_tokenizer(file, backbone, tmp_path):
+    assert run("combine", file, "--output", tmp_path / "out").exit_code == 0
+    ids = AutoTokenizer.from_pretrained(backbone)("the river")["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the river")["input_ids"] == ids
+
+
+def test_a_backbone_without_a_tokenizer_is_told(build, tmp_path):
+    other = str(backbone_of(tmp_path / "other"))
+    build(backbone=other).save_knowledge_adapter(tmp_path / "alone.safetensors", "factual")
+    result = run("combine", tmp_path / "alone.safetensors", "--output", tmp_path / "out")
+    assert result.exit_code == 0 and f"'{other}' has no tokenizer" in result.stdout
+
+
+def test_combine_says_whether_the_output_is_the_backbones(file, tmp_path):
+    inputs = {"input_ids": torch.tensor([[0, 7, 8, 2]])}
+    for fusion, same in (("concat", True), ("add", False)):
+        result = run("combine", file, "--fusion", fusion, "--output", tmp_path / fusion)
+        assert ("its output is that of the backbone" in result.stdout) is same
+        model = KAdapterModel.from_pretrained(tmp_path / fusion)
+        with torch.no_grad():
+            output = model(**inputs)
+        assert (model.config.fusion, torch.allclose(*output[:2], atol=0.1)) == (fusion, same)
+
+
 # ---- All commands ---------------------------------------------------------------------------------------------------
 
 
@@ -414,9 +466,26 @@ def test_the_version_is_that_of_the_package():
     assert run("--version").stdout == f"kadapter-hf {importlib.metadata.version('kadapter-hf')}\n"
 
 
-def test_a_command_that_does_not_exist_gets_the_nearest_one_suggested():
-    result = run("inof", "x")
-    assert result.exit_code == 2 and "info" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["inof", "x"], "Did you mean 'info'?"),
+        (["prepare", "fewrle", "x"], "Did you mean 'fewrel'?"),
+        (["info", "x", "--bakcbone", "y"], "--backbone"),
+        (["pretrain", "factul"], "Did you mean 'factual'?"),
+        (
+            ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--num_epochs", "1"],
+            "Did you mean '--num_train_epochs'?",
+        ),
+        (
+            ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--name=x", "--evalsize=1"],
+            "Did you mean '--eval_size'?",
+        ),
+    ],
+)
+def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
+    result = run(*arguments)
+    assert result.exit_code == 2 and near in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -426,11 +495,24 @@ def test_a_command_that_does_not_exist_gets_the_nearest_one_suggested():
         (["push", ".", "a/b/c"], "'a/b/c' is not a valid name of a repository on the Hub (owner/name)"),
         (["pull", "a/b/c"], "'a/b/c' is not a valid name of a repository on the Hub (owner/name)"),
         (["pretrain", "factul"], "'factul' is not one of factual, linguistic, typing"),
+        ([*PRETRAIN, "--eval_size", "0"], "--eval_size must be between 0 and 1, not 0.0"),
+        ([*PRETRAIN, "--max_train_samples", "0"], "--max_train_samples must be at least 1, not 0"),
+        ([*PRETRAIN, "--activations_dtype", "int8"], "--activations_dtype must be float32 or bfloat16"),
+        ([*PRETRAIN, "--fusion", "ad"], "fusion must be one of ['add', 'concat'"),
+        ([*PRETRAIN, "--name", "a/b"], "'a/b' can't name a knowledge adapter"),
+        ([*PRETRAIN, "--adapter_hidden_size", "7"], "num_attention_heads (12) must divide hidden_size (7)"),
+        ([*PRETRAIN, "--max_steps", "many"], "--max_steps/--max-steps: invalid int value: 'many'"),
+        ([*PRETRAIN, "--load_best_model_at_end", "true"], "requires the save and eval strategy to match"),
+        ([*PRETRAIN, "--whatever", "x"], "there is no flag --whatever. Try 'kadapter pretrain factual --help'"),
+        ([*PRETRAIN, "more", "rows"], "unexpected arguments: more rows"),
+        (["combine", "x", "--output", "y", "--fusion", "ad"], "fusion must be one of ['add', 'concat'"),
+        (["convert", "setup.cfg", "--output", "x", "--layers", "0,a"], "comma-separated numbers are expected"),
     ],
 )
-def test_wrong_arguments_say_what_was_expected(arguments, said):
+def test_wrong_arguments_say_what_was_expected(arguments, said, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     result = run(*arguments)
-    assert result.exit_code == 2 and said in " ".join(result.stderr.split())
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split()) and result.stderr.count("\n") < 8
 
 
 @pytest.mark.parametrize("token", ["", "hf_secret\n", "hf_sécret"])
@@ -477,3 +559,10 @@ def test_faults_of_data_machine_and_hub_are_one_line(error, capsys):
         raise error
     said = capsys.readouterr().err
     assert ended.value.exit_code == 1 and said.startswith("Error: ") and "a b" in said and said.count("\n") == 1
+
+
+def test_a_message_is_shown_with_its_beginning_and_its_end_if_it_is_long(capsys):
+    with pytest.raises(typer.Exit), _common.plain_errors():
+        raise ValueError(f"the first words {'x' * 100_000} the last words")
+    said = capsys.readouterr().err
+    assert said.startswith("Error: the first words x") and said.endswith("x the last words\n") and len(said) < 5000

@@ -20,6 +20,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from typer.testing import CliRunner
 
 from kadapter_hf import (
     KAdapterConfigError,
@@ -29,6 +30,7 @@ from kadapter_hf import (
     KAdapterLoadError,
     KAdapterModel,
 )
+from kadapter_hf.corpora import CORPORA, Corpus
 from kadapter_hf.modeling.fusion_kadapter import FUSIONS
 from kadapter_hf.modeling.registry_kadapter import HEADS
 from kadapter_hf.objectives import OBJECTIVES
@@ -294,3 +296,18 @@ def test_own_corpus_becomes_a_data_set_and_a_report(modules, tmp_path, monkeypat
         "relation": "place of birth",
     }
     assert capsys.readouterr().out.startswith("1 Counter(")
+
+
+def test_line_in_corpora_makes_an_own_corpus_a_command(modules, tmp_path, monkeypatch):
+    (line,) = re.findall(r"```\n(\"birthplaces\": .*?),\n```", PAGE.read_text(encoding="utf-8"))
+    scope = {"Corpus": Corpus, "read_birthplaces": importlib.import_module("birthplaces").read_birthplaces}
+    monkeypatch.setitem(CORPORA, "birthplaces", eval(f"{{{line}}}", scope)["birthplaces"])
+    app = importlib.reload(importlib.import_module("kadapter_hf.cli.prepare")).prepare
+    (tmp_path / "birthplaces.tsv").write_text("Dante\tFlorence\tDante was born in Florence.\n")
+    command = ["birthplaces", str(tmp_path / "birthplaces.tsv"), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "relations.json").read_text()) == ["place of birth"]
+    said = " ".join(CliRunner().invoke(app, ["birthplaces", "--help"]).output.split())
+    assert "Birthplaces: one per line." in said and "birthplaces.tsv --output data/birthplaces" in said
+    assert "--names" not in said

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -13,6 +14,7 @@ from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 from rich.console import Console
 
 from ..messages import is_repo_id, sentence
+from ..modeling.format_kadapter import KAdapterLoadError
 
 
 # Errors caused by the data, the machine or the Hub. KAdapterLoadError and errors from the Hub are OSErrors;
@@ -44,6 +46,12 @@ def plain_errors(repo: str | None = None) -> Iterator[None]:
     except FAULTS as error:
         Console(stderr=True, soft_wrap=True).print(f"Error: {sentence(error, repo)}", markup=False, highlight=False)
         raise typer.Exit(1) from None
+
+
+def check_new(output: Path) -> None:
+    """Raises an error if `output` is a file, or a folder that is not empty."""
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise KAdapterLoadError(f"'{output}' exists and is not empty; choose another folder.")
 
 
 def print_json(content: dict[str, Any]) -> None:

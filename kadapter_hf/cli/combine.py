@@ -1,39 +1,103 @@
 """`kadapter combine`: combines separately trained adapters in one K-Adapter."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..modeling.format_kadapter import KAdapterLoadError
+from ..features import load_tokenizer
+from ..modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
+from ..modeling.fusion_kadapter import check_fusion
 from ..modeling.heads_kadapter import KAdapterModel
 from ..modeling.reading_kadapter import read_adapter
 from ..modeling.sources_kadapter import adapter_file
-from ._common import AsJson, plain_errors, print_json
+from ._common import AsJson, check_new, plain_errors, print_json
+
+
+def _checked_fusion(fusion: str) -> str:
+    try:
+        check_fusion(fusion, {})
+    except KAdapterConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    return fusion
 
 
 def combine(
-    sources: Annotated[list[str], typer.Argument(help="Adapter repositories, folders or .safetensors files.")],
-    output: Annotated[Path, typer.Option(help="The output folder for the K-Adapter.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Adapter repositories, folders or .safetensors files. NAME=SOURCE renames the adapter, or chooses one of "
+            "several."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="The output folder for the K-Adapter and the tokenizer, which must be new or empty.")
+    ],
     backbone: Annotated[
         str | None,
         typer.Option(help="The backbone: a repository or folder. Default: as recorded in the first adapter."),
     ] = None,
+    fusion: Annotated[
+        str,
+        typer.Option(
+            callback=_checked_fusion,
+            help="How the outputs are fused: concat, which is trained in fine-tuning and until then passes on the backbone's "
+            "output, or add, which has no weights.",
+        ),
+    ] = "concat",
     as_json: AsJson = False,
 ) -> None:
     """
     Combine separately trained knowledge adapters in one K-Adapter, ready for fine-tuning.
 
     Example: `kadapter combine factual-adapter linguistic-adapter --output both`
+
+    Example: `kadapter combine wiki=wiki/factual-adapter news=news/factual-adapter --output both`
     """
     with plain_errors():
-        backbone = backbone or read_adapter(adapter_file(sources[0], None)).config.backbone_name_or_path
-        if backbone is None:
-            raise KAdapterLoadError(f"'{sources[0]}' does not name its backbone: specify it with --backbone.")
-        model = KAdapterModel.from_backbone(backbone, adapters=sources)
+        check_new(output)
+        adapters: dict[str, str] = {}
+        for argument in sources:
+            name, source = split_name(argument)
+            saved = read_adapter(adapter_file(source, name))
+            name = name or saved.name
+            if name in adapters:
+                raise KAdapterConfigError(
+                    f"'{adapters[name]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, "
+                    f"e.g. {name}2={source}."
+                )
+            adapters[name] = source
+            backbone = backbone or saved.config.backbone_name_or_path
+            if backbone is None:
+                raise KAdapterLoadError(f"'{source}' does not name its backbone: specify it with --backbone.")
+        model = KAdapterModel.from_backbone(backbone, adapters, fusion)
         model.save_pretrained(output)
+        has_tokenizer = save_tokenizer(str(backbone), output)
     if as_json:
         names = model.active_knowledge_adapters
         print_json({"output": str(output), "backbone": model.config.backbone_name_or_path, "adapters": names})
-    else:
-        typer.echo(model.knowledge_summary())
+        return
+    typer.echo(model.knowledge_summary())
+    if fusion == "concat":
+        typer.echo(
+            "Until it is fine-tuned, its output is that of the backbone, as a new concat fusion passes it on. With --fusion "
+            "add, the output includes the adapters' from the start."
+        )
+    if not has_tokenizer:
+        typer.echo(f"The backbone '{backbone}' has no tokenizer that could be saved with it.")
+
+
+def split_name(argument: str) -> tuple[str | None, str]:
+    """The name, if there is one, and the source of `NAME=SOURCE`."""
+    found = re.fullmatch(r"([\w-]+)=(.+)", argument)
+    return (found[1], found[2]) if found and not Path(argument).exists() else (None, argument)
+
+
+def save_tokenizer(backbone: str, output: Path) -> bool:
+    """Saves the backbone's tokenizer too, so that `AutoTokenizer` finds it; returns whether there is one."""
+    try:
+        load_tokenizer(backbone).save_pretrained(output)
+    except (OSError, ValueError, ImportError):
+        return False
+    return True

@@ -84,7 +84,9 @@ def numbers(layers: str) -> list[int]:
     try:
         return [int(layer) for layer in layers.split(",")]
     except ValueError:
-        raise ValueError(f"--layers takes comma-separated numbers, e.g. 0,11,22, not '{layers}'") from None
+        raise typer.BadParameter(
+            f"comma-separated numbers are expected, e.g. 0,11,22, not '{layers}'.", param_hint="--layers"
+        ) from None
 
 
 def described(made: Conversion, verified: int | None) -> dict[str, Any]:

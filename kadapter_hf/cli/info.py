@@ -64,7 +64,7 @@ def show(found: dict[str, Any]) -> None:
             "task head": "yes" if found["has_head"] else "no",
             "backbone": backbone_words(found["backbone"]),
             "backbone's weights": "included" if found["has_backbone"] else "not included",
-            "other files": ", ".join(f"{file} ({size or 0:,} bytes)" for file, size in found["other_files"].items()),
+            "other files": files_words(found["other_files"]),
         }
         print_rows(console, found["source"], rows)
     for adapter in found["adapters"]:
@@ -83,6 +83,13 @@ def show(found: dict[str, Any]) -> None:
             verdict = {True: "yes", False: "no", None: "unknown"}[adapter["fits"]]
             rows[f"fits {found['compared_with']}"] = f"{verdict}: {adapter['reason']}"
         print_rows(console, f"adapter {adapter['name']}", rows)
+
+
+def files_words(sizes: dict[str, int | None]) -> str:
+    """The files with their sizes, except for those of the code, which are many."""
+    words = [f"{file} ({size or 0:,} bytes)" for file, size in sizes.items() if not file.endswith(".py")]
+    code = [size or 0 for file, size in sizes.items() if file.endswith(".py")]
+    return ", ".join([*words, *([f"{len(code)} files of code ({sum(code):,} bytes)"] if code else [])])
 
 
 def backbone_words(backbone: dict[str, Any]) -> str:

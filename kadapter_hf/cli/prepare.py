@@ -1,29 +1,48 @@
 """`kadapter prepare`: converts a corpus to Parquet files, a list of its labels and a report on dropped records."""
 
+import inspect
+import json
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, concatenate_datasets, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ..corpora import parse_text, read_conllu, read_docred, read_fewrel, read_semeval, read_tacred
+from ..corpora import CORPORA, Corpus, parse_text, read_conllu
 from ..corpora.schema import Report, write_json
+from ..messages import shortened
 from ._common import plain_errors
 
 
 ROWS_SHOWN = 20
+REPORT = "report.json"
 
-File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, show_default=False, help="The file of the corpus.")]
+Files = Annotated[
+    list[Path],
+    typer.Argument(
+        exists=True, dir_okay=False, show_default=False, help="The files of the corpus, joined in this order."
+    ),
+]
 Output = Annotated[Path, typer.Option(show_default=False, help="The output folder, created if needed.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unusable record.")]
 Names = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="JSON file that maps Wikidata numbers to relation names."),
 ]
+
+
+class Split(str, Enum):
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+SplitName = Annotated[Split, typer.Option(help="The split that the rows are for, which names the file written.")]
 
 prepare = typer.Typer(
     help="Convert a corpus to a data set for training an adapter.\n\n"
@@ -33,7 +52,7 @@ prepare = typer.Typer(
 )
 
 
-class Split(str, Enum):
+class Unit(str, Enum):
     document = "document"
     example = "example"
 
@@ -52,8 +71,9 @@ def trex(
     ],
     output: Output,
     min_examples: Annotated[int, typer.Option(min=1, help="Drop relations with fewer examples.")] = 50,
-    split: Annotated[Split, typer.Option(help="The unit to split into train and test.")] = Split.document,
+    split: Annotated[Unit, typer.Option(help="The unit to split into train and test.")] = Unit.document,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    names: Names = None,
     executor: Annotated[Executor, typer.Option(help="Where to run.")] = Executor.local,
     workers: Annotated[
         int, typer.Option(min=1, help="Files to read in parallel, each held in memory.", show_default="number of CPUs")
@@ -78,6 +98,7 @@ def trex(
             min_examples=min_examples,
             split=split.value,
             seed=seed,
+            names=names,
             strict=strict,
             executor=executor.value,
             workers=workers,
@@ -92,58 +113,39 @@ def trex(
             show(report, output)
 
 
-@prepare.command()
-def fewrel(file: File, output: Output, names: Names = None, strict: Strict = False) -> None:
-    """
-    FewRel: Wikidata relations in Wikipedia sentences.
+def add_command(name: str, corpus: Corpus) -> None:
+    """Adds the command for a corpus."""
 
-    Example: `kadapter prepare fewrel train_wiki.json --names pid2name.json --output data/fewrel`
-    """
-    with plain_errors():
-        write(*read_fewrel(file, names, strict), output, "relations.json")
+    def convert(
+        files: Files, output: Output, names: Names = None, split: SplitName = Split.train, strict: Strict = False
+    ) -> None:
+        options = {"strict": strict} if names is None else {"names": names, "strict": strict}
+        with plain_errors():
+            write(files, [corpus.read(file, **options) for file in files], output, split)
 
+    def convert_without_names(
+        files: Files, output: Output, split: SplitName = Split.train, strict: Strict = False
+    ) -> None:
+        convert(files, output, split=split, strict=strict)
 
-@prepare.command()
-def docred(file: File, output: Output, names: Names = None, strict: Strict = False) -> None:
-    """
-    DocRED and Re-DocRED: pairs of entities in the same sentence.
-
-    Example: `kadapter prepare docred train_revised.json --names rel_info.json --output data/re-docred`
-    """
-    with plain_errors():
-        write(*read_docred(file, names, strict), output, "relations.json")
+    takes_names = "names" in inspect.signature(corpus.read).parameters
+    help = f"{corpus.help}\n\nExample: `kadapter prepare {name} {corpus.example}`"
+    prepare.command(name, help=help)(convert if takes_names else convert_without_names)
 
 
-@prepare.command()
-def tacred(file: File, output: Output, strict: Strict = False) -> None:
-    """
-    TACRED, TACREV and Re-TACRED, in JSON format.
-
-    Example: `kadapter prepare tacred train.json --output data/tacred`
-    """
-    with plain_errors():
-        write(*read_tacred(file, strict), output, "relations.json")
-
-
-@prepare.command()
-def semeval(file: File, output: Output, strict: Strict = False) -> None:
-    """
-    SemEval-2010 Task 8: directed relations between nominals.
-
-    Example: `kadapter prepare semeval TRAIN_FILE.TXT --output data/semeval`
-    """
-    with plain_errors():
-        write(*read_semeval(file, strict), output, "relations.json")
+for name, corpus in CORPORA.items():
+    add_command(name, corpus)
 
 
 @prepare.command()
 def conllu(
-    file: File,
+    files: Files,
     output: Output,
     pipeline: Annotated[
         str | None,
-        typer.Option(help="Parse FILE, with one text per line, with this spaCy pipeline.", show_default=False),
+        typer.Option(help="Parse FILES, with one text per line, with this spaCy pipeline.", show_default=False),
     ] = None,
+    split: SplitName = Split.train,
     strict: Strict = False,
 ) -> None:
     """
@@ -155,10 +157,10 @@ def conllu(
     """
     with plain_errors():
         if pipeline:
-            made = parse_text(lines_of(file), pipeline, strict)
+            made = [parse_text(lines_of(file), pipeline, strict) for file in files]
         else:
-            made = read_conllu(file, strict)
-        write(*made, output, "labels.json")
+            made = [read_conllu(file, strict) for file in files]
+        write(files, made, output, split)
 
 
 def lines_of(file: Path) -> list[str]:
@@ -168,16 +170,37 @@ def lines_of(file: Path) -> list[str]:
         raise ValueError(f"{file} is not UTF-8") from None
 
 
-def write(dataset: Dataset, report: Report, output: Path, labels: str) -> None:
-    """Writes the data set, its labels and the report to `output`, and prints the report."""
+def write(files: list[Path], made: list[tuple[Dataset, Report]], output: Path, split: Split) -> None:
+    """Writes the rows of all files as one split to `output`, with labels and a report, and prints the report."""
     disable_progress_bars()
+    dataset, report = concatenate_datasets([rows for rows, _ in made]), Report()
+    for file, (_, of_file) in zip(files, made, strict=True):
+        report.add(of_file if len(files) == 1 else of_file.renamed(file.name))
     output.mkdir(parents=True, exist_ok=True)
-    draft = output / ".train.draft"
+    draft = output / f".{split.value}.draft"
     dataset.to_parquet(str(draft))
-    draft.replace(output / "train.parquet")
-    write_json(output / labels, sorted(report.labels))
-    report.save(output / "report.json")
+    draft.replace(output / f"{split.value}.parquet")
+    reports = {split.value: vars(report)} | {
+        other: content for other, content in read_reports(output).items() if other != split.value
+    }
+    labels = {label for content in reports.values() for label in content["labels"]}
+    relations = "relation" in dataset.column_names
+    write_json(output / ("relations.json" if relations else "labels.json"), sorted(labels))
+    write_json(output / REPORT, reports.pop("train", {}) | reports)
     show(report, output)
+
+
+def read_reports(output: Path) -> dict[str, dict[str, Any]]:
+    """
+    The reports on the splits that `output` has. In the file, the report on the training rows is at the top level, and contains
+    those on the other splits.
+    """
+    if not (output / REPORT).exists():
+        return {}
+    content = json.loads((output / REPORT).read_text(encoding="utf-8"))
+    reports = {split.value: content.pop(split.value) for split in Split if split.value in content}
+    reports |= {"train": content} if content else {}
+    return {split: report for split, report in reports.items() if (output / f"{split}.parquet").exists()}
 
 
 def show(report: Report, output: Path) -> None:
@@ -186,7 +209,7 @@ def show(report: Report, output: Path) -> None:
     table = Table("label", "count")
     table.columns[1].justify = "right"
     for label, count in report.labels.most_common(ROWS_SHOWN):
-        table.add_row(label, f"{count:,}")
+        table.add_row(Text(shortened(label)), f"{count:,}")
     if len(report.labels) > ROWS_SHOWN:
         table.add_row(f"… and {len(report.labels) - ROWS_SHOWN} more", "")
     console.print(table)
@@ -194,6 +217,6 @@ def show(report: Report, output: Path) -> None:
         dropped = Table("dropped because", "count", "first records")
         dropped.columns[1].justify = "right"
         for reason, count in report.dropped.most_common():
-            dropped.add_row(reason, f"{count:,}", ", ".join(report.first_dropped[reason][:2]))
+            dropped.add_row(reason, f"{count:,}", Text(", ".join(report.first_dropped[reason][:2])))
         console.print(dropped)
     console.print(f"{report.kept:,} rows kept, {report.dropped.total():,} dropped. Written to {output}.", markup=False)

@@ -1,9 +1,11 @@
 """`kadapter pretrain`: trains a knowledge adapter on rows of a schema, with the stock Trainer."""
 
+import shlex
 from typing import Annotated
 
 import typer
 
+from ..messages import did_you_mean
 from ._common import plain_errors
 
 
@@ -22,17 +24,23 @@ def pretrain(
         typer.echo(context.get_help())
         raise typer.Exit(0 if objective else 2)
     from ..objectives import OBJECTIVES  # imported here, as importing Trainer takes seconds
-    from ..pretraining import main
+    from ..pretraining import parser, pretrain as run
 
     if objective not in OBJECTIVES:
-        raise typer.BadParameter(f"'{objective}' is not one of {', '.join(OBJECTIVES)}.", param_hint="OBJECTIVE")
+        suggestion = did_you_mean(objective, OBJECTIVES)
+        raise typer.BadParameter(
+            f"'{objective}' is not one of {', '.join(OBJECTIVES)}.{suggestion}", param_hint="OBJECTIVE"
+        )
+    arguments, training = parser(objective).parse(context.args)
     try:
         with plain_errors():
-            metrics = main([objective, *context.args])
-    except KeyboardInterrupt:
-        typer.echo(
-            "Stopped after saving a checkpoint. To continue from it, add --resume_from_checkpoint true.", err=True
-        )
+            metrics = run(objective, arguments, training)
+    except KeyboardInterrupt as stop:
+        typer.echo(str(stop) or "Stopped.", err=True)
         raise typer.Exit(130) from None
+    if not training.should_save:  # of several processes, one reports
+        return
     for key, value in metrics.items():
         typer.echo(f"{key.removeprefix('eval_')}: {value:.4f}")
+    folder, name = str(training.output_dir), arguments.name or objective
+    typer.echo(f"The adapter '{name}' is in {folder}. `kadapter info {shlex.quote(folder)}` shows the contents.")

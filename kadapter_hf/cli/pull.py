@@ -21,7 +21,7 @@ from ..messages import one_line
 from ..modeling.format_kadapter import BACKBONE_FILE, KAdapterLoadError, adapter_path, check_adapter_name
 from ..modeling.reading_kadapter import read_adapter, read_config
 from ..modeling.sources_kadapter import check_downloads, patiently
-from ._common import AsJson, Repo, Revision, Token, plain_errors, print_json
+from ._common import AsJson, Repo, Revision, Token, check_new, plain_errors, print_json
 
 
 def pull(
@@ -49,8 +49,8 @@ def pull(
     Example: `kadapter pull me/both --adapter factual --output adapters`
     """
     with plain_errors(repo):
-        if output is not None and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
-            raise KAdapterLoadError(f"'{output}' exists and is not empty; choose another folder.")
+        if output is not None:
+            check_new(output)
         if adapter is None:
             pulled = pull_repository(repo, output, revision, token)
         else:

@@ -4,16 +4,20 @@ The three schemas for corpora, the validation of rows, and the report on dropped
 Spans are `[start, end)` in characters (code points) of the row's text, as in `text[start:end]`.
 """
 
+import codecs
+import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from datasets import Dataset, Features, List, Value
 from rich.console import Console
 from rich.progress import track
+
+from ..messages import shortened
 
 
 NAMES_PER_REASON = 5
@@ -41,6 +45,22 @@ class Schema:
     labels: str
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """
+    A corpus that is read from files, as a command of `kadapter prepare`.
+
+    Attributes:
+        read: `read(path, strict=…)` returns a data set and a report. If it also takes `names`, the command has `--names`.
+        help: what the command's `--help` says.
+        example: the arguments of the example in `--help`.
+    """
+
+    read: Callable[..., tuple[Dataset, "Report"]]
+    help: str
+    example: str
+
+
 @dataclass
 class Report:
     """The number of rows kept and of rows per label; for each reason, the number of dropped records and the first names."""
@@ -59,7 +79,7 @@ class Report:
         self.dropped[reason] += count
         names = self.first_dropped.setdefault(reason, [])
         if len(names) < NAMES_PER_REASON:
-            names.append(name)
+            names.append(shortened(name))
 
     def add(self, other: "Report") -> None:
         self.kept += other.kept
@@ -67,6 +87,11 @@ class Report:
         self.labels.update(other.labels)
         for reason, names in other.first_dropped.items():
             self.first_dropped[reason] = [*self.first_dropped.get(reason, []), *names][:NAMES_PER_REASON]
+
+    def renamed(self, prefix: str) -> "Report":
+        """The same report, with this prefix for the names of records."""
+        names = {reason: [f"{prefix}: {name}" for name in names] for reason, names in self.first_dropped.items()}
+        return replace(self, first_dropped=names)
 
     def reasons(self) -> str:
         """All reasons in one line, most frequent first."""
@@ -246,7 +271,7 @@ def build(path: str | Path, schema: Schema, records: Iterable[Record], strict: b
         problem = row if isinstance(row, str) else schema.problem(row)
         if isinstance(row, str) or problem:
             if strict:
-                raise ValueError(f"{path}, {name}: {problem}")
+                raise ValueError(f"{path}, {shortened(name)}: {problem}")
             report.drop(str(problem), name)
         else:
             rows.append({column: row[column] for column in schema.features})
@@ -258,7 +283,7 @@ def build(path: str | Path, schema: Schema, records: Iterable[Record], strict: b
 
 def read_jsonl(path: str | Path, schema: Schema, strict: bool = False) -> tuple[Dataset, Report]:
     """
-    Reads custom rows from a JSON Lines file with the columns of the schema; returns a data set and a report.
+    Reads custom rows with the columns of the schema from a JSON Lines file, or from a JSON file with one list of rows.
 
     Raises:
         ValueError: no line is usable; with `strict`, a line is unusable.
@@ -267,7 +292,17 @@ def read_jsonl(path: str | Path, schema: Schema, strict: bool = False) -> tuple[
 
 
 def _json_lines(path: str | Path, schema: Schema) -> Iterator[Record]:
-    for number, line in progress(list(enumerate(Path(path).read_bytes().splitlines(), start=1)), path):
+    content = Path(path).read_bytes()
+    if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        try:
+            rows = json.loads(content.decode("utf-8-sig"))
+        except ValueError:
+            pass  # perhaps a line that is a list; the others may be usable
+        else:
+            for number, row in enumerate(rows, start=1):
+                yield f"row {number}", _with_columns(row, schema)
+            return
+    for number, line in progress(list(enumerate(content.splitlines(), start=1)), path):
         try:
             row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
         except UnicodeDecodeError:
@@ -277,11 +312,53 @@ def _json_lines(path: str | Path, schema: Schema) -> Iterator[Record]:
         else:
             if row is None and not line.strip():
                 continue
-            if not isinstance(row, dict):
-                row = "not a JSON object"
-            elif missing := [name for name in schema.features if name not in row]:
-                row = f"no column {', '.join(missing)}"
+            row = _with_columns(row, schema)
         yield f"line {number}", row
+
+
+def _with_columns(row: Any, schema: Schema) -> Row | str:
+    """The row, or what is wrong with it."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    missing = [name for name in schema.features if name not in row]
+    return f"no column {', '.join(missing)}" if missing else row
+
+
+def read_csv(path: str | Path, schema: Schema, strict: bool = False, delimiter: str = ",") -> tuple[Dataset, Report]:
+    """
+    Reads custom rows from a CSV file whose first line names the columns of the schema.
+
+    Spans and other lists are written as JSON, e.g. `[0, 4]` or `["city", "place"]`.
+
+    Raises:
+        ValueError: a column is missing; no row is usable; with `strict`, a row is unusable.
+    """
+    return build(path, schema, _csv_rows(path, schema, delimiter), strict)
+
+
+def _csv_rows(path: str | Path, schema: Schema, delimiter: str) -> Iterator[Record]:
+    lists = [name for name, feature in schema.features.items() if isinstance(feature, List)]
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            columns = reader.fieldnames or ()
+            try:
+                check_columns(columns, schema)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            for row in reader:
+                yield f"line {reader.line_num}", row | {name: _parsed_cell(row[name]) for name in lists}
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV: {error}") from None
+
+
+def _parsed_cell(cell: str | None) -> Any:
+    try:
+        return json.loads(cell or "null")
+    except ValueError:
+        return cell
 
 
 def read_json(path: str | Path, kind: type[T]) -> T:

@@ -19,6 +19,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress
 
+from ..figures import warn_without_matplotlib
+from .fewrel import relation_names
 from .schema import Report, write_json
 from .trex_steps import ExtractTrex, Split, SplitTrex
 
@@ -35,6 +37,7 @@ def prepare_trex(
     min_examples: int = 50,
     split: Split = "document",
     seed: int = 0,
+    names: str | Path | None = None,
     strict: bool = False,
     executor: Literal["local", "slurm", "ray"] = "local",
     workers: int = 1,
@@ -51,6 +54,8 @@ def prepare_trex(
         folders: JSON files of T-REx, or folders of them.
         min_examples: relations with fewer examples are dropped; "instance of" (P31) is always dropped.
         split: "document" keeps all sentences of a document in the same set; "example" splits like the original.
+        names: JSON file that maps Wikidata numbers to names of relations, e.g. FewRel's pid2name.json or DocRED's
+            rel_info.json. Relations that it lacks keep their numbers.
         workers: number of files to read in parallel, each held in memory; on Slurm, the number of parallel jobs.
         partition, time: the partition of the Slurm cluster, and the time limit of each job.
 
@@ -62,12 +67,13 @@ def prepare_trex(
             file or triple is unusable.
         ImportError: Ray was requested and is not installed.
     """
+    warn_without_matplotlib("relations.png")
     output = Path(output).resolve()
     files = corpus_files(folders)
     extracted = output / "extracted"
     _remember(files, extracted)
     shards, reports = str(extracted / "shards"), str(extracted / "reports")
-    last = SplitTrex(shards, reports, str(output), min_examples, split, seed, strict)
+    last = SplitTrex(shards, reports, str(output), min_examples, split, seed, relation_names(names), strict)
     kind, options = _executor(executor, partition, time)
     logs = extracted / "logs"
     first = kind(

@@ -8,6 +8,7 @@ The criteria for usable triples follow the original's `scripts/clean_T_REx.py`; 
 import gc
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..figures import new_figure
 from .schema import MALFORMED, RELATION, Report, write_json
 
 
 try:
-    import matplotlib.figure
     import msgspec
     from datatrove.pipeline.base import PipelineStep
 except ImportError as error:
@@ -229,11 +230,20 @@ class SplitTrex(PipelineStep):
     type = "SPLIT"
 
     def __init__(
-        self, shards: str, reports: str, output: str, min_examples: int, split: Split, seed: int, strict: bool
+        self,
+        shards: str,
+        reports: str,
+        output: str,
+        min_examples: int,
+        split: Split,
+        seed: int,
+        names: dict[str, str],
+        strict: bool,
     ):
         super().__init__()
         self.shards, self.reports, self.output = shards, reports, output
         self.min_examples, self.split, self.seed, self.strict = min_examples, split, seed, strict
+        self.names = names
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         report = Report()
@@ -245,6 +255,14 @@ class SplitTrex(PipelineStep):
         output = Path(self.output)
         drafts = {name: output / f".{name}.draft" for name in ("train", "test")}
         sizes = self._write(drafts, set(report.labels))
+        if not sizes["train"]:
+            raise ValueError(
+                f"all {sizes['test']} examples are of documents in the test set: read more files, or split them with --split "
+                "example or another --seed"
+            )
+        numbers, report.labels = report.labels, Counter()
+        for number, count in numbers.items():
+            report.labels[self.names.get(number, number)] += count
         draw(report, output / "relations.png")
         write_json(output / "relations.json", sorted(report.labels))
         for name, draft in drafts.items():
@@ -269,7 +287,7 @@ class SplitTrex(PipelineStep):
         if not report.labels:
             raise ValueError(
                 f"no relation is left: the most frequent, {most}, has {count} examples, the minimum is {self.min_examples}, "
-                f"and {', '.join(EXCLUDED)} is excluded"
+                f"and {', '.join(EXCLUDED)} is excluded. --min-examples sets the minimum"
             )
 
     def _write(self, drafts: dict[str, Path], relations: set[str]) -> dict[str, int]:
@@ -288,6 +306,9 @@ class SplitTrex(PipelineStep):
                         if not chosen:  # datasets can't read empty row groups
                             continue
                         rows = batch.take(pa.array(chosen, pa.int64())).select(COLUMNS.names)
+                        if self.names:
+                            named = [self.names.get(relation, relation) for relation in rows["relation"].to_pylist()]
+                            rows = rows.set_column(COLUMNS.get_field_index("relation"), "relation", pa.array(named))
                         writers[part].write_batch(rows.cast(COLUMNS))
                         sizes[part] += len(chosen)
         return sizes
@@ -302,7 +323,9 @@ def in_test(key: str, seed: int) -> bool:
 def draw(report: Report, path: Path) -> None:
     """Draws a bar for each of the 200 most frequent relations, like the original."""
     counts = report.labels.most_common(200)[::-1]
-    figure = matplotlib.figure.Figure(figsize=(8, 1 + 0.2 * len(counts)), layout="constrained")
+    figure = new_figure(8, 1 + 0.2 * len(counts))
+    if figure is None:
+        return
     axes = figure.add_subplot()
     bars = axes.barh([relation for relation, _ in counts], [count for _, count in counts])
     axes.bar_label(bars, padding=2)

@@ -9,10 +9,10 @@ To add one, register it in `OBJECTIVES`; `kadapter_hf.pretraining.main` can then
 
 from .factual import FACTUAL
 from .linguistic import LINGUISTIC
-from .objective import Objective
+from .objective import DEFAULTS, Objective
 from .typing import TYPING
 
 
 OBJECTIVES: dict[str, Objective] = {"factual": FACTUAL, "linguistic": LINGUISTIC, "typing": TYPING}
 
-__all__ = ["OBJECTIVES", "Objective"]
+__all__ = ["DEFAULTS", "OBJECTIVES", "Objective"]

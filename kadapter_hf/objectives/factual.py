@@ -1,12 +1,20 @@
 """Relations between marked entities (paper, section 3.3, "Factual Adapter")."""
 
+from collections.abc import Callable
+
 from transformers import DataCollatorWithPadding
 
 from ..corpora import RELATION
 from ..features import relation_features
-from ..metrics import relation_metrics
+from ..metrics import relation_metrics, require_scikit_learn
 from ..modeling.heads_kadapter import KAdapterForRelationClassification
 from .objective import Objective
+
+
+def metrics(labels: list[str]) -> Callable:
+    """Looks for scikit-learn now, before the training, which `relation_metrics` needs after it."""
+    require_scikit_learn()
+    return relation_metrics
 
 
 FACTUAL = Objective(
@@ -14,5 +22,5 @@ FACTUAL = Objective(
     features=relation_features,
     model_class=KAdapterForRelationClassification,
     collator=DataCollatorWithPadding,
-    metrics=lambda labels: relation_metrics,
+    metrics=metrics,
 )

@@ -5,7 +5,7 @@ from ..corpora import DEPENDENCY
 from ..features import dependency_features
 from ..metrics import decode_for_metrics, dependency_metrics
 from ..modeling.heads_kadapter import KAdapterForDependencyParsing
-from .objective import Objective
+from .objective import DEFAULTS, Objective
 
 
 LINGUISTIC = Objective(
@@ -15,4 +15,5 @@ LINGUISTIC = Objective(
     collator=DataCollatorForDependencyParsing,
     metrics=dependency_metrics,
     preprocess_logits=decode_for_metrics,
+    defaults=DEFAULTS | {"learning_rate": 1e-3},
 )

@@ -1,7 +1,7 @@
 """The definition of a training objective for knowledge adapters."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -9,6 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..corpora import Schema
 from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
+
+
+# From docs/knowledge.md. A share of all steps: warmup_steps and logging_steps.
+DEFAULTS = {"learning_rate": 5e-4, "per_device_train_batch_size": 32, "warmup_steps": 0.1, "logging_steps": 0.02}
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,10 @@ class Objective:
         collator: creates the collator from the tokenizer.
         schema: the columns of a row, including its labels, as in `kadapter_hf.corpora`; None for an objective without
             labels, which accepts any columns.
-        metrics: creates Trainer's `compute_metrics` from the list of labels; None for the loss only.
+        metrics: creates Trainer's `compute_metrics` from the list of labels; None for the loss only. Called before the
+            training, so this is the place to look for packages that the metrics need.
         preprocess_logits: Trainer's `preprocess_logits_for_metrics`.
+        defaults: the default values of flags of TrainingArguments; transformers' are for fine-tuning a whole model.
     """
 
     features: Callable[..., dict[str, list]]
@@ -33,6 +39,7 @@ class Objective:
     schema: Schema | None = None
     metrics: Callable[[list[str]], Callable] | None = None
     preprocess_logits: Callable | None = None
+    defaults: Mapping[str, Any] = field(default_factory=lambda: DEFAULTS)
 
     def labels_of(self, rows: Dataset) -> list[str]:
         """The labels in these rows, sorted."""

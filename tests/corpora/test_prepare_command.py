@@ -63,6 +63,69 @@ def test_an_error_is_one_sentence_and_exit_code_1(write_file, tmp_path, argument
     assert "Traceback" not in result.output
 
 
+def test_several_files_become_one_data_set(write_file, tmp_path):
+    first, second = write_file(FEWREL, "a.json"), write_file({"P9": FEWREL["P1"]}, "b.json")
+    result = run("fewrel", first, second, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    dataset = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), split="train")
+    assert dataset["relation"][:] == ["P403"] * 3 + ["P1", "P9"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["first_dropped"] == {
+        "the record is incomplete": ["a.json: P1 record 1", "b.json: P9 record 1"]
+    }
+
+
+def test_several_files_of_trees_become_one_data_set(write_file, tmp_path):
+    files = [write_file(TREE, name) for name in ("a.conllu", "b.conllu")]
+    assert "2 rows kept" in run("conllu", *files, "--output", tmp_path / "out").output
+
+
+def test_a_split_gets_a_file_of_its_own_beside_the_others(write_file, tmp_path):
+    out = tmp_path / "out"
+    run("fewrel", write_file({"P5": FEWREL["P1"]}), "--output", out, "--split", "validation")
+    assert json.loads((out / "report.json").read_text()).keys() == {"validation"}
+    run("fewrel", write_file(FEWREL), "--output", out)
+    run("tacred", write_file([]), "--output", out, "--split", "test")  # an error, which changes nothing
+    splits = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+    assert {name: rows["relation"][:] for name, rows in splits.items()} == {
+        "train": ["P403"] * 3 + ["P1"],
+        "validation": ["P5"],
+    }
+    assert json.loads((out / "relations.json").read_text()) == ["P1", "P403", "P5"]
+    report = json.loads((out / "report.json").read_text())
+    assert (report["kept"], report["validation"]["kept"]) == (4, 1)
+    run("fewrel", write_file({"P6": FEWREL["P1"]}), "--output", out, "--split", "validation")
+    assert json.loads((out / "relations.json").read_text()) == ["P1", "P403", "P6"]
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize("strict", [[], ["--strict"]], ids=["", "strict"])
+@pytest.mark.parametrize(
+    ("command", "content"),
+    [
+        ("fewrel", {LONG: [{}]}),
+        ("docred", [{"title": LONG, "labels": []}, {"title": LONG, "labels": [{"h": LONG, "r": LONG, "t": LONG}]}]),
+        ("tacred", [{"id": LONG}]),
+        ("semeval", LONG),
+        ("conllu", f"# sent_id = {LONG}\n{TREE.replace('root', '_')}".replace("0\t_", "1\t_")),
+        ("trex", [{"docid": LONG}]),
+    ],
+)
+def test_an_error_quotes_little_of_a_wrong_file(command, content, strict, write_file, tmp_path):
+    result = run(command, write_file(content, "corpus.json"), "--output", tmp_path / "out", *strict)
+    assert result.exit_code == 1
+    assert "x" * 20 in result.stderr and "…" in result.stderr
+    assert len(result.stderr) < 1000
+
+
+def test_tables_quote_little_of_long_labels_and_show_brackets(write_file, tmp_path):
+    content = {"[bold]P1[/bold]": FEWREL["P403"], LONG: FEWREL["P403"], "P2": {LONG: 1}, LONG[1:]: [{}]}
+    result = run("fewrel", write_file(content), "--output", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "[bold]P1[/bold]" in result.stdout and len(result.stdout) < 5000
+
+
 @pytest.mark.parametrize("command", [["fewrel"], ["semeval"], ["conllu"], ["conllu", "--pipeline", "any"]])
 def test_a_file_that_is_not_utf_8_is_named(write_file, tmp_path, command):
     result = run(*command, write_file(b"caf\xe9", "corpus.txt"), "--output", tmp_path / "out")

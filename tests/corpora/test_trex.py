@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections import Counter
 
@@ -282,8 +283,35 @@ def test_a_folder_goes_with_one_list_of_files(write_file, tmp_path):
         prepare_trex([folder], tmp_path / "out", min_examples=2)
 
 
+def test_relations_get_names_and_keep_their_number_without_one(write_file, tmp_path):
+    names = write_file({"P17": ["country", "a description"]}, "names.json")
+    report = prepare_trex([corpus(write_file)], tmp_path / "out", min_examples=1, names=names)
+    assert report.labels == {"country": 120, "P1": 1}
+    assert json.loads((tmp_path / "out" / "relations.json").read_text()) == ["P1", "country"]
+    relations = Counter(rows(tmp_path / "out")["relation"])
+    assert relations == {"country": 120, "P1": 1}
+
+
+def test_a_sample_that_leaves_no_training_rows_is_an_error(write_file, tmp_path):
+    name = next(f"Q{number}" for number in range(1000) if in_test(f"Q{number}", 0))
+    path = write_file([document(triple(), name=name)], "trex/a.json")
+    with pytest.raises(
+        ValueError, match="all 1 examples are of documents in the test set: read more files, or .*--split"
+    ):
+        prepare_trex([path], tmp_path / "out", min_examples=1)
+
+
+def test_without_matplotlib_there_are_rows_and_no_figure(write_file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert prepare_trex([corpus(write_file)], tmp_path / "out", min_examples=2).kept == 120
+    assert "Without matplotlib, relations.png is not drawn" in caplog.text
+    assert not (tmp_path / "out" / "relations.png").exists()
+
+
 def test_too_high_a_minimum_is_an_error_that_says_what_there_is(write_file, tmp_path):
-    with pytest.raises(ValueError, match="the most frequent, P17, has 120 examples, the minimum is 500"):
+    with pytest.raises(
+        ValueError, match="the most frequent, P17, has 120 examples, the minimum is 500.*--min-examples"
+    ):
         prepare_trex([corpus(write_file)], tmp_path / "out", min_examples=500)
 
 

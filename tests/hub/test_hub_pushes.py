@@ -172,4 +172,4 @@ def test_pretraining_pushes_the_adapter_with_a_card_that_has_its_metrics(hub):
     card = ModelCard(files["README.md"].decode())
     assert {result.metric_name for result in card.data.eval_results} >= {"micro f1", "macro f1"}
     assert (card.data.license, card.data.language, card.data.base_model) == ("cc0-1.0", ["en"], "user/encoder")
-    assert card.text.count("\n| epoch | step | held-out loss |") == 1
+    assert card.text.count("\n| epoch | step | loss | held-out loss |") == 1

@@ -1,0 +1,111 @@
+"""Loads the rows that `kadapter pretrain --data` names, from files, folders or the Hub."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from transformers.utils import logging
+
+from .corpora import Report, Schema, check_columns, read_csv, read_jsonl
+
+
+logger = logging.get_logger(__name__)
+
+# The names of splits in the names of files, as in datasets.
+SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+# Endings of files, with the format's name in datasets and further arguments. Of a folder, the first ending that occurs is read.
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t"}),
+    ".json": ("json", {}),
+}
+
+
+def load_rows(data: str, schema: Schema | None) -> DatasetDict:
+    """
+    Loads rows and checks them against a schema. Rows that violate it are dropped with a warning.
+
+    Args:
+        data: a file of one of `FORMATS`, a folder of such files or of `save_to_disk`, or a data set on the Hub.
+
+    Raises:
+        ValueError: the format is unknown, a column is missing, there is no split to train on, or no row is left.
+    """
+    path = Path(data)
+    if not path.exists():
+        if path.suffix in FORMATS:
+            raise ValueError(f"there is no file '{data}'.")
+        try:
+            splits = load_dataset(data)
+        except (OSError, DatasetsError) as error:
+            raise ValueError(
+                f"'{data}' is neither a local file or folder nor a data set on the Hub that can be loaded: {error}"
+            ) from error
+    elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+        saved = load_from_disk(data)
+        splits = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+    else:
+        files, ending = _files_of(path)
+        kind, options = FORMATS[ending]
+        if schema is not None and kind != "parquet":
+            read = read_csv if kind == "csv" else read_jsonl
+            parts = {
+                split: [_without_report(file, *read(file, schema, **options)) for file in files[split]]
+                for split in files
+            }
+            splits = DatasetDict({split: concatenate_datasets(rows) for split, rows in parts.items()})
+        else:
+            splits = load_dataset(kind, data_files=files, **options)
+    if "train" not in splits:
+        raise ValueError(f"'{data}' has no split named train; it has {list(splits)}")
+    if schema is not None:
+        for name, rows in splits.items():
+            check_columns(rows.column_names, schema)
+            rows = _without_problems(rows.select_columns(list(schema.features)), schema, f"{data}, {name}")
+            # With the same types of columns, several data sets can be joined.
+            splits[name] = rows if rows.features == schema.features else rows.cast(schema.features)
+    return splits
+
+
+def _files_of(path: Path) -> tuple[dict[str, list[str]], str]:
+    """The files of each split, and their ending. If no file of a folder names a split, all are for training."""
+    if path.is_file():
+        if path.suffix not in FORMATS:
+            raise ValueError(f"'{path}' is of an unknown format; known ones are {', '.join(FORMATS)}.")
+        return {"train": [str(path)]}, path.suffix
+    for ending in FORMATS:
+        paths = [file for file in sorted(path.rglob(f"*{ending}")) if not file.name.startswith(".")]
+        files: dict[str, list[str]] = {}
+        for file in paths:
+            words = set(re.split("[^a-z]+", file.relative_to(path).as_posix().lower()))
+            split = next((split for split, names in SPLITS.items() if words & names), None)
+            if split is not None:
+                files.setdefault(split, []).append(str(file))
+        if paths:
+            return files or {"train": [str(file) for file in paths]}, ending
+    raise ValueError(f"'{path}' has no file of a known format; known ones are {', '.join(FORMATS)}.")
+
+
+def _without_report(file: str, rows: Dataset, report: Report) -> Dataset:
+    if report.dropped:
+        logger.warning(f"'{file}': dropped rows: {report.reasons()}")
+    return rows
+
+
+def _without_problems(rows: Dataset, schema: Schema, name: str) -> Dataset:
+    report, kept = Report(), []
+    for number, row in enumerate(rows):
+        problem = schema.problem(row)
+        if problem:
+            report.drop(problem, f"row {number}")
+        else:
+            kept.append(number)
+    return _without_report(name, rows.select(kept) if report.dropped else rows, report)
