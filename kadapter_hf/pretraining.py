@@ -257,11 +257,12 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
 
 def _check_report_to(training: TrainingArguments) -> None:
     """Raises an ImportError if a package for --report_to is missing, which Trainer would do after minutes of preparation."""
-    for callback in get_reporting_integration_callbacks(training.report_to):
+    packages = [training.report_to] if isinstance(training.report_to, str) else training.report_to or []
+    for callback in get_reporting_integration_callbacks(packages):
         try:
             callback()
         except RuntimeError as error:
-            raise ImportError(f"--report_to {' '.join(training.report_to)}: {error}") from None
+            raise ImportError(f"--report_to {' '.join(packages)}: {error}") from None
 
 
 def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
