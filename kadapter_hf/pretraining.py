@@ -261,7 +261,7 @@ def _check_report_to(training: TrainingArguments) -> None:
         try:
             callback()
         except RuntimeError as error:
-            raise ImportError(f"--report_to {' '.join(training.report_to)}: {error}") from None
+            raise ImportError(f"--report_to: {error}") from None
 
 
 def _checkpoint_to_resume(training: TrainingArguments) -> str | None:

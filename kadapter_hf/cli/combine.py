@@ -69,11 +69,11 @@ def combine(
                 )
             adapters[name] = source
             backbone = backbone or saved.config.backbone_name_or_path
-            if backbone is None:
-                raise KAdapterLoadError(f"'{source}' does not name its backbone: specify it with --backbone.")
+        if backbone is None:
+            raise KAdapterLoadError(f"'{sources[0]}' does not name its backbone: specify it with --backbone.")
         model = KAdapterModel.from_backbone(backbone, adapters, fusion)
         model.save_pretrained(output)
-        has_tokenizer = save_tokenizer(str(backbone), output)
+        has_tokenizer = save_tokenizer(backbone, output)
     if as_json:
         names = model.active_knowledge_adapters
         print_json({"output": str(output), "backbone": model.config.backbone_name_or_path, "adapters": names})
