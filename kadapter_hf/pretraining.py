@@ -257,12 +257,11 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
 
 def _check_report_to(training: TrainingArguments) -> None:
     """Raises an ImportError if a package for --report_to is missing, which Trainer would do after minutes of preparation."""
-    packages = [training.report_to] if isinstance(training.report_to, str) else training.report_to or []
-    for callback in get_reporting_integration_callbacks(packages):
+    for callback in get_reporting_integration_callbacks(training.report_to):
         try:
             callback()
         except RuntimeError as error:
-            raise ImportError(f"--report_to {' '.join(packages)}: {error}") from None
+            raise ImportError(f"--report_to: {error}") from None
 
 
 def _checkpoint_to_resume(training: TrainingArguments) -> str | None:

@@ -291,7 +291,6 @@ def test_a_missing_unknown_or_impossible_tensor_is_named(save, tmp_path, config_
     ("arguments", "said"),
     [
         (["--layers", "0,1,2"], "has 2 adapter layers, but --layers names 3"),
-        (["--layers", "0,eleven"], "--layers takes comma-separated numbers"),
         (["--layers", "0,22"], "has hidden states 0 to 4"),
         (["--heads", 5], r"must divide hidden_size"),
         (["--name", "a/b"], "can't name a knowledge adapter"),
