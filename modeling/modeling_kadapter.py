@@ -714,8 +714,8 @@ class KAdapterModel(KAdapterPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
             kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`,
-                `return_dict`; and `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read` and the backbone's last, computed before. The backbone
-                then does not run.
+                `return_dict`; and `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read` and
+                the backbone's last, computed before. The backbone then does not run.
         """
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         return KAdapterModelOutput(
