@@ -31,14 +31,15 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv versions demo knowledge knowledge-variants test slow lint bench floor clean
+.PHONY: help venv versions demo knowledge knowledge-variants test slow conformance lint bench floor clean
 
 help:
 	@echo "make demo      train adapters on a small model and demonstrate them (ARGS=... is passed to the script)"
 	@echo "make knowledge train adapters on real corpora and evaluate them (CORPORA=folder)"
 	@echo "make knowledge-variants  train and compare fifteen variants of the factual adapter"
 	@echo "make test      run the tests except those marked slow or cuda"
-	@echo "make slow      run the tests marked slow"
+	@echo "make slow      run the tests marked slow, then those of make conformance"
+	@echo "make conformance  run the common tests of transformers on every class"
 	@echo "make lint      run ruff and mypy"
 	@echo "make bench     run each script in benchmarks/"
 	@echo "make floor     run the tests with the oldest supported version of each dependency"
@@ -102,6 +103,18 @@ $(VENV)/.ray: $(VENV)/.installed
 slow: $(VENV)/.ray
 	$(TEST_ENV) FUZZ_EXAMPLES=400 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not cuda" \
 		$(PYTEST_ARGS)
+	$(MAKE) conformance
+
+# The tests of the installed version of transformers, which are downloaded once.
+$(VENV)/.conformance: $(VENV)/.installed tests/conformance/prepare.py
+	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet -e ".[conformance]"
+	$(PIP_ENV) $(VENV)/bin/python tests/conformance/prepare.py $(VENV)/conformance
+	@touch $@
+
+# Without pytest's options in pyproject.toml, as these tests have markers of their own, and warn a lot.
+conformance: $(VENV)/.conformance
+	$(TEST_ENV) TRANSFORMERS_TESTS=$(CURDIR)/$(VENV)/conformance $(VENV)/bin/python -m pytest -n $(JOBS) \
+		-o addopts= -q --disable-warnings --show-capture=no tests/conformance $(PYTEST_ARGS)
 
 floor: $(FLOOR)/.installed
 	$(TEST_ENV) $(FLOOR)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

@@ -171,10 +171,12 @@ def mark_initialized(model: nn.Module) -> None:
     """
     Keeps `post_init` from initialising the weights of a model that has been loaded.
 
-    All versions mark modules with this attribute. Without it, the backbone would become random.
+    All versions mark modules with this attribute. Without it, the backbone would become random. A model on the meta device
+    has no weights yet: `init_weights` makes them later.
     """
-    for module in model.modules():
-        module._is_hf_initialized = True
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        for module in model.modules():
+            module._is_hf_initialized = True
 
 
 def new_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, **kwargs) -> PreTrainedModel:

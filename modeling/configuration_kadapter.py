@@ -71,6 +71,8 @@ def _check_spelling(cls: type, kwargs: dict[str, Any]) -> None:
     if issubclass(cls, KAdapterConfig):
         known = cls.known_fields()
     for key in kwargs.keys() - known:
+        if issubclass(cls, PreTrainedConfig) and key.startswith("_"):
+            continue  # what `to_dict` adds
         near = nearest(key, known)
         if near or not issubclass(cls, PreTrainedConfig):
             raise KAdapterConfigError(f"{cls.__name__} has no field '{key}'{near or f'; it has {sorted(known)}'}.")

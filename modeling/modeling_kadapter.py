@@ -252,10 +252,16 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             KAdapterLoadError: something is missing or damaged; the message names it.
             BackboneMismatchError: the backbone is not the one that this K-Adapter was trained on.
             KAdapterConfigError: config.json is impossible.
+            RuntimeError: the default device is "meta", which holds no weights.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(
                 None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
+            )
+        if torch.empty(0).device.type == "meta":  # as PreTrainedModel.from_pretrained
+            raise RuntimeError(
+                "You are using `from_pretrained` with a meta device context manager or default device, which would drop "
+                "the weights that it loads. To build a model without weights, use `from_config` or the class itself."
             )
         with LOADING:
             model, info = load_repository(
@@ -740,8 +746,8 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids}
         inputs = {key: value for key, value in inputs.items() if value is not None}
         kwargs.pop("num_items_in_batch", None)
-        wants_all = kwargs.pop("output_hidden_states", None)
-        wants_all = self.config.output_hidden_states if wants_all is None else wants_all
+        wants = kwargs.pop("output_hidden_states", None)
+        wants = self.config.output_hidden_states if wants is None else wants
         if kwargs.get("output_attentions") is None and self.config.output_attentions:
             kwargs["output_attentions"] = True
         # With gradient checkpointing, the output of the embeddings requires gradients even if nothing in the backbone does.
@@ -750,17 +756,19 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         trains = trains or (inputs_embeds is not None and inputs_embeds.requires_grad)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             # Newer versions of transformers keep only the states with the given indices, older ones keep all.
-            output = self.backbone(
-                **inputs, **kwargs, output_hidden_states=True if wants_all else read, return_dict=True
-            )
+            wanted = [*read, *wants] if isinstance(wants, list) else True if wants else read
+            output = self.backbone(**inputs, **kwargs, output_hidden_states=wanted, return_dict=True)
         states = output.get("hidden_states")
         if read and (states is None or len(states) <= read[-1]):
             raise KAdapterConfigError(
                 f"the backbone ({self.backbone.config.model_type}) returned {len(states or ())} hidden states, and the "
                 f"adapters read number {read[-1]}; it can't be a backbone."
             )
-        if not wants_all:
+        if not wants:
             output["hidden_states"] = None
+        elif isinstance(wants, list):
+            kept = {index % len(states) for index in wants}
+            output["hidden_states"] = tuple(state if index in kept else None for index, state in enumerate(states))
         return states, output
 
     def _check_takes_past(self) -> None:
@@ -794,16 +802,16 @@ class KAdapterModel(KAdapterPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
             past_key_values: of a prefix, as PEFT's prefix tuning passes them; see `encode`.
-            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`; and `backbone_states`, `(batch, states,
-                length, hidden_size)`: the `backbone_states_read` and the backbone's last, computed before. The backbone
-                then does not run.
+            kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`,
+                `return_dict`; and `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read` and
+                the backbone's last, computed before. The backbone then does not run.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         return KAdapterModelOutput(
             last_hidden_state=self.fusion(encoded.backbone_state, encoded.knowledge),
             backbone_last_hidden_state=encoded.backbone_state,
-            # Pipelines take apart a batch of this class, and not a dict.
+            # Pipelines can't take a batch apart that holds a plain dict.
             knowledge_states=ModelOutput(encoded.knowledge) if encoded.knowledge else None,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,

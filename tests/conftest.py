@@ -94,6 +94,8 @@ DIVIDES_GRADIENTS_AGAIN = version.parse(transformers.__version__) < version.pars
 
 # Real corpora, which are not part of the repository.
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+# transformers' own tests, which `make conformance` fetches.
+collect_ignore = [] if "TRANSFORMERS_TESTS" in os.environ else ["conformance"]
 
 SMALL_ADAPTER = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
 
@@ -215,8 +217,7 @@ def arrays() -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def new_tokenizer() -> PreTrainedTokenizerFast:
     """Whole words of a small vocabulary, RoBERTa's special tokens."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -235,6 +236,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         mask_token="<mask>",
         model_max_length=64,
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return new_tokenizer()
 
 
 @pytest.fixture(scope="session")

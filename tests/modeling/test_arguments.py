@@ -42,6 +42,11 @@ def test_misspelt_field_is_refused_with_the_nearest(make, field, near):
         make(**{field: 3})
 
 
+def test_configuration_can_be_made_from_all_of_its_own_fields(folder):
+    config = KAdapterConfig.from_pretrained(folder)
+    assert KAdapterConfig(**config.to_dict()).to_dict() == config.to_dict()
+
+
 def test_unknown_field_of_an_adapter_is_refused_with_all_that_there_are():
     with pytest.raises(KAdapterConfigError, match=r"no field 'layers'; it has \[.*'backbone_layers'"):
         KnowledgeAdapterConfig(layers=[0, 1])

@@ -322,6 +322,18 @@ def test_hidden_states_and_attentions_come_on_request_only(model_class, build):
     assert run(model, output_hidden_states=False).hidden_states is None
 
 
+@each_kind
+def test_hidden_states_of_some_layers_come_by_their_indices(model_class, build):
+    """The others are None, whether the adapters read them or not; 0 and 2 are read here."""
+    model = build(model_class)
+    every = run(model, output_hidden_states=True).hidden_states
+    for indices in ([1], [2, -1], [0, 1, 2, 3, 4]):
+        found = run(model, output_hidden_states=indices).hidden_states
+        kept = {index % 5 for index in indices}
+        assert [index for index, state in enumerate(found) if state is not None] == sorted(kept)
+        assert all(torch.equal(found[index], every[index]) for index in kept)
+
+
 @every_class
 def test_embeddings_in_place_of_ids_give_the_same(model_class, build):
     model = build(model_class)
@@ -493,6 +505,30 @@ def test_builds_on_the_meta_device(model_class, build):
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
         name: tensor.shape for name, tensor in build(model_class).state_dict().items()
     }
+
+
+@each_kind
+def test_model_built_on_the_meta_device_can_be_initialised_later(model_class, build):
+    """Also the backbone's buffers, which no file holds. The memory is filled with NaN or the largest integer first."""
+    expected = build(model_class)
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(expected.config))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in expected.named_buffers())
+    assert main_output(run(model.eval())).isfinite().all()
+
+
+@each_kind
+def test_loading_onto_the_meta_device_is_refused(model_class, build, tmp_path):
+    build(model_class).save_pretrained(tmp_path)
+    with torch.device("meta"), pytest.raises(RuntimeError, match="`from_pretrained` with a meta device"):
+        model_class.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

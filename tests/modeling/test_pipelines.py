@@ -112,8 +112,11 @@ def test_fill_mask_without_an_active_adapter_is_the_backbones(saved, backbone, t
 def test_feature_extraction(saved, tokenizer):
     model, folder = saved(KAdapterModel)
     extract = pipeline("feature-extraction", model=folder)
-    for text, features in zip(TEXTS, extract(TEXTS), strict=True):
-        torch.testing.assert_close(torch.tensor(features), outputs(model, tokenizer, text).last_hidden_state)
+    for batch_size in (None, 1, 3):
+        for text, features in zip(TEXTS, extract(TEXTS, batch_size=batch_size), strict=True):
+            expected = outputs(model, tokenizer, text).last_hidden_state
+            found = torch.tensor(features)[:, : expected.shape[1]]  # a batch is padded
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_feature_extraction_from_a_model_with_a_head(saved, tokenizer):
