@@ -396,6 +396,7 @@ class KAdapterConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As `PreTrainedConfig.from_dict`, which keeps unknown fields: those of newer versions."""
+        _check_common(config_dict)
         content = {key: value for key, value in config_dict.items() if key not in _SIZES}  # backbone_config has them
         return super().from_dict(content | {_FROM_FILE: True}, **kwargs)
 

@@ -420,8 +420,8 @@ def _load_head(
     advice = "Download or save the model again."
     if not fits:
         advice = (
-            f"If the head is meant to be another one (with num_labels={model.config.num_labels}, say), "
-            "ignore_mismatched_sizes=True initialises what differs."
+            "Download or save the model again; or, for a head of another size (another num_labels, say), pass "
+            "ignore_mismatched_sizes=True, which initialises what differs."
         )
     check_tensors(expected, head, path, advice)
     if head:
