@@ -329,7 +329,10 @@ def interrupt_at(monkeypatch):
         return before
 
     monkeypatch.setattr(RobertaModel, "forward", counted)
-    return interrupt_at
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield interrupt_at
+    signal.signal(signal.SIGINT, before)
 
 
 def test_interrupted_activations_are_continued_and_are_the_same(build, cached, tmp_path, interrupt_at):
