@@ -490,7 +490,8 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         fused = self.fusion(encoded.backbone_state, encoded.knowledge).to(next(parameters_of(self.lm_head)).dtype)
-        logits = self.lm_head(inputs_embeds=fused, return_dict=True).logits
+        # input_ids=None by position, as the wrapper of PEFT 0.18 around heads that train needs an argument there.
+        logits = self.lm_head(None, inputs_embeds=fused, return_dict=True).logits
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return MaskedLMOutput(
             loss=loss,

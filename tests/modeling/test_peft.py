@@ -453,10 +453,10 @@ def test_weights_of_peft_that_would_not_be_saved_are_refused(attach, build, tmp_
 def test_a_second_peft_adapter_is_saved_by_activating_it(build, tmp_path, messages):
     """A folder holds one, as with every transformers model; which ones it lacks is said."""
     model = build(KAdapterForSequenceClassification)
-    for name in ("one", "two"):
+    for name in ("first", "second"):
         model.add_adapter(lora(), adapter_name=name)
         disturb_lora(model)
-    for name, other in (("one", "two"), ("two", "one")):
+    for name, other in (("first", "second"), ("second", "first")):
         model.set_adapter(name)
         model.save_pretrained(tmp_path / name)
         assert f"without ['{other}']" in messages.messages[-1]
