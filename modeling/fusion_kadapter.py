@@ -144,11 +144,12 @@ class ConcatFusion(KnowledgeFusion):
     def init_adapter(self, name: str, noise: float = 2e-4) -> None:
         """Passes the backbone's state through; `noise` is the standard deviation of what is added to that."""
         state, mix = self.states[name], self.mix[name]
-        identity = torch.eye(self.width, device=state.weight.device, dtype=state.weight.dtype)
-        weight = torch.cat([identity, torch.zeros_like(identity)], dim=1)
-        init.copy_(state.weight, weight + torch.randn_like(weight) * noise)
+        weight = torch.zeros_like(state.weight).fill_diagonal_(1)
+        if noise:
+            weight += torch.randn_like(weight) * noise
+        init.copy_(state.weight, weight)
         init.zeros_(state.bias)
-        init.copy_(mix.weight, identity / 2)
+        init.copy_(mix.weight, torch.zeros_like(mix.weight).fill_diagonal_(0.5))
 
     def init_shared(self) -> None:
         init.zeros_(self.bias)
