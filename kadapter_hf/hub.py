@@ -22,7 +22,6 @@ from .modeling.format_kadapter import (
     HEAD_FILE,
     PEFT_FILES,
     BackboneMismatchError,
-    KAdapterConfigError,
     KAdapterLoadError,
     is_own_file,
     part_of,
@@ -83,8 +82,7 @@ def push_knowledge_adapter_to_hub(self: KAdapterPreTrainedModel, name: str, repo
             model with `push_to_hub`, which includes the backbone.
         HfHubHTTPError: the Hub refused the push.
     """
-    if name not in self.adapters:
-        raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
+    self._check_known(name)
     origins, state = self.origins, plain_state_dict(self)
     origins.update_adapters(self, state)
     trained_on = (self.config.knowledge_adapters or {})[name].backbone_fingerprint

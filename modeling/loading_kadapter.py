@@ -74,11 +74,8 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
             raise KAdapterConfigError(f"{sorted(kwargs)} can't be used with a backbone that is already loaded.")
         check_is_encoder(backbone.config, type(backbone.base_model))
         drop_pooler(backbone)
-        name, revision, as_stored = (
-            _place(backbone.config.name_or_path) if backbone.config.name_or_path else None,
-            None,
-            False,
-        )
+        source = backbone.config.name_or_path
+        name, revision, as_stored = _place(source) if source else None, None, False
         loaded = add_lm_head(backbone, name) if model_class.needs_lm_head else backbone
     else:
         name = _place(backbone)
@@ -265,10 +262,11 @@ def _read_config(
     else:
         try:
             config = config_class.from_dict(saved)
-            of_backbone = own_fields(config.backbone_config) - config_class.__dataclass_fields__.keys()
-            given = {key: value for key, value in kwargs.items() if key not in of_backbone}
-            config, unused = config_class.from_dict(saved, return_unused_kwargs=True, **given)
-            kwargs = unused | {key: value for key, value in kwargs.items() if key in of_backbone}
+            if kwargs:
+                of_backbone = own_fields(config.backbone_config) - config_class.__dataclass_fields__.keys()
+                given = {key: value for key, value in kwargs.items() if key not in of_backbone}
+                config, unused = config_class.from_dict(saved, return_unused_kwargs=True, **given)
+                kwargs = unused | {key: value for key, value in kwargs.items() if key in of_backbone}
         except KAdapterConfigError as error:
             raise bad_config(folder, error) from error
     in_config = None

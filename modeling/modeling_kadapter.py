@@ -601,15 +601,13 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
     def _warn_of_new_head(self) -> None:
         """Says that a new head does not train although it is not to be frozen: PEFT finds only some names by itself."""
-        new = self.origins.source("head") == "new" and not self.config.freeze_head
-        heads = (
-            {name: child for name, child in self.named_children() if child in set(self.head_modules())} if new else {}
-        )
-        frozen = [
-            name
-            for name, head in heads.items()
-            if any(True for _ in head.parameters()) and not any(tensor.requires_grad for tensor in head.parameters())
-        ]
+        if self.config.freeze_head or not self.origins.is_new("head"):
+            return
+        heads, frozen = set(self.head_modules()), []
+        for name, child in self.named_children():
+            parameters = list(child.parameters()) if child in heads else []
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                frozen.append(name)
         if frozen:
             logger.warning_once(
                 f"the head's {frozen} are new, and something such as PEFT has frozen them: they stay random. With PEFT, pass "

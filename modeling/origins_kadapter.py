@@ -30,8 +30,8 @@ class Origins:
     def __init__(self):
         self._sources: dict[str, str] = {}
         self._fingerprints: dict[str, str] = {}
-        # What was found to be the named backbone, and its fingerprint.
-        self._as_named: tuple[Any, str] | None = None
+        # What was compared with the named backbone, and the fingerprint of that if they are the same.
+        self._as_named: tuple[Any, str | None] | None = None
         self.backbone_trained = False
         self.backbone_stored = False
         self.backbone_kwargs: dict[str, Any] = {}
@@ -109,9 +109,8 @@ class Origins:
             reference = load_quietly(config, **self.backbone_kwargs).state_dict()
         except Exception:  # for whatever reason: the weights that are here must not be lost
             return config.backbone_fingerprint if opaque else None
-        if not opaque and not equal_bits(tensors, {f"backbone.{name}": tensor for name, tensor in reference.items()}):
-            return None
-        named = fingerprint(reference.values())
+        same = opaque or equal_bits(tensors, {f"backbone.{name}": tensor for name, tensor in reference.items()})
+        named = fingerprint(reference.values()) if same else None
         if proof is not None:
             self._as_named = proof, named
         return named
