@@ -38,11 +38,22 @@ def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer: PreTrainedTokenizerBase, **kwargs):
+def encode(
+    dataset: Dataset,
+    features: Callable[..., dict[str, list]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    keep_numbers: bool = False,
+    **kwargs,
+) -> Dataset:
     """
     Applies `features(batch, tokenizer, **kwargs)` to all rows and removes the columns of the corpus.
 
-    Rows that don't fit into the tokenizer's maximum or `max_length` are dropped; a warning counts and lists them.
+    Rows that don't fit into the tokenizer's maximum or `max_length` are dropped; a warning counts and lists them. So does
+    one for rows whose text is truncated, if `features` returns that as a column `truncated`.
+
+    Args:
+        keep_numbers: keep the column `row`, the number of the row that the features belong to.
 
     Raises:
         ValueError: no row is left, or a label is unknown.
@@ -70,7 +81,12 @@ def encode(dataset: Dataset, features: Callable[..., dict[str, list]], tokenizer
         )
     if not kept:
         raise ValueError(f"no row is left of {len(dataset)}: no text fits into max_length tokens.")
-    return encoded.remove_columns("row")
+    if "truncated" in encoded.column_names:
+        truncated = sum(encoded["truncated"])
+        if truncated:
+            logger.warning(f"{truncated} of {len(dataset)} rows are truncated to fit into max_length tokens.")
+        encoded = encoded.remove_columns("truncated")
+    return encoded if keep_numbers else encoded.remove_columns("row")
 
 
 def relation_features(
@@ -95,7 +111,7 @@ def relation_features(
 
     Returns:
         `input_ids`, `attention_mask`, `subject_start`, `object_start` (positions of the markers before the entities),
-        `labels`, and `row`, the indices in the batch of the rows that were kept.
+        `labels` if the rows have a relation, and `row`, the indices in the batch of the rows that were kept.
     """
     subject, object_ = (tokenizer.encode(marker, add_special_tokens=False) for marker in markers)
     marked = []
@@ -105,7 +121,8 @@ def relation_features(
     starts = encoded.pop("starts")
     encoded["subject_start"] = [subject_start for subject_start, _ in starts]
     encoded["object_start"] = [object_start for _, object_start in starts]
-    encoded["labels"] = [_index(labels, batch["relation"][row], "relation") for row in encoded["row"]]
+    if "relation" in batch:
+        encoded["labels"] = [index_of(labels, batch["relation"][row], "relation") for row in encoded["row"]]
     return encoded
 
 
@@ -128,9 +145,11 @@ def typing_features(
     # For entity typing, unlike for SemEval, the original always adds a space after the closing marker.
     encoded = _encode_marked(marked, tokenizer, max_length, original, space_after=True)
     encoded["entity_start"] = [starts[0] for starts in encoded.pop("starts")]
+    if "types" not in batch:
+        return encoded
     encoded["labels"] = []
     for row in encoded["row"]:
-        types = {_index(labels, name, "type") for name in batch["types"][row]}
+        types = {index_of(labels, name, "type") for name in batch["types"][row]}
         encoded["labels"].append([float(index in types) for index in range(len(labels))])
     return encoded
 
@@ -139,36 +158,40 @@ def multiple_choice_features(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
 ) -> dict[str, list]:
     """
-    Features for `KAdapterForMultipleChoice` from rows with `context`, `question`, `choices` (a list of texts) and `label` (the
-    index of the correct one).
+    Features for `KAdapterForMultipleChoice` from rows with `context`, `question`, `choices` (a list of texts) and, if known,
+    `label` (the index of the correct one).
 
     Each choice is encoded as `context, question, choice`, each followed by the tokenizer's separator. If that is too long,
     the context is truncated at the end.
 
     Returns:
-        `input_ids`, `attention_mask` (choices × length), `labels`, and `row`.
+        `input_ids`, `attention_mask` (choices × length), `labels` if the rows have a label, `truncated`, and `row`.
     """
-    before, after = _specials(tokenizer)
-    encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": [], "row": []}
+    before, after = special_tokens(tokenizer)
+    encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "truncated": [], "row": []}
     separator = [tokenizer.sep_token_id]
     most = most_tokens(tokenizer, max_length)
     counts = [len(choices) for choices in batch["choices"]]
     texts = [*batch["context"], *batch["question"], *(choice for choices in batch["choices"] for choice in choices)]
-    ids = _tokenize([_spaced(text) for text in texts], tokenizer)
+    ids = tokenize([_spaced(text) for text in texts], tokenizer)
     rows = len(counts)
     contexts, questions, choices = ids[:rows], ids[rows : 2 * rows], iter(ids[2 * rows :])
     for row, count in enumerate(counts):
         row_ids: list[Any] = []
+        truncated = False
         for choice in (next(choices) for _ in range(count)):
             rest = [*separator, *questions[row], *separator, *choice, *after]
             room = most - len(before) - len(rest)
+            truncated |= room < len(contexts[row])
             row_ids.append([*before, *contexts[row][: max(room, 0)], *rest] if room >= 0 else None)
         if None in row_ids:
             continue
         encoded["input_ids"].append(row_ids)
         encoded["attention_mask"].append([[1] * len(one) for one in row_ids])
-        encoded["labels"].append(int(batch["label"][row]))
+        encoded["truncated"].append(truncated)
         encoded["row"].append(row)
+    if "label" in batch:
+        encoded["labels"] = [int(batch["label"][row]) for row in encoded["row"]]
     return encoded
 
 
@@ -193,8 +216,8 @@ def dependency_features(
             # Words are tokenised separately: as one text, "don't" (do + n't) may become "don", "'" and "t".
             pieces.append(token if start == place > 0 else f" {token}")
             place = start + len(token)
-    tokenized = iter(_tokenize(pieces, tokenizer))
-    before, after = _specials(tokenizer)
+    tokenized = iter(tokenize(pieces, tokenizer))
+    before, after = special_tokens(tokenizer)
     most = most_tokens(tokenizer, max_length)
     names = ("input_ids", "attention_mask", "word_starts", "head_labels", "relation_labels", "row")
     encoded: dict[str, list] = {name: [] for name in names}
@@ -204,7 +227,7 @@ def dependency_features(
         ids = [*before, *itertools.chain(*words), *after]
         if len(ids) > most or [] in words:
             continue
-        relations = [_index(labels, label, "relation") for label in batch["labels"][row]]
+        relations = [index_of(labels, label, "relation") for label in batch["labels"][row]]
         for name, value in zip(names, (ids, [1] * len(ids), starts, batch["heads"][row], relations, row), strict=True):
             encoded[name].append(value)
     return encoded
@@ -218,7 +241,7 @@ def _encode_marked(
     space_after: bool = False,
 ) -> dict[str, list]:
     """Encodes texts with spans and markers to `input_ids`, `attention_mask`, `starts` (of the spans) and `row`."""
-    before, after = _specials(tokenizer)
+    before, after = special_tokens(tokenizer)
     most = most_tokens(tokenizer, max_length) - len(before) - len(after)
     pieces = []
     for text, spans in rows:
@@ -228,7 +251,7 @@ def _encode_marked(
             pieces += [_spaced(piece) if done == 0 or space_after else piece, _spaced(text[start:end])]
             done = end
         pieces.append(_spaced(text[done:]) if space_after else text[done:])
-    tokenized = iter(_tokenize(pieces, tokenizer))
+    tokenized = iter(tokenize(pieces, tokenizer))
     encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "starts": [], "row": []}
     for row, (_, spans) in enumerate(rows):
         ids: list[int] = []
@@ -258,7 +281,7 @@ def _encode_marked(
     return encoded
 
 
-def _tokenize(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def tokenize(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The ids of each piece, without special tokens; pieces may be empty or longer than the model's maximum."""
     if not pieces:
         return []
@@ -272,7 +295,7 @@ def _spaced(text: str) -> str:
     return text if not text or text[0].isspace() else f" {text}"
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer adds before and after a text."""
     inner = tokenizer.encode(" a", add_special_tokens=False)
     whole = tokenizer.encode(" a")
@@ -304,7 +327,8 @@ def most_tokens(
     return most
 
 
-def _index(labels: Sequence[str], label: str, kind: str) -> int:
+def index_of(labels: Sequence[str], label: str, kind: str) -> int:
+    """The index of a label. Raises a ValueError that names it if it is unknown; `kind` says of what it is a label."""
     try:
         return labels.index(label)
     except ValueError:

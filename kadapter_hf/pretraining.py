@@ -4,6 +4,7 @@ Pre-training of one knowledge adapter on a frozen backbone, with the stock Train
 An objective defines what the adapter learns; see `kadapter_hf.objectives`.
 """
 
+import argparse
 import shlex
 import signal
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -42,6 +43,8 @@ from .rows import load_rows
 
 
 logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 def _help(default: Any, text: str) -> Any:
@@ -156,10 +159,10 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         )
     task, name = OBJECTIVES[objective], arguments.name or objective
     warn_without_matplotlib("training.png")
-    _check_report_to(training)
+    check_report_to(training)
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
-    checkpoint = _checkpoint_to_resume(training)
+    checkpoint = checkpoint_to_resume(training)
     set_seed(training.seed)
     source = "', '".join(arguments.data)  # as quoted in errors
     rows = _train_and_eval_rows(task, arguments, training.seed)
@@ -173,8 +176,8 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
                 f"'{source}': no held-out row is left, as their labels don't occur in training. Use more rows for each "
                 "label, or a larger --eval_size."
             )
-    rows["train"] = _sample(rows["train"], training.seed, arguments.max_train_samples, _rows_in_max_steps(training))
-    rows["eval"] = _sample(rows["eval"], training.seed, arguments.max_eval_samples)
+    rows["train"] = sample(rows["train"], training.seed, arguments.max_train_samples, _rows_in_max_steps(training))
+    rows["eval"] = sample(rows["eval"], training.seed, arguments.max_eval_samples)
     compute_metrics = task.metrics(labels) if task.metrics else None
     tokenizer = load_tokenizer(arguments.backbone)
     numbers = {label: number for number, label in enumerate(labels)}
@@ -216,7 +219,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
             f"Stopped after saving '{get_last_checkpoint(str(training.output_dir))}'. To continue from it, add "
             "--resume_from_checkpoint true."
         )
-    metrics = _quality(trainer.evaluate())
+    metrics = quality(trainer.evaluate())
     on_hub = [data for data in arguments.data if not Path(data).exists()]
     described = {
         "dataset": on_hub[0] if len(on_hub) == 1 else on_hub,
@@ -255,7 +258,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     return metrics
 
 
-def _check_report_to(training: TrainingArguments) -> None:
+def check_report_to(training: TrainingArguments) -> None:
     """Raises an ImportError if a package for --report_to is missing, which Trainer would do after minutes of preparation."""
     for callback in get_reporting_integration_callbacks(training.report_to):
         try:
@@ -264,7 +267,7 @@ def _check_report_to(training: TrainingArguments) -> None:
             raise ImportError(f"--report_to: {error}") from None
 
 
-def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
+def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     folder = Path(str(training.output_dir))
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     wanted = training.resume_from_checkpoint
@@ -320,7 +323,7 @@ def _rows_in_max_steps(training: TrainingArguments) -> int | None:
     return training.max_steps * per_step
 
 
-def _sample(rows: Dataset, seed: int, *limits: int | None) -> Dataset:
+def sample(rows: Dataset, seed: int, *limits: int | None) -> Dataset:
     """As many random rows as the smallest limit allows. Files are often sorted, so the first rows would be one-sided."""
     count = min([len(rows), *(limit for limit in limits if limit is not None)])
     return rows if count == len(rows) else rows.shuffle(seed=seed).select(range(count))
@@ -344,11 +347,11 @@ def _course(history: list[dict[str, float]]) -> list[dict[str, float]]:
             loss = {"loss": entry["loss"]}
         if "eval_loss" in entry and (not rows or rows[-1]["step"] != entry["step"]):
             measured = {key: value for key, value in entry.items() if key.startswith("eval_")}
-            rows.append({"epoch": entry["epoch"], "step": entry["step"], **loss, **_quality(measured)})
+            rows.append({"epoch": entry["epoch"], "step": entry["step"], **loss, **quality(measured)})
     return rows
 
 
-def _quality(metrics: dict[str, float]) -> dict[str, float]:
+def quality(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics without those about speed."""
     return {key: value for key, value in metrics.items() if not key.endswith(("_second", "runtime", "epoch"))}
 
@@ -373,13 +376,11 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
 
-    def parse(self, flags: Sequence[str]) -> tuple[PretrainingArguments, TrainingArguments]:
-        """The arguments; exits with code 2 if they are wrong."""
+    def parse(self, flags: Sequence[str]) -> tuple[Any, ...]:
+        """The arguments, an object of each dataclass; exits with code 2 if they are wrong."""
         try:
             # transformers changes the arguments of some flags in place.
-            arguments, training, rest = self.parse_args_into_dataclasses(
-                args=list(flags), return_remaining_strings=True
-            )
+            *parsed, rest = self.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
         except (ValueError, ImportError) as error:  # what the dataclasses check
             self.error(str(error))
         for word in rest:
@@ -388,7 +389,15 @@ class Parser(HfArgumentParser):
                 self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
         if rest:
             self.error(f"unexpected arguments: {shlex.join(rest)}")
-        return arguments, training
+        return tuple(parsed)
+
+    def first(self, kind: type[T], flags: Sequence[str]) -> T | None:
+        """The arguments in one of the dataclasses, on which the defaults of others depend; None if they are wrong."""
+        alone = Parser(kind, add_help=False, allow_abbrev=False, exit_on_error=False)  # type: ignore[arg-type]
+        try:
+            return alone.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)[0]
+        except (ValueError, ImportError, argparse.ArgumentError, SystemExit):
+            return None
 
 
 def parser(objective: str) -> Parser:

@@ -1,6 +1,7 @@
 """Loads the rows that `kadapter pretrain --data` names, from files, folders or the Hub."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +40,20 @@ def load_rows(data: str, schema: Schema | None) -> DatasetDict:
     Raises:
         ValueError: the format is unknown, a column is missing, there is no split to train on, or no row is left.
     """
-    path = Path(data)
-    if not path.exists():
-        if path.suffix in FORMATS:
-            raise ValueError(f"there is no file '{data}'.")
-        try:
-            splits = load_dataset(data)
-        except (OSError, DatasetsError) as error:
-            raise ValueError(
-                f"'{data}' is neither a local file or folder nor a data set on the Hub that can be loaded: {error}"
-            ) from error
-    elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        saved = load_from_disk(data)
-        splits = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+    found = find_splits(data, tuple(FORMATS))
+    if isinstance(found, DatasetDict):
+        splits = found
     else:
-        files, ending = _files_of(path)
-        kind, options = FORMATS[ending]
+        kind, options = FORMATS[Path(next(iter(found.values()))[0]).suffix.lower()]
         if schema is not None and kind != "parquet":
             read = read_csv if kind == "csv" else read_jsonl
             parts = {
-                split: [_without_report(file, *read(file, schema, **options)) for file in files[split]]
-                for split in files
+                split: [_without_report(file, *read(file, schema, **options)) for file in files]
+                for split, files in found.items()
             }
             splits = DatasetDict({split: concatenate_datasets(rows) for split, rows in parts.items()})
         else:
-            splits = load_dataset(kind, data_files=files, **options)
+            splits = load_dataset(kind, data_files=found, **options)
     if "train" not in splits:
         raise ValueError(f"'{data}' has no split named train; it has {list(splits)}")
     if schema is not None:
@@ -75,23 +65,54 @@ def load_rows(data: str, schema: Schema | None) -> DatasetDict:
     return splits
 
 
-def _files_of(path: Path) -> tuple[dict[str, list[str]], str]:
-    """The files of each split, and their ending. If no file of a folder names a split, all are for training."""
+def find_splits(data: str, endings: Sequence[str]) -> dict[str, list[str]] | DatasetDict:
+    """
+    The files of each split in a folder; a file is all of the split for training. Or a data set, if `data` is a folder of
+    `save_to_disk` or the name of one on the Hub.
+
+    Args:
+        endings: of the files to look for. Of a folder, the first ending that occurs is read.
+
+    Raises:
+        ValueError: there is no such file or data set, or the format is unknown.
+    """
+    path = Path(data)
+    if not path.exists():
+        if path.suffix.lower() in endings:
+            raise ValueError(f"there is no file '{data}'.")
+        try:
+            return load_dataset(data)
+        except (OSError, DatasetsError) as error:
+            raise ValueError(
+                f"'{data}' is neither a local file or folder nor a data set on the Hub that can be loaded: {error}"
+            ) from error
+    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+        saved = load_from_disk(data)
+        return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     if path.is_file():
-        if path.suffix not in FORMATS:
-            raise ValueError(f"'{path}' is of an unknown format; known ones are {', '.join(FORMATS)}.")
-        return {"train": [str(path)]}, path.suffix
-    for ending in FORMATS:
-        paths = [file for file in sorted(path.rglob(f"*{ending}")) if not file.name.startswith(".")]
+        if path.suffix.lower() not in endings:
+            raise ValueError(f"'{path}' is of an unknown format; known ones are {', '.join(endings)}.")
+        return {"train": [str(path)]}
+    for ending in endings:
+        paths = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.suffix.lower() == ending and file.is_file() and not file.name.startswith(".")
+        ]
         files: dict[str, list[str]] = {}
         for file in paths:
-            words = set(re.split("[^a-z]+", file.relative_to(path).as_posix().lower()))
-            split = next((split for split, names in SPLITS.items() if words & names), None)
+            split = split_named(file.relative_to(path).as_posix())
             if split is not None:
                 files.setdefault(split, []).append(str(file))
         if paths:
-            return files or {"train": [str(file) for file in paths]}, ending
-    raise ValueError(f"'{path}' has no file of a known format; known ones are {', '.join(FORMATS)}.")
+            return files or {"train": [str(file) for file in paths]}
+    raise ValueError(f"'{path}' has no file of a known format; known ones are {', '.join(endings)}.")
+
+
+def split_named(name: str) -> str | None:
+    """The split in the name of a file, if it has one."""
+    words = set(re.split("[^a-z]+", name.lower()))
+    return next((split for split, names in SPLITS.items() if words & names), None)
 
 
 def _without_report(file: str, rows: Dataset, report: Report) -> Dataset:

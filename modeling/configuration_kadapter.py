@@ -272,6 +272,8 @@ class KAdapterConfig(PreTrainedConfig):
             paper, section 3.2), `"add"`, or one of your own (see `register_fusion`).
         fusion_config (`dict`, *optional*): values for that fusion, if it has any.
         classifier_dropout (`float`, defaults to 0.1): dropout in the task heads.
+        task (`dict`, *optional*): how the head's input is made from text: the task's name, its markers, the maximum length.
+            Set by fine-tuning, read by pipelines and predictions.
         freeze_backbone (`bool`, defaults to `True`), frozen_knowledge_adapters (`list[str]`), freeze_head (`bool`):
             what does not train; `freeze_head` applies to the fusion and the task head.
 
@@ -292,6 +294,7 @@ class KAdapterConfig(PreTrainedConfig):
     fusion: str = "concat"
     fusion_config: dict | None = None
     classifier_dropout: float | int = 0.1
+    task: dict | None = None
     freeze_backbone: bool = True
     frozen_knowledge_adapters: list[str] | None = None
     freeze_head: bool = False
@@ -408,8 +411,9 @@ class KAdapterConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        if output.get("fusion_config") is None:
-            output.pop("fusion_config", None)
+        for name in ("fusion_config", "task"):
+            if output.get(name) is None:
+                output.pop(name, None)
         if isinstance(output.get("backbone_config"), PreTrainedConfig):
             output["backbone_config"] = output["backbone_config"].to_dict()
         output["knowledge_adapters"] = {

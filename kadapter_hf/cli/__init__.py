@@ -7,6 +7,8 @@ import typer
 from .. import __version__
 from .combine import combine
 from .convert import convert
+from .evaluate import evaluate, predict
+from .finetune import finetune
 from .info import info
 from .prepare import prepare
 from .pretrain import pretrain
@@ -23,8 +25,9 @@ app = typer.Typer(
 app.add_typer(prepare, name="prepare")
 # Its flags and its --help come from transformers.
 flags = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-app.command(context_settings=flags)(pretrain)
-for command in (combine, convert, info, push, pull):
+for command in (pretrain, finetune):
+    app.command(context_settings=flags)(command)
+for command in (evaluate, predict, combine, convert, info, push, pull):
     app.command(no_args_is_help=True)(command)
 
 

@@ -35,7 +35,8 @@ class Schema:
     The schema of the rows of one kind of data set.
 
     Attributes:
-        problem: returns the problem with a row, in words that don't depend on the row's values, or None.
+        problem: returns the problem with a row, in words that don't depend on the row's values, or None. A row without
+            labels is no problem: it is to be predicted.
         labels: the column with a row's label or labels.
     """
 
@@ -43,6 +44,11 @@ class Schema:
     features: Features
     problem: Callable[[Row], str | None]
     labels: str
+
+    def without_labels(self) -> "Schema":
+        """The schema of rows that are to be predicted."""
+        features = Features({name: feature for name, feature in self.features.items() if name != self.labels})
+        return replace(self, features=features)
 
 
 @dataclass(frozen=True)
@@ -142,37 +148,37 @@ def relation_row(
 
 def relation_problem(row: Row) -> str | None:
     """The problem with a row of the relation schema, or None."""
-    problem = _text_problem(row) or _span_problem(row, "subject") or _span_problem(row, "object")
+    problem = text_problem(row) or _span_problem(row, "subject") or _span_problem(row, "object")
     if problem:
         return problem
     if row["subject"][0] < row["object"][1] and row["object"][0] < row["subject"][1]:
         return "subject and object overlap"
-    if not _is_name(row.get("relation")):
+    if "relation" in row and not is_name(row["relation"]):
         return "relation is not a name"
     return None
 
 
 def typing_problem(row: Row) -> str | None:
     """The problem with a row of the typing schema, or None."""
-    problem = _text_problem(row) or _span_problem(row, "entity")
+    problem = text_problem(row) or _span_problem(row, "entity")
     if problem:
         return problem
-    if not _is_list(row.get("types"), _is_name) or not row["types"]:
+    if "types" in row and not is_list(row["types"], is_name):
         return "types is not a list of names"
     return None
 
 
 def dependency_problem(row: Row) -> str | None:
     """The problem with a row of the dependency schema, or None."""
-    problem = _text_problem(row)
+    problem = text_problem(row)
     if problem:
         return problem
     tokens, heads, labels = (row.get(column, ()) for column in ("tokens", "heads", "labels"))
-    if not _is_list(tokens, _is_name) or not tokens:
+    if not is_list(tokens, is_name) or not tokens:
         return "tokens is not a list of words"
-    if not _is_list(heads, lambda head: type(head) is int):
+    if not is_list(heads, lambda head: type(head) is int):
         return "heads is not a list of integers"
-    if not _is_list(labels, _is_name):
+    if not is_list(labels, is_name):
         return "labels is not a list of names"
     if not len(tokens) == len(heads) == len(labels):
         return "tokens, heads and labels differ in length"
@@ -186,16 +192,16 @@ def dependency_problem(row: Row) -> str | None:
     return "a cycle" if _has_cycle(heads) else None
 
 
-def _text_problem(row: Row) -> str | None:
-    text = row.get("text")
+def text_problem(row: Row, column: str = "text") -> str | None:
+    text = row.get(column)
     if not isinstance(text, str):
-        return "text is not a string"
+        return f"{column} is not a string"
     if not text.strip():
-        return "the text is empty"
+        return f"the {column} is empty"
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, Arrow can't
-        return "the text is not Unicode"
+        return f"the {column} is not Unicode"
     return None
 
 
@@ -209,11 +215,11 @@ def _span_problem(row: Row, name: str) -> str | None:
     return None if row["text"][start:end].strip() else f"the {name} is empty"
 
 
-def _is_name(value: Any) -> bool:
+def is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+def is_list(value: Any, of: Callable[[Any], bool]) -> bool:
     return isinstance(value, (list, tuple)) and all(map(of, value))
 
 
@@ -275,7 +281,8 @@ def build(path: str | Path, schema: Schema, records: Iterable[Record], strict: b
             report.drop(str(problem), name)
         else:
             rows.append({column: row[column] for column in schema.features})
-            report.keep(row[schema.labels])
+            labels = row.get(schema.labels)  # of some tasks a number or an answer
+            report.keep(labels if isinstance(labels, (str, list, tuple)) else [])
     if not rows:
         raise ValueError(f"{path}: no usable record. {report.reasons() or 'The file has no records'}")
     return Dataset.from_list(rows, features=schema.features), report
@@ -288,10 +295,11 @@ def read_jsonl(path: str | Path, schema: Schema, strict: bool = False) -> tuple[
     Raises:
         ValueError: no line is usable; with `strict`, a line is unusable.
     """
-    return build(path, schema, _json_lines(path, schema), strict)
+    return build(path, schema, ((name, _with_columns(row, schema)) for name, row in json_records(path)), strict)
 
 
-def _json_lines(path: str | Path, schema: Schema) -> Iterator[Record]:
+def json_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """The objects in a JSON Lines file or in a JSON file with one list, with their names, or what is wrong with them."""
     content = Path(path).read_bytes()
     if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         try:
@@ -299,8 +307,8 @@ def _json_lines(path: str | Path, schema: Schema) -> Iterator[Record]:
         except ValueError:
             pass  # perhaps a line that is a list; the others may be usable
         else:
-            for number, row in enumerate(rows, start=1):
-                yield f"row {number}", _with_columns(row, schema)
+            for number, row in enumerate(progress(rows, path), start=1):
+                yield f"row {number}", row if isinstance(row, dict) else "not a JSON object"
             return
     for number, line in progress(list(enumerate(content.splitlines(), start=1)), path):
         try:
@@ -312,16 +320,16 @@ def _json_lines(path: str | Path, schema: Schema) -> Iterator[Record]:
         else:
             if row is None and not line.strip():
                 continue
-            row = _with_columns(row, schema)
+            row = row if isinstance(row, dict) else "not a JSON object"
         yield f"line {number}", row
 
 
-def _with_columns(row: Any, schema: Schema) -> Row | str:
+def _with_columns(record: dict[str, Any] | str, schema: Schema) -> Row | str:
     """The row, or what is wrong with it."""
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    missing = [name for name in schema.features if name not in row]
-    return f"no column {', '.join(missing)}" if missing else row
+    if isinstance(record, str):
+        return record
+    missing = [name for name in schema.features if name not in record]
+    return f"no column {', '.join(missing)}" if missing else record
 
 
 def read_csv(path: str | Path, schema: Schema, strict: bool = False, delimiter: str = ",") -> tuple[Dataset, Report]:
@@ -338,16 +346,27 @@ def read_csv(path: str | Path, schema: Schema, strict: bool = False, delimiter: 
 
 def _csv_rows(path: str | Path, schema: Schema, delimiter: str) -> Iterator[Record]:
     lists = [name for name, feature in schema.features.items() if isinstance(feature, List)]
+    for number, (name, row) in enumerate(csv_records(path, delimiter)):
+        if number == 0:
+            try:
+                check_columns(row, schema)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        yield name, row | {column: _parsed_cell(row[column]) for column in lists}
+
+
+def csv_records(path: str | Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]]]:
+    """
+    The rows of a CSV file as dicts from the names in its first line to cells, with the numbers of their lines.
+
+    Raises:
+        ValueError: the file is not UTF-8 or not CSV.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter)
-            columns = reader.fieldnames or ()
-            try:
-                check_columns(columns, schema)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
             for row in reader:
-                yield f"line {reader.line_num}", row | {name: _parsed_cell(row[name]) for name in lists}
+                yield f"line {reader.line_num}", row
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8") from None
     except csv.Error as error:

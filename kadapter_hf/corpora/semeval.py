@@ -21,13 +21,14 @@ def read_semeval(path: str | Path, strict: bool = False) -> tuple[Dataset, Repor
     Raises:
         ValueError: the file has no usable record; with `strict`, a record is unusable.
     """
-    return build(path, RELATION, _records(path), strict)
+    return build(path, RELATION, records(path), strict)
 
 
-def _records(path: str | Path) -> Iterator[Record]:
+def records(path: str | Path) -> Iterator[Record]:
+    """Yields the name of each record of a file, and its row or what is wrong with it."""
     # A record consists of three lines (sentence, relation, comment) and a blank one.
-    records = re.split(rb"\r?\n[ \t]*\r?\n", Path(path).read_bytes().strip())
-    for number, record in enumerate(progress(records, path), start=1):
+    found = re.split(rb"\r?\n[ \t]*\r?\n", Path(path).read_bytes().strip())
+    for number, record in enumerate(progress(found, path), start=1):
         try:
             lines = record.decode("utf-8-sig").strip().splitlines()
         except UnicodeDecodeError:

@@ -65,12 +65,21 @@ def test_subject_and_object_may_touch():
     "change, problem",
     [
         ({"entity": [8, 13]}, "the entity is outside the text"),
-        ({"types": []}, "types is not a list of names"),
+        ({"types": [""]}, "types is not a list of names"),
         ({"types": "place"}, "types is not a list of names"),
     ],
 )
 def test_the_problem_of_a_typing_row(change, problem):
     assert typing_problem(ENTITY | change) == problem
+
+
+def test_an_entity_may_have_none_of_the_types():
+    assert typing_problem(ENTITY | {"types": []}) is None
+
+
+@pytest.mark.parametrize("problem, row, labels", [(relation_problem, FACT, "relation"), (typing_problem, ENTITY, "types")])
+def test_a_row_without_labels_is_valid_as_it_is_to_be_predicted(problem, row, labels):
+    assert problem({name: value for name, value in row.items() if name != labels}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,425 @@
+"""
+Fine-tuning, evaluation and predictions on a downstream task, with the stock Trainer (paper, section 4).
+
+A task defines how its files are read, its features, head and metrics; see `kadapter_hf.tasks`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .features import load_tokenizer, most_tokens
+from .figures import warn_without_matplotlib
+from .hub import push_folder
+from .messages import did_you_mean
+from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
+from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
+from .modeling.fusion_kadapter import check_fusion
+from .modeling.heads_kadapter import KAdapterPreTrainedModel
+from .modeling.reading_kadapter import read_adapter
+from .modeling.sources_kadapter import adapter_file
+from .pretraining import Parser, StopOnInterrupt, check_report_to, checkpoint_to_resume, quality, sample
+from .reports import write_report
+from .tasks import TASKS, Options, Task
+from .tasks.task import warn_of_dropped
+
+
+# The letters by which the paper names adapters, by objective.
+LETTERS = {"factual": "F", "linguistic": "L"}
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class FinetuningArguments:
+    """Arguments in addition to those of the task and of Trainer."""
+
+    data: str | None = _help(
+        None,
+        "A folder whose files name their splits (train, dev or validation, test), a file with rows to train on, or a data set "
+        "on the Hub.",
+    )
+    train_file: str | None = _help(None, "Instead of --data: the file with the rows to train on.")
+    validation_file: str | None = _help(None, "With --train_file: the rows to choose the best checkpoint by.")
+    test_file: str | None = _help(None, "With --train_file: the rows for the final evaluation.")
+    adapters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Trained knowledge adapters: repositories, folders or files. NAME=SOURCE renames an adapter, or chooses "
+            "one of several. Default: none, which fine-tunes the backbone alone."
+        },
+    )
+    untrained_adapters: int = _help(
+        0, "Use this many new adapters with random weights instead, which the paper calls K-Adapter without knowledge."
+    )
+    untrained_like: str | None = _help(
+        None, "An adapter (repository, folder or file) whose sizes the untrained ones have. Default: the paper's."
+    )
+    backbone: str | None = _help(
+        None, f"A repository or folder. Default: as recorded in the first adapter, otherwise {DEFAULT_BACKBONE}."
+    )
+    fusion: str = _help("concat", "How the outputs of the backbone and the adapters are combined: concat or add.")
+    freeze_backbone: bool = _help(
+        False, "Train the fusion and the head only, and with --freeze_adapters false the adapters."
+    )
+    freeze_adapters: bool = _help(True, "Keep the adapters as they are, as the paper does.")
+    max_length: int | None = _help(
+        None, "Maximum number of tokens. Default: the paper's, or the backbone's if it is less."
+    )
+    eval_size: float = _help(0.1, "Fraction of the rows to hold out if the data has no split for validation.")
+    max_train_samples: int | None = _help(None, "Train on at most this many rows, chosen at random.")
+    max_eval_samples: int | None = _help(None, "Evaluate on at most this many rows of each split, chosen at random.")
+    skip_bad_rows: bool = _help(False, "Skip and count rows that can't be used, instead of stopping at the first one.")
+
+    def __post_init__(self):
+        if (self.data is None) == (self.train_file is None):
+            raise ValueError("give either --data or --train_file")
+        if self.data is not None and (self.validation_file or self.test_file):
+            raise ValueError("--validation_file and --test_file belong to --train_file, not to --data")
+        if self.adapters and self.untrained_adapters:
+            raise ValueError("give either --adapters or --untrained_adapters")
+        if self.untrained_like is not None and not self.untrained_adapters:
+            raise ValueError("--untrained_like belongs to --untrained_adapters")
+        if not 0 < self.eval_size < 1:
+            raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
+        for name, least in (("untrained_adapters", 0), ("max_train_samples", 1), ("max_eval_samples", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, not {value}")
+        check_fusion(self.fusion, {})
+
+
+def find_task(name: str) -> Task:
+    """
+    The task of this name.
+
+    Raises:
+        ValueError: there is none; the message lists all.
+    """
+    if name not in TASKS:
+        raise ValueError(f"there is no task '{name}'; there are {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
+    return TASKS[name]
+
+
+def named_adapters(sources: Sequence[str]) -> dict[str, tuple[str, KnowledgeAdapterConfig]]:
+    """
+    The source and the configuration of each adapter in arguments of the form SOURCE or NAME=SOURCE, by name.
+
+    Raises:
+        KAdapterLoadError: an adapter can't be found or read.
+        KAdapterConfigError: two have the same name.
+    """
+    found: dict[str, tuple[str, KnowledgeAdapterConfig]] = {}
+    for argument in sources:
+        name, equals, source = argument.partition("=")
+        if not equals or Path(argument).exists():
+            name, source = "", argument
+        saved = read_adapter(adapter_file(source, name or None))
+        name = name or saved.name
+        if name in found:
+            raise KAdapterConfigError(
+                f"'{found[name][0]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, e.g. "
+                f"{name}2={source}."
+            )
+        found[name] = (source, saved.config)
+    return found
+
+
+def combination(adapters: dict[str, KnowledgeAdapterConfig]) -> str:
+    """The paper's name for a set of adapters: `F` (factual), `L` (linguistic), `F+L`, or the empty string without any."""
+    kinds = {(config.provenance or {}).get("objective", name) for name, config in adapters.items()}
+    return "+".join(letter for kind, letter in LETTERS.items() if kind in kinds)
+
+
+def defaults(task: Task, arguments: FinetuningArguments) -> dict[str, Any]:
+    """The values of TrainingArguments for a task: the paper's for these adapters, and the choice of the best checkpoint."""
+    adapters = named_adapters(arguments.adapters or [])
+    settings = task.settings(combination({name: config for name, (_, config) in adapters.items()}))
+    settings.pop("max_length", None)
+    if arguments.freeze_backbone:
+        # The paper always trains the backbone. A new fusion and a new head alone need larger steps; see docs/knowledge.md.
+        settings |= {"learning_rate": 1e-3, "warmup_steps": 0.1}
+    return settings | {
+        "per_device_eval_batch_size": 32,
+        "logging_steps": 0.02,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": task.metric,
+        "greater_is_better": True,
+    }
+
+
+def finetune(
+    task: Task, arguments: FinetuningArguments, options: Options, training: TrainingArguments
+) -> dict[str, dict[str, float]]:
+    """
+    Fine-tunes a K-Adapter on a task and saves it in `training.output_dir`, with the results on the validation and test rows:
+    `metrics.json`, `predictions.jsonl`, and for tasks with labels `per_class.csv` and `confusion_matrix.png`.
+
+    Returns:
+        The metrics by split.
+
+    Raises:
+        ValueError: the data does not fit the task.
+        KeyboardInterrupt: Ctrl-C; its message says what was saved.
+    """
+    check_report_to(training)
+    warn_without_matplotlib("confusion_matrix.png")
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
+    checkpoint = checkpoint_to_resume(training)
+    set_seed(training.seed)
+    splits = _splits(task, arguments, options, training.seed)
+    labels = task.labels_in(splits)
+    model = _new_model(task, arguments, labels)
+    tokenizer = load_tokenizer(str(model.config.backbone_name_or_path))
+    length = arguments.max_length or task.paper.get("max_length")
+    length = most_tokens(tokenizer, length, model.backbone.config)
+    model.config.task = {"name": task.name, "schema": task.schema.name, "max_length": length, **asdict(options)}
+    with training.main_process_first(desc="features"):
+        data = {name: task.encode(rows, tokenizer, labels, length, options) for name, rows in splits.items()}
+    stop = StopOnInterrupt()
+    trainer = Trainer(
+        model,
+        training,
+        data_collator=task.collator(tokenizer),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        processing_class=tokenizer,
+        compute_metrics=task.metrics_on(splits["validation"], data["validation"], labels, options),
+        callbacks=[stop],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.interrupted:
+        raise KeyboardInterrupt(
+            f"Stopped after saving '{get_last_checkpoint(str(training.output_dir))}'. To continue from it, add "
+            "--resume_from_checkpoint true."
+        )
+    folder = Path(str(training.output_dir))
+    results = {}
+    for name in ("validation", "test"):
+        if name not in splits:
+            continue
+        found, results[name] = _predict(trainer, task, splits[name], data[name], labels, options)
+        if trainer.is_world_process_zero():  # the test split, if there is one
+            write_report(folder, task, splits[name], found, labels)
+    model.config.task["results"] = results
+    pushes, training.push_to_hub = training.push_to_hub, False  # Trainer's model card would overwrite the K-Adapter's
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+        if pushes:
+            push_folder(
+                folder,
+                str(trainer.hub_model_id),
+                commit_message=f"Upload a K-Adapter fine-tuned on {task.name}",
+                private=training.hub_private_repo,
+                token=training.hub_token,
+                revision=training.hub_revision,
+            )
+    return results
+
+
+def evaluate(
+    model: KAdapterPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    training: TrainingArguments,
+    task: Task | None = None,
+) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
+    """
+    Predictions for rows of a task, by row number, and the metrics; none for rows without labels.
+
+    Args:
+        task: by default the one that the model was fine-tuned on. How its input is made, e.g. the markers, comes from
+            `model.config.task`.
+        training: batch size, precision and device.
+
+    Raises:
+        ValueError: the model was not fine-tuned on a task of this kind.
+    """
+    task = task_of(model, task)
+    options = options_of(model, task)
+    labels = labels_of(model)
+    features = task.encode(rows, tokenizer, labels, (model.config.task or {}).get("max_length"), options)
+    has_labels = task.schema.labels in rows.column_names
+    compute = task.metrics_on(rows, features, labels, options) if has_labels else None
+    trainer = Trainer(model, training, data_collator=task.collator(tokenizer), compute_metrics=compute)
+    return _predict(trainer, task, rows, features, labels, options)
+
+
+def task_of(model: KAdapterPreTrainedModel, task: Task | None = None) -> Task:
+    """The task, after checking that the model was fine-tuned on one of this kind; by default the model's own."""
+    recorded = (model.config.task or {}).get("name")
+    if task is None:
+        if recorded is None:
+            raise ValueError("the model does not record the task that it was fine-tuned on: name the task.")
+        return find_task(recorded)
+    if not isinstance(model, task.model_class):
+        raise ValueError(
+            f"'{task.name}' needs a {task.model_class.__name__}, but the model is a {type(model).__name__}"
+            f"{f', fine-tuned on {recorded}' if recorded else ''}."
+        )
+    return task
+
+
+def options_of(model: KAdapterPreTrainedModel, task: Task) -> Options:
+    """The task's options as the model records them; the task's defaults for those that it does not."""
+    names = asdict(task.options()).keys()
+    return task.options(**{name: value for name, value in (model.config.task or {}).items() if name in names})
+
+
+def labels_of(model: KAdapterPreTrainedModel) -> list[str]:
+    """The labels in the order of the model's outputs."""
+    return [label for _, label in sorted((model.config.id2label or {}).items())]
+
+
+def _predict(
+    trainer: Trainer, task: Task, rows: Dataset, features: Dataset, labels: Sequence[str], options: Options
+) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
+    has_labels = task.schema.labels in rows.column_names
+    trainer.compute_metrics = task.metrics_on(rows, features, labels, options) if has_labels else None
+    output = trainer.predict(features, metric_key_prefix="")
+    metrics = {name.removeprefix("_"): value for name, value in quality(output.metrics or {}).items()}
+    return task.predictions(output.predictions, rows, features, labels, options), metrics
+
+
+def _splits(task: Task, arguments: FinetuningArguments, options: Options, seed: int) -> DatasetDict:
+    if arguments.data is not None:
+        source = arguments.data
+        splits = task.read_splits(source, skip_bad_rows=arguments.skip_bad_rows)
+    else:
+        source = str(arguments.train_file)
+        files = {"train": source, "validation": arguments.validation_file, "test": arguments.test_file}
+        splits = DatasetDict()
+        for name, file in files.items():
+            if file is not None:
+                splits[name], report = task.read(_existing(file), skip_bad_rows=arguments.skip_bad_rows)
+                warn_of_dropped(file, report)
+    if "train" not in splits:
+        raise ValueError(f"'{source}' has no split named train; it has {', '.join(splits)}.")
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = held_out(splits["train"], arguments.eval_size, task.group, seed)
+    for name, rows in splits.items():
+        rows = task.used_rows(rows, options, training=name == "train")
+        most = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
+        splits[name] = sample(rows, seed, most)
+        if not len(splits[name]):
+            raise ValueError(f"'{source}' has no row for {name}.")
+    return splits
+
+
+def held_out(rows: Dataset, share: float, group: str | None, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    Divides rows into those to train on and a random share to hold out; rows with the same value in the column `group` stay
+    together.
+
+    Raises:
+        ValueError: there are fewer than two rows or groups.
+    """
+    keys = list(rows[group]) if group is not None else list(range(len(rows)))
+    groups = sorted(set(keys))
+    if len(groups) < 2:
+        raise ValueError(f"{len(rows)} rows are too few to hold some of them out: add a split for validation.")
+    np.random.default_rng(seed).shuffle(groups)
+    held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
+    numbers: tuple[list[int], list[int]] = ([], [])
+    for number, key in enumerate(keys):
+        numbers[key in held].append(number)
+    return rows.select(numbers[0]), rows.select(numbers[1])
+
+
+def _existing(file: str) -> str:
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file '{file}'.")
+    return file
+
+
+def _new_model(task: Task, arguments: FinetuningArguments, labels: Sequence[str]) -> KAdapterPreTrainedModel:
+    sources = named_adapters(arguments.adapters or [])
+    adapters: dict[str, Any] = {name: source for name, (source, _) in sources.items()}
+    recorded = [config.backbone_name_or_path for _, config in sources.values()]
+    if arguments.untrained_adapters:
+        config = KnowledgeAdapterConfig()
+        if arguments.untrained_like is not None:
+            config = read_adapter(adapter_file(arguments.untrained_like, None)).config
+            recorded = [config.backbone_name_or_path]
+        sizes = {key: value for key, value in config.to_dict().items() if key not in NOT_SIZES}
+        adapters = {f"untrained{n}": sizes for n in range(1, arguments.untrained_adapters + 1)}
+    backbone = arguments.backbone or next((name for name in recorded if name), None)
+    if backbone is None:
+        if sources:
+            raise KAdapterLoadError(
+                f"'{arguments.adapters[0]}' does not name its backbone: specify it with --backbone."
+            )  # type: ignore[index]
+        backbone = DEFAULT_BACKBONE
+    fields: dict[str, Any] = {"freeze_backbone": arguments.freeze_backbone}
+    if labels:
+        fields |= {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: number for number, label in enumerate(labels)},
+        }
+    model = task.model_class.from_backbone(backbone, adapters, arguments.fusion, **fields)
+    if arguments.freeze_adapters:
+        model.freeze_knowledge_adapters()
+    else:
+        model.unfreeze_knowledge_adapters()
+    return model
+
+
+# Fields of an adapter's configuration that belong to its weights.
+NOT_SIZES = ("backbone_name_or_path", "backbone_fingerprint", "provenance")
+
+
+def parser(name: str) -> Parser:
+    """The parser of the flags of `kadapter finetune` for a task."""
+    task = find_task(name)
+    made = Parser(
+        (FinetuningArguments, task.options, TrainingArguments),  # type: ignore[arg-type]
+        prog=f"kadapter finetune {name}",
+        description=f"Fine-tunes a K-Adapter on {name}. Example: kadapter finetune {name} --data {name} --adapters "
+        f"factual-adapter linguistic-adapter --output_dir {name}-model",
+        allow_abbrev=False,
+    )
+    for action in made._actions:
+        if action.dest == "output_dir":  # transformers' default is a folder in the current one
+            action.required, action.help = True, "The output folder for the model, its results and checkpoints."
+    return made
+
+
+def parse(name: str, flags: Sequence[str]) -> tuple[FinetuningArguments, Options, TrainingArguments]:
+    """The arguments for a task; exits with code 2 if they are wrong."""
+    task, made = find_task(name), parser(name)
+    # The defaults depend on the adapters. Errors in these flags are reported below, with all others.
+    arguments = made.first(FinetuningArguments, flags)
+    made.set_defaults(**defaults(task, arguments or FinetuningArguments(data="")))
+    return made.parse(flags)
+
+
+def described_settings(arguments: FinetuningArguments, training: TrainingArguments) -> str:
+    """The settings of a run in one line, for its output."""
+    names = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps")
+    shown = [f"{name} {getattr(training, name):g}" for name in names]
+    limit = "max_steps" if training.max_steps > 0 else "num_train_epochs"
+    shown.append(f"{limit} {getattr(training, limit):g}")
+    trained = ["head", *(["backbone"] if not arguments.freeze_backbone else [])]
+    if not arguments.freeze_adapters and (arguments.adapters or arguments.untrained_adapters):
+        trained.append("adapters")
+    return f"{', '.join(shown)}; trains {' and '.join(trained)}."
+
+
+def main(arguments: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`kadapter finetune`: the name of the task, then the flags of the arguments, the task's options and Trainer."""
+    name, *flags = arguments
+    return finetune(find_task(name), *parse(name, flags))

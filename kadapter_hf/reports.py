@@ -1,0 +1,90 @@
+"""The results of a task in files: predictions beside their input, a table by class, and a confusion matrix."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .figures import new_figure
+from .tasks import Task
+
+
+PREDICTIONS = "predictions.jsonl"
+# With more classes, the names in a confusion matrix can't be read.
+MOST_CLASSES = 60
+
+
+def write_report(
+    folder: Path, task: Task, rows: Dataset, found: Mapping[int, dict[str, Any]], labels: Sequence[str]
+) -> None:
+    """Writes all files about predictions for rows that have labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_predictions(folder / PREDICTIONS, rows, found)
+    submission = task.submission(rows, found)
+    if submission is not None:
+        name, text = submission
+        (folder / name).write_text(text, encoding="utf-8")
+    table = per_class(task, rows, found)
+    if table:
+        with open(folder / "per_class.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+    if table and isinstance(rows[0][task.schema.labels], str) and len(labels) <= MOST_CLASSES:
+        draw_confusion_matrix(task, rows, found, labels, folder / "confusion_matrix.png")
+
+
+def write_predictions(path: Path, rows: Dataset, found: Mapping[int, dict[str, Any]]) -> None:
+    """Writes a JSON line for each prediction: the columns of its row, and the prediction."""
+    with open(path, "w", encoding="utf-8") as file:
+        for number in sorted(found):
+            file.write(json.dumps(rows[number] | found[number], ensure_ascii=False) + "\n")
+
+
+def per_class(task: Task, rows: Dataset, found: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and the number of true cases of each class; empty for tasks without classes."""
+    right, predicted, correct = Counter[str](), Counter[str](), Counter[str]()
+    for number, row in enumerate(rows):
+        answer = task.cases(row[task.schema.labels])
+        if answer is None:
+            return []
+        guess = (task.cases(found[number]["prediction"]) if number in found else None) or set()
+        for counts, cases in ((right, answer), (predicted, guess), (correct, answer & guess)):
+            counts.update(case[0] for case in cases)
+    table = []
+    for name in sorted(right.keys() | predicted.keys()):
+        precision = correct[name] / predicted[name] if predicted[name] else 0.0
+        recall = correct[name] / right[name] if right[name] else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if correct[name] else 0.0
+        scores = {"precision": precision, "recall": recall, "f1": f1}
+        table.append(
+            {"class": name} | {key: round(value, 4) for key, value in scores.items()} | {"support": right[name]}
+        )
+    return table
+
+
+def draw_confusion_matrix(
+    task: Task, rows: Dataset, found: Mapping[int, dict[str, Any]], labels: Sequence[str], path: Path
+) -> None:
+    """Draws how often each true class was predicted as each other one, as a share of the true class."""
+    size = 3 + len(labels) * 0.25
+    figure = new_figure(size, size)
+    if figure is None:
+        return
+    counts = np.zeros((len(labels), len(labels)))
+    for number, prediction in found.items():
+        counts[labels.index(rows[number][task.schema.labels]), labels.index(prediction["prediction"])] += 1
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(labels))
+    axes.set_xticks(ticks, labels, rotation=90)
+    axes.set_yticks(ticks, labels)
+    axes.set(xlabel="predicted", ylabel="true")
+    figure.colorbar(image, shrink=0.6)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,116 @@
+"""The right one of several answers to a question about a text, from tables of your own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Features, List, Value
+from transformers import DataCollatorForMultipleChoice, EvalPrediction
+
+from ..corpora.schema import Row, Schema, is_list, text_problem
+from ..features import multiple_choice_features
+from ..modeling.heads_kadapter import KAdapterForMultipleChoice
+from .records import RowProblem, find, needed, parsed
+from .task import Task, register_task, softmax
+
+
+def multiple_choice_problem(row: Row) -> str | None:
+    """The problem with a row of the multiple-choice schema, or None."""
+    choices = row.get("choices")
+    if not is_list(choices, lambda choice: isinstance(choice, str)) or len(choices) < 2:
+        return "choices is not a list of at least two texts"
+    if "label" in row and not (type(row["label"]) is int and 0 <= row["label"] < len(choices)):
+        return f"label is not the number of a choice, 0 to {len(choices) - 1}"
+    return text_problem(row, "context") or text_problem(row, "question")
+
+
+MULTIPLE_CHOICE = Schema(
+    "multiple-choice",
+    Features(
+        {
+            "id": Value("string"),
+            "context": Value("string"),
+            "question": Value("string"),
+            "choices": List(Value("string")),
+            "label": Value("int32"),
+        }
+    ),
+    multiple_choice_problem,
+    "label",
+)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of questions whose highest score is that of the right choice."""
+    scores = prediction.predictions
+    scores = np.asarray(scores[0] if isinstance(scores, tuple) else scores)
+    return {"accuracy": float((scores.argmax(-1) == np.asarray(prediction.label_ids)).mean())}
+
+
+@register_task("multiple-choice")
+class MultipleChoiceTask(Task):
+    """
+    Rows with `context`, `question`, `choices` (a list, or columns `choice0`, `choice1`, …) and `label`: the number of the right
+    choice, from 0, or its letter.
+    """
+
+    schema = MULTIPLE_CHOICE
+    model_class = KAdapterForMultipleChoice
+    collator = DataCollatorForMultipleChoice
+    group = "context"
+    # For data of your own: as for CosmosQA.
+    paper: Mapping[str, Any] = {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 1e-5,
+        "warmup_steps": 0,
+        "num_train_epochs": 3,
+        "max_length": 256,
+    }
+
+    def row(self, record: dict[str, Any]) -> Row:
+        choices = parsed(find(record, ("choices", "answers", "options")))
+        if choices is None:
+            names = (name for prefix in ("choice", "answer", "ending") for name in (f"{prefix}{n}" for n in range(26)))
+            found = [find(record, (name,)) for name in names]
+            choices = [choice for choice in found if choice is not None]
+        if not choices:
+            raise RowProblem("no choices: a list, or columns choice0, choice1, …")
+        return {
+            "id": _text(find(record, ("id",))),
+            "context": needed(record, ("context", "passage", "text", "article")),
+            "question": needed(record, ("question",)),
+            "choices": choices,
+            "label": _number(find(record, ("label", "answer", "answer_index"))),
+        }
+
+    def labels_in(self, splits: Mapping[str, Any]) -> list[str]:
+        return []
+
+    def features(self, batch, tokenizer, labels, *, max_length=None):
+        return multiple_choice_features(batch, tokenizer, max_length=max_length)
+
+    def metrics(self, labels: Sequence[str]):
+        return accuracy
+
+    def cases(self, value: Any) -> None:
+        return None
+
+    def prediction(self, logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+        probabilities = softmax(logits)
+        return {"prediction": int(probabilities.argmax()), "scores": probabilities.tolist()}
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _number(value: Any) -> Any:
+    """The number of a choice that is given as such, in a text, or as a letter."""
+    if isinstance(value, str):
+        value = value.strip()
+        if value.isdecimal():
+            return int(value)
+        if len(value) == 1 and value.isascii() and value.isalpha():
+            return ord(value.upper()) - ord("A")
+    return value
