@@ -4,7 +4,12 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version as _version
 from typing import Any
 
-from transformers import AutoConfig as _AutoConfig, AutoModel as _AutoModel
+from transformers import (
+    AutoConfig as _AutoConfig,
+    AutoModel as _AutoModel,
+    AutoModelForSequenceClassification as _AutoModelForSequenceClassification,
+)
+from transformers.pipelines import PIPELINE_REGISTRY as _PIPELINE_REGISTRY
 
 from .cards import write_model_card
 from .hub import push_knowledge_adapter_to_hub, push_saved, push_to_hub
@@ -27,6 +32,7 @@ from .modeling.heads_kadapter import (
     KAdapterModelOutput,
 )
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+from .modeling.pipelines_kadapter import PIPELINES as _PIPELINES, EntityTypingPipeline, RelationClassificationPipeline
 from .modeling.registry_kadapter import register_head
 
 
@@ -37,12 +43,25 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 _AutoConfig.register(KAdapterConfig.model_type, KAdapterConfig, exist_ok=True)
 _AutoModel.register(KAdapterConfig, KAdapterModel, exist_ok=True)
+for _task, _pipeline in _PIPELINES.values():
+    _PIPELINE_REGISTRY.register_pipeline(_task, _pipeline, pt_model=_AutoModelForSequenceClassification)
 # Methods that code loaded from a repository lacks: model cards, and Hub pushes with checks.
 for _method in (write_model_card, push_to_hub, push_saved, push_knowledge_adapter_to_hub):
     setattr(KAdapterPreTrainedModel, _method.__name__, _method)
 
 # Imported when they are first used, as some take seconds.
-_SUBMODULES = ("activations", "collators", "conversion", "corpora", "features", "metrics", "objectives", "pretraining")
+_SUBMODULES = (
+    "activations",
+    "collators",
+    "conversion",
+    "corpora",
+    "features",
+    "finetuning",
+    "metrics",
+    "objectives",
+    "pretraining",
+    "tasks",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -59,6 +78,7 @@ __all__ = [
     "BackboneMismatchError",
     "DependencyParserOutput",
     "Encoded",
+    "EntityTypingPipeline",
     "HeadModel",
     "KAdapterConfig",
     "KAdapterConfigError",
@@ -75,6 +95,7 @@ __all__ = [
     "KAdapterModelOutput",
     "KnowledgeAdapterConfig",
     "KnowledgeFusion",
+    "RelationClassificationPipeline",
     "cross_entropy",
     "register_fusion",
     "register_head",

@@ -37,6 +37,16 @@ TASKS = {
     "typing": ("text-classification", "entity typing"),
 }
 
+# The Hub's tasks for the schemas of the tasks of `kadapter finetune`.
+TASK_TYPES = {
+    "relation": "text-classification",
+    "typing": "text-classification",
+    "classification": "text-classification",
+    "multiple-choice": "multiple-choice",
+    "extractive-qa": "question-answering",
+    "tagging": "token-classification",
+}
+
 TEMPLATE = """\
 ---
 {{ card_data }}
@@ -57,6 +67,15 @@ saved with the package kadapter-hf.
 Without the package, using the code in this repository: \
 `AutoModel.from_pretrained("{{ source }}", trust_remote_code=True)`.
 
+{% if task_results -%}
+## Results on {{ task }}
+
+| split | metric | value |
+|---|---|---|
+{% for split, metric, value in task_results -%}
+| {{ split }} | {{ metric }} | {{ "%.4f" | format(value) }} |
+{% endfor %}
+{% endif -%}
 ## Knowledge adapters
 
 | adapter | backbone states | transformer layers | width | attention heads |
@@ -162,6 +181,7 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
     adapters = config.knowledge_adapters or {}
     told = {adapter: _provenance(adapter_config) for adapter, adapter_config in adapters.items()}
     results = [result for adapter, provenance in told.items() for result in _results(adapter, provenance)]
+    task, task_results = _task_results(config)
     backbone = config.backbone_name_or_path or ""
     on_hub = is_repo_id(backbone)
     shown = backbone if on_hub else Path(backbone).name
@@ -176,8 +196,8 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
         license=_only_of(told, "license"),
         datasets=_all_of(told, "dataset"),
         metrics=sorted({result.metric_type for result in results}) or None,
-        model_name=name if results else None,
-        eval_results=results or None,
+        model_name=name if results or task_results else None,
+        eval_results=[*results, *_eval_results(task, config, task_results)] or None,
     )
     architecture = (config.architectures or ["KAdapterModel"])[0]
     card = ModelCard.from_template(
@@ -192,6 +212,8 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
         facts={adapter: _facts(provenance) for adapter, provenance in told.items()},
         epochs={adapter: _epochs(provenance) for adapter, provenance in told.items()},
         results=results,
+        task=task,
+        task_results=task_results,
         revision=f"`{config.backbone_revision}`" if config.backbone_revision else "not known",
         fingerprint=f"`{config.backbone_fingerprint}`" if config.backbone_fingerprint else "not known",
     )
@@ -277,6 +299,35 @@ def _results(adapter: str, provenance: Mapping[str, Any]) -> list[EvalResult]:
         )
         for key, value in (metrics.items() if isinstance(metrics, dict) else ())
         if isinstance(value, (int, float)) and math.isfinite(value) and key != "eval_loss"
+    ]
+
+
+def _task_results(config: KAdapterConfig) -> tuple[str, list[tuple[str, str, float]]]:
+    """The task that the model was fine-tuned on, and its results as (split, metric, value)."""
+    task = config.task or {}
+    splits = task.get("results")
+    return _cell(task.get("name", "")), [
+        (_cell(split), _cell(str(metric).replace("_", " ")), float(value))
+        for split, metrics in (splits.items() if isinstance(splits, dict) else ())
+        for metric, value in (metrics.items() if isinstance(metrics, dict) else ())
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    ]
+
+
+def _eval_results(task: str, config: KAdapterConfig, results: list[tuple[str, str, float]]) -> list[EvalResult]:
+    task_type = TASK_TYPES.get(str((config.task or {}).get("schema")), "other")
+    return [
+        EvalResult(
+            task_type=task_type,
+            dataset_type=task,
+            dataset_name=task,
+            dataset_split=split,
+            metric_type="f1" if metric.endswith("f1") else metric,
+            metric_name=metric,
+            metric_value=round(value, 4),
+        )
+        for split, metric, value in results
+        if metric != "loss"
     ]
 
 

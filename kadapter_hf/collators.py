@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorForMultipleChoice, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 
 class DataCollatorForDependencyParsing:
@@ -20,4 +20,17 @@ class DataCollatorForDependencyParsing:
         for name in features[0].keys() & padding.keys():
             rows = [[*feature[name], *[padding[name]] * (words - len(feature[name]))] for feature in features]
             batch[name] = torch.tensor(rows)
+        return batch
+
+
+class DataCollatorForChoices:
+    """As `DataCollatorForMultipleChoice` of transformers, also for rows without labels, which are to be predicted."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.pad = DataCollatorForMultipleChoice(tokenizer)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.pad([{"labels": 0} | feature for feature in features])
+        if "labels" not in features[0]:
+            del batch["labels"]
         return batch

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .messages import shortened
+from .modeling.marking_kadapter import encode_marked, most_tokens, spaced, special_tokens, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -117,7 +118,7 @@ def relation_features(
     marked = []
     for text, *spans in zip(batch["text"], batch["subject"], batch["object"], strict=True):
         marked.append((text, [(*spans[0], subject), (*spans[1], object_)]))
-    encoded = _encode_marked(marked, tokenizer, max_length, original)
+    encoded = encode_marked(marked, tokenizer, max_length, original)
     starts = encoded.pop("starts")
     encoded["subject_start"] = [subject_start for subject_start, _ in starts]
     encoded["object_start"] = [object_start for _, object_start in starts]
@@ -143,7 +144,7 @@ def typing_features(
     ids = tokenizer.encode(marker, add_special_tokens=False)
     marked = [(text, [(start, end, ids)]) for text, (start, end) in zip(batch["text"], batch["entity"], strict=True)]
     # For entity typing, unlike for SemEval, the original always adds a space after the closing marker.
-    encoded = _encode_marked(marked, tokenizer, max_length, original, space_after=True)
+    encoded = encode_marked(marked, tokenizer, max_length, original, space_after=True)
     encoded["entity_start"] = [starts[0] for starts in encoded.pop("starts")]
     if "types" not in batch:
         return encoded
@@ -173,7 +174,7 @@ def multiple_choice_features(
     most = most_tokens(tokenizer, max_length)
     counts = [len(choices) for choices in batch["choices"]]
     texts = [*batch["context"], *batch["question"], *(choice for choices in batch["choices"] for choice in choices)]
-    ids = tokenize([_spaced(text) for text in texts], tokenizer)
+    ids = tokenize([spaced(text) for text in texts], tokenizer)
     rows = len(counts)
     contexts, questions, choices = ids[:rows], ids[rows : 2 * rows], iter(ids[2 * rows :])
     for row, count in enumerate(counts):
@@ -231,100 +232,6 @@ def dependency_features(
         for name, value in zip(names, (ids, [1] * len(ids), starts, batch["heads"][row], relations, row), strict=True):
             encoded[name].append(value)
     return encoded
-
-
-def _encode_marked(
-    rows: list[tuple[str, list[tuple[int, int, list[int]]]]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    original: bool,
-    space_after: bool = False,
-) -> dict[str, list]:
-    """Encodes texts with spans and markers to `input_ids`, `attention_mask`, `starts` (of the spans) and `row`."""
-    before, after = special_tokens(tokenizer)
-    most = most_tokens(tokenizer, max_length) - len(before) - len(after)
-    pieces = []
-    for text, spans in rows:
-        done = 0
-        for start, end, _ in sorted(spans, key=lambda span: span[:2]):
-            piece = text[done:start].rstrip()
-            pieces += [_spaced(piece) if done == 0 or space_after else piece, _spaced(text[start:end])]
-            done = end
-        pieces.append(_spaced(text[done:]) if space_after else text[done:])
-    tokenized = iter(tokenize(pieces, tokenizer))
-    encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "starts": [], "row": []}
-    for row, (_, spans) in enumerate(rows):
-        ids: list[int] = []
-        starts = [0] * len(spans)
-        end = 0
-        for index in sorted(range(len(spans)), key=lambda index: spans[index][:2]):
-            ids += next(tokenized)
-            starts[index] = len(ids)
-            ids += [*spans[index][2], *next(tokenized), *spans[index][2]]
-            end = len(ids)
-        ids += next(tokenized)
-        first = 0
-        if len(ids) > most and not original:
-            if end - min(starts) > most:
-                continue
-            # Keeps equal amounts of text before and after the entities, as far as possible.
-            first = min(max((min(starts) + end - most) // 2, 0), len(ids) - most)
-        ids = ids[first : first + most]
-        starts = [start - first for start in starts]
-        if max(starts) >= len(ids):
-            continue
-        ids = [*before, *ids, *after]
-        encoded["input_ids"].append(ids)
-        encoded["attention_mask"].append([1] * len(ids))
-        encoded["starts"].append([len(before) + start for start in starts])
-        encoded["row"].append(row)
-    return encoded
-
-
-def tokenize(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each piece, without special tokens; pieces may be empty or longer than the model's maximum."""
-    if not pieces:
-        return []
-    return tokenizer(
-        pieces, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
-
-
-def _spaced(text: str) -> str:
-    """Adds a leading space, which marks the start of a word in RoBERTa's vocabulary."""
-    return text if not text or text[0].isspace() else f" {text}"
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer adds before and after a text."""
-    inner = tokenizer.encode(" a", add_special_tokens=False)
-    whole = tokenizer.encode(" a")
-    for place in range(len(whole)):
-        if whole[place : place + len(inner)] == inner:
-            return whole[:place], whole[place + len(inner) :]
-    raise ValueError(f"{type(tokenizer).__name__} does not put the tokens of a text between its special tokens.")
-
-
-def most_tokens(
-    tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, backbone: PreTrainedConfig | None = None
-) -> int:
-    """
-    The maximum number of tokens of a row: `max_length`, limited to the model's maximum.
-
-    Args:
-        backbone: configuration of the backbone, used if the tokenizer does not define a maximum.
-
-    Raises:
-        ValueError: the model's maximum is unknown.
-    """
-    most = tokenizer.model_max_length
-    if most > 10**6 and backbone is not None:  # not defined by the tokenizer
-        # RoBERTa's position ids start at padding_idx + 1.
-        most = getattr(backbone, "max_position_embeddings", 512) - 2
-    most = min(max_length or most, most)
-    if most > 10**6:
-        raise ValueError("the tokenizer does not define the model's maximum length: pass max_length.")
-    return most
 
 
 def index_of(labels: Sequence[str], label: str, kind: str) -> int:

@@ -353,7 +353,11 @@ def _course(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def quality(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics without those about speed."""
-    return {key: value for key, value in metrics.items() if not key.endswith(("_second", "runtime", "epoch"))}
+    return {
+        key: value
+        for key, value in metrics.items()
+        if not key.endswith(("_second", "runtime", "epoch", "preparation_time"))
+    }
 
 
 def _draw_losses(history: list[dict[str, float]], path: Path) -> None:

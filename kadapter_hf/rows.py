@@ -20,7 +20,7 @@ SPLITS = {
     "validation": {"validation", "valid", "dev", "val"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-# Endings of files, with the format's name in datasets and further arguments. Of a folder, the first ending that occurs is read.
+# Endings of files, with the format's name in datasets and further arguments.
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".jsonl": ("json", {}),
@@ -44,16 +44,7 @@ def load_rows(data: str, schema: Schema | None) -> DatasetDict:
     if isinstance(found, DatasetDict):
         splits = found
     else:
-        kind, options = FORMATS[Path(next(iter(found.values()))[0]).suffix.lower()]
-        if schema is not None and kind != "parquet":
-            read = read_csv if kind == "csv" else read_jsonl
-            parts = {
-                split: [_without_report(file, *read(file, schema, **options)) for file in files]
-                for split, files in found.items()
-            }
-            splits = DatasetDict({split: concatenate_datasets(rows) for split, rows in parts.items()})
-        else:
-            splits = load_dataset(kind, data_files=found, **options)
+        splits = DatasetDict({split: _read(files, schema) for split, files in found.items()})
     if "train" not in splits:
         raise ValueError(f"'{data}' has no split named train; it has {list(splits)}")
     if schema is not None:
@@ -65,13 +56,21 @@ def load_rows(data: str, schema: Schema | None) -> DatasetDict:
     return splits
 
 
+def _read(files: list[str], schema: Schema | None) -> Dataset:
+    kind, options = FORMATS[Path(files[0]).suffix.lower()]
+    if schema is None or kind == "parquet":
+        return load_dataset(kind, data_files={"train": files}, split="train", **options)
+    read = read_csv if kind == "csv" else read_jsonl
+    return concatenate_datasets([_without_report(file, *read(file, schema, **options)) for file in files])
+
+
 def find_splits(data: str, endings: Sequence[str]) -> dict[str, list[str]] | DatasetDict:
     """
     The files of each split in a folder; a file is all of the split for training. Or a data set, if `data` is a folder of
     `save_to_disk` or the name of one on the Hub.
 
     Args:
-        endings: of the files to look for. Of a folder, the first ending that occurs is read.
+        endings: of the files to look for. Of the files of a split, those with the first ending that occurs are taken.
 
     Raises:
         ValueError: there is no such file or data set, or the format is unknown.
@@ -93,20 +92,21 @@ def find_splits(data: str, endings: Sequence[str]) -> dict[str, list[str]] | Dat
         if path.suffix.lower() not in endings:
             raise ValueError(f"'{path}' is of an unknown format; known ones are {', '.join(endings)}.")
         return {"train": [str(path)]}
+    named: dict[str, list[str]] = {}
+    unnamed: list[str] = []
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
     for ending in endings:
-        paths = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.suffix.lower() == ending and file.is_file() and not file.name.startswith(".")
-        ]
-        files: dict[str, list[str]] = {}
-        for file in paths:
-            split = split_named(file.relative_to(path).as_posix())
-            if split is not None:
-                files.setdefault(split, []).append(str(file))
-        if paths:
-            return files or {"train": [str(file) for file in paths]}
-    raise ValueError(f"'{path}' has no file of a known format; known ones are {', '.join(endings)}.")
+        new: dict[str, list[str]] = {}
+        for file in files:
+            if file.suffix.lower() == ending:
+                split = split_named(file.relative_to(path).as_posix())
+                new.setdefault(split or "", []).append(str(file))
+        unnamed = unnamed or new.pop("", [])
+        new.pop("", None)
+        named = new | named
+    if not named and not unnamed:
+        raise ValueError(f"'{path}' has no file of a known format; known ones are {', '.join(endings)}.")
+    return named or {"train": unnamed}
 
 
 def split_named(name: str) -> str | None:

@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, RobertaConfig
 from transformers.activations import ACT2FN
 
-from .compat_kadapter import drop_colliding, dtypes_to_str
+from .compat_kadapter import drop_colliding, dtypes_to_str, is_remote_code
 from .format_kadapter import KAdapterConfigError, check_adapter_name, decode_floats, encode_floats
 from .fusion_kadapter import check_fusion
 
@@ -312,6 +312,10 @@ class KAdapterConfig(PreTrainedConfig):
         self.architectures = self.architectures or []  # the Auto classes iterate over it
         for name in _OF_THE_BACKBONE & kwargs.keys():
             setattr(self.backbone_config, name, kwargs.pop(name))
+        if not is_remote_code(__name__):
+            # The package has registered its pipelines. With this entry, transformers would take those of the repository, and
+            # demand trust_remote_code.
+            kwargs.pop("custom_pipelines", None)
         drop_colliding(type(self), kwargs)
         super().__post_init__(**kwargs)
 

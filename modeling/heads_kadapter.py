@@ -23,10 +23,12 @@ from .fusion_kadapter import KnowledgeFusion, register_fusion
 from .head_base_kadapter import HeadModel, cross_entropy, first_position, loss_of
 from .layers_kadapter import TransformerLayer
 from .loading_kadapter import load_repository
+from .marking_kadapter import encode_marked
 from .modeling_kadapter import Encoded, KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
 from .origins_kadapter import Origins
 from .parsing_kadapter import DependencyParserOutput, KAdapterForDependencyParsing
 from .peft_kadapter import plain_state_dict
+from .pipelines_kadapter import custom_pipelines
 from .reading_kadapter import read_adapter
 from .registry_kadapter import register_head
 from .replacing_kadapter import replace_files
@@ -60,6 +62,8 @@ __all__ = [
     "Origins",
     "TransformerLayer",
     "cross_entropy",
+    "custom_pipelines",
+    "encode_marked",
     "load_repository",
     "plain_state_dict",
     "read_adapter",
@@ -101,7 +105,8 @@ def _check_marker(name: str, positions: torch.Tensor | None, encoded: Encoded) -
     length -= encoded.virtual_tokens
     if positions is None:
         raise ValueError(
-            f"{name} is missing: the position of the marker before the entity in each row, shape (batch,)."
+            f"{name} is missing: the position of the marker before the entity in each row, shape (batch,). For text with "
+            "spans, use pipeline('entity-typing') or pipeline('relation-classification')."
         )
     if positions.shape != (batch,) or positions.is_floating_point():
         raise ValueError(

@@ -28,6 +28,7 @@ from .format_kadapter import (
     part_of,
 )
 from .peft_kadapter import check_peft_is_saved, plain_state_dict, save_peft_adapter
+from .pipelines_kadapter import custom_pipelines
 from .registry_kadapter import ENTRY_MODULE, auto_map
 from .replacing_kadapter import replace_files, write_json, write_tensors
 
@@ -128,6 +129,9 @@ def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
     write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
     config = copy.deepcopy(model.config)
     config.auto_map = auto_map(type(model))
+    pipelines = custom_pipelines(type(model))
+    if pipelines:
+        config.custom_pipelines = pipelines
     config.backbone_config.dtype = model.backbone.dtype if model.backbone.dtype.is_floating_point else None
     config.backbone_config.__dict__.pop("quantization_config", None)  # the named backbone has not been quantised
     _copy_code(model, folder, config)

@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Features, List, Value
-from transformers import DataCollatorForMultipleChoice, EvalPrediction
+from datasets import Dataset, Features, List, Value
+from transformers import EvalPrediction
 
+from ..collators import DataCollatorForChoices
 from ..corpora.schema import Row, Schema, is_list, text_problem
 from ..features import multiple_choice_features
 from ..modeling.heads_kadapter import KAdapterForMultipleChoice
 from .records import RowProblem, find, needed, parsed
-from .task import Task, register_task, softmax
+from .task import Options, Task, register_task, softmax
 
 
 def multiple_choice_problem(row: Row) -> str | None:
@@ -56,7 +57,7 @@ class MultipleChoiceTask(Task):
 
     schema = MULTIPLE_CHOICE
     model_class = KAdapterForMultipleChoice
-    collator = DataCollatorForMultipleChoice
+    collator = DataCollatorForChoices
     group = "context"
     # For data of your own: as for CosmosQA.
     paper: Mapping[str, Any] = {
@@ -86,6 +87,12 @@ class MultipleChoiceTask(Task):
 
     def labels_in(self, splits: Mapping[str, Any]) -> list[str]:
         return []
+
+    def used_rows(self, rows: Dataset, options: Options, training: bool) -> Dataset:
+        numbers = sorted({len(choices) for choices in rows["choices"]})
+        if len(numbers) > 1:
+            raise ValueError(f"all rows must have the same number of choices, but there are rows with {numbers}.")
+        return rows
 
     def features(self, batch, tokenizer, labels, *, max_length=None):
         return multiple_choice_features(batch, tokenizer, max_length=max_length)

@@ -77,7 +77,9 @@ def test_an_entity_may_have_none_of_the_types():
     assert typing_problem(ENTITY | {"types": []}) is None
 
 
-@pytest.mark.parametrize("problem, row, labels", [(relation_problem, FACT, "relation"), (typing_problem, ENTITY, "types")])
+@pytest.mark.parametrize(
+    "problem, row, labels", [(relation_problem, FACT, "relation"), (typing_problem, ENTITY, "types")]
+)
 def test_a_row_without_labels_is_valid_as_it_is_to_be_predicted(problem, row, labels):
     assert problem({name: value for name, value in row.items() if name != labels}) is None
 

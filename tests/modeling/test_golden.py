@@ -127,6 +127,7 @@ def config_of(folder: Path, backbone: str) -> dict:
     """
     config = read(folder / "config.json")
     del config["transformers_version"], config["auto_map"]
+    config.pop("custom_pipelines", None)  # added since
     kept = {"model_type", "dtype", *golden.BACKBONES[backbone]}
     config["backbone_config"] = {key: value for key, value in config["backbone_config"].items() if key in kept}
     assert config["backbone_config"].keys() == kept
