@@ -14,6 +14,7 @@ from .prepare import prepare
 from .pretrain import pretrain
 from .pull import pull
 from .push import push
+from .reproduce import reproduce
 
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.add_typer(prepare, name="prepare")
 flags = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 for command in (pretrain, finetune):
     app.command(context_settings=flags)(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(reproduce)
 for command in (evaluate, predict, combine, convert, info, push, pull):
     app.command(no_args_is_help=True)(command)
 

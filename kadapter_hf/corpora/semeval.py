@@ -34,13 +34,15 @@ def records(path: str | Path) -> Iterator[Record]:
         except UnicodeDecodeError:
             yield f"record {number}", "not UTF-8"
             continue
-        if lines:
-            yield lines[0].partition("\t")[0], _row(lines)
+        # The test file without relations has a sentence a line, and no blank ones.
+        several = len(lines) > 1 and re.match(r"\d+\t", lines[1])
+        for of_one in [[line] for line in lines] if several else [lines] if lines else []:
+            yield of_one[0].partition("\t")[0], _row(of_one)
 
 
 def _row(lines: list[str]) -> Row | str:
     number, tab, quoted = lines[0].partition("\t")
-    if not (number.isdigit() and tab) or len(lines) < 2:
+    if not (number.isdigit() and tab):
         return "does not consist of a number, a sentence and a relation"
     tagged = quoted.strip()
     if len(tagged) > 1 and tagged[0] == tagged[-1] == '"':
@@ -54,5 +56,6 @@ def _row(lines: list[str]) -> Row | str:
         places[tag.group()] = len(text)
     if len(places) < 4:
         return "a tag is missing"
+    relation = lines[1].strip() if len(lines) > 1 else None
     spans = [[places[f"<{entity}>"], places[f"</{entity}>"]] for entity in ("e1", "e2")]
-    return {"text": text + tagged[done:], "subject": spans[0], "object": spans[1], "relation": lines[1].strip()}
+    return {"text": text + tagged[done:], "subject": spans[0], "object": spans[1], "relation": relation}

@@ -1,5 +1,6 @@
 """Named entities as tags of words: CoNLL's format and tables of your own."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def tagging_problem(row: Row) -> str | None:
         return "tokens is not a list of words"
     if "tags" not in row:
         return None
-    if not is_list(row["tags"], is_name):
-        return "tags is not a list of names"
+    if not is_list(row["tags"], lambda tag: isinstance(tag, str) and re.fullmatch(r"[\w.:/&-]+", tag)):
+        return "tags is not a list of names such as O, B-PER, I-PER"
     return None if len(row["tags"]) == len(row["tokens"]) else "tokens and tags differ in length"
 
 

@@ -112,14 +112,20 @@ def test_semeval_reads_windows_line_ends_and_quotes_in_the_sentence(write_file):
 
 
 def test_unusable_semeval_records_are_counted_and_named(write_file):
-    bad = [b'2\t"no <e1>tags</e1>"\nOther\n', b'3\t"cut"', b'4\t"\xff <e1>a</e1> <e2>b</e2>"\nOther\n']
+    bad = [
+        b'5\t"<e1>a</e1> <e2>b</e2>"',
+        b'2\t"no <e1>tags</e1>"\nOther\n',
+        b"cut",
+        b'4\t"\xff <e1>a</e1> <e2>b</e2>"\nOther\n',
+    ]
     path = write_file(b"\n\n".join([SEMEVAL.encode(), *bad]))
     _, report = read_semeval(path)
     assert report.kept == 1
     assert report.first_dropped == {
+        "relation is not a name": ["5"],
         "a tag is missing": ["2"],
-        "does not consist of a number, a sentence and a relation": ["3"],
-        "not UTF-8": ["record 4"],
+        "does not consist of a number, a sentence and a relation": ["cut"],
+        "not UTF-8": ["record 5"],
     }
     with pytest.raises(ValueError, match="2: a tag is missing"):
         read_semeval(path, strict=True)

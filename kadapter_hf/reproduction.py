@@ -1,0 +1,221 @@
+"""
+The paper's comparison: a backbone alone, with untrained adapters, and with each set of trained ones, on several tasks and
+seeds, beside the published figures (paper, tables 2 to 5).
+"""
+
+import csv
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from .corpora.schema import read_json
+from .figures import new_figure, warn_without_matplotlib
+from .finetuning import combination, find_task, finetune, named_adapters, parse
+from .tasks import TASKS
+
+
+BACKBONE, MULTITASK, UNTRAINED = "backbone", "multitask", "untrained"
+
+
+@dataclass
+class ReproductionArguments:
+    """What is compared. All other flags are those of `kadapter finetune` and hold for every run."""
+
+    data: list[str] = field(
+        metadata={
+            "help": "The tasks and their data as TASK=SOURCE, where SOURCE is what `kadapter finetune --data` takes."
+        }
+    )
+    adapters: list[str] = field(
+        metadata={
+            "help": "The trained adapters (SOURCE or NAME=SOURCE): each is used alone, and all of them together."
+        }
+    )
+    multitask: str | None = field(
+        default=None,
+        metadata={
+            "help": "A backbone that was trained on the adapters' tasks itself: the paper's RoBERTa + multitask."
+        },
+    )
+    models: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Compare only these: backbone, multitask, untrained, names of adapters, or names joined by +."
+        },
+    )
+    seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "A run for each of these seeds."})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of one model on one task."""
+
+    task: str
+    model: str
+    seed: int
+    folder: Path
+    flags: tuple[str, ...]
+
+
+def planned(arguments: ReproductionArguments, output: Path, flags: Sequence[str]) -> list[Run]:
+    """
+    All runs, task by task.
+
+    Raises:
+        ValueError: a task or a model is unknown.
+    """
+    sources = {}
+    for part in arguments.data:
+        name, equals, source = part.partition("=")
+        if not equals:
+            raise ValueError(f"--data takes TASK=SOURCE, not '{part}'")
+        sources[find_task(name).name] = source
+    models = flags_by_model(arguments)
+    unknown = [name for name in arguments.models or [] if name not in models]
+    if unknown:
+        raise ValueError(f"--models {' '.join(unknown)}: there are {', '.join(models)}.")
+    return [
+        Run(task, name, seed, folder, ("--data", source, *models[name], "--seed", str(seed), *flags))
+        for task, source in sources.items()
+        for name in arguments.models or models
+        for seed in arguments.seeds
+        for folder in [output / task / name / f"seed-{seed}"]
+    ]
+
+
+def flags_by_model(arguments: ReproductionArguments) -> dict[str, tuple[str, ...]]:
+    """The flags of `kadapter finetune` for each model of the comparison."""
+    found = named_adapters(arguments.adapters)
+    adapters = {name: f"{name}={source}" for name, (source, _) in found.items()}
+    first, config = next(iter(found.values()))
+    backbone = ("--backbone", str(config.backbone_name_or_path))
+    models = {BACKBONE: backbone}
+    if arguments.multitask is not None:
+        models[MULTITASK] = ("--backbone", arguments.multitask)
+    models[UNTRAINED] = ("--untrained_adapters", str(len(adapters)), "--untrained_like", first)
+    models |= {name: ("--adapters", source) for name, source in adapters.items()}
+    if len(adapters) > 1:
+        models["+".join(adapters)] = ("--adapters", *adapters.values())
+    return models
+
+
+def reproduce(arguments: ReproductionArguments, output: Path, flags: Sequence[str], report: Any = print) -> Path:
+    """
+    Does all runs that are not done yet, and writes `results.md`, `results.csv` and `results.png` after each of them.
+
+    A run that was stopped goes on from its last checkpoint. Of a finished run, the checkpoints and weights are deleted.
+
+    Args:
+        report: called with a line about each run.
+
+    Returns:
+        The path of `results.md`.
+    """
+    warn_without_matplotlib("results.png")
+    runs = planned(arguments, output, flags)
+    output.mkdir(parents=True, exist_ok=True)
+    for number, run in enumerate(runs, start=1):
+        if not (run.folder / "metrics.json").exists():
+            report(f"Run {number} of {len(runs)}: {run.task}, {run.model}, seed {run.seed}")
+            resume = run.folder.is_dir() and get_last_checkpoint(str(run.folder)) is not None
+            more = ("--resume_from_checkpoint", "true") if resume else ()
+            task = TASKS[run.task]
+            parsed = parse(run.task, [*run.flags, "--output_dir", str(run.folder), *more])
+            finetune(task, *parsed)
+            _remove_weights(run.folder)
+        write_tables(runs, arguments, output)
+    return output / "results.md"
+
+
+def _remove_weights(folder: Path) -> None:
+    """Dozens of models would fill a disk, and are not needed for the comparison."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix in (".safetensors", ".bin", ".py"):
+            path.unlink()
+
+
+def results_of(runs: Sequence[Run]) -> dict[tuple[str, str], list[float]]:
+    """The metric on the test split (or validation, without one) of each finished run, in percent, by task and model."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        path = run.folder / "metrics.json"
+        if path.exists():
+            metrics = read_json(path, dict)
+            split = metrics.get("test", metrics["validation"])
+            found.setdefault((run.task, run.model), []).append(100 * split[TASKS[run.task].metric])
+    return found
+
+
+def write_tables(runs: Sequence[Run], arguments: ReproductionArguments, output: Path) -> None:
+    """Writes the results of all finished runs as Markdown, CSV and a figure."""
+    found = results_of(runs)
+    published = published_names(arguments)
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    models = list(dict.fromkeys(run.model for run in runs))
+    rows = []
+    for task in tasks:
+        for model in models:
+            values = found.get((task, model))
+            if values:
+                rows.append(
+                    {
+                        "task": task,
+                        "metric": TASKS[task].metric,
+                        "model": model,
+                        "runs": len(values),
+                        "mean": round(statistics.fmean(values), 2),
+                        "standard_deviation": round(statistics.stdev(values), 2) if len(values) > 1 else "",
+                        "paper": TASKS[task].published.get(published[model], ""),
+                    }
+                )
+    with open(output / "results.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["task", "metric", "model", "runs", "mean", "standard_deviation", "paper"])
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = ["| task | metric | model | runs | here | paper (roberta-large) |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        spread = f" ± {row['standard_deviation']}" if row["standard_deviation"] != "" else ""
+        cells = (row["task"], row["metric"].replace("_", " "), row["model"], row["runs"])
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['mean']:.1f}{spread} | {row['paper'] or '–'} |")
+    (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(tasks, models, found, output / "results.png")
+
+
+def published_names(arguments: ReproductionArguments) -> dict[str, str]:
+    """The key of each model in `Task.published`; one that the paper does not have has none."""
+    configs = {name: config for name, (_, config) in named_adapters(arguments.adapters).items()}
+    names = {BACKBONE: "", MULTITASK: MULTITASK, UNTRAINED: UNTRAINED}
+    for model in flags_by_model(arguments):
+        if model not in names:
+            names[model] = combination({name: configs[name] for name in model.split("+")}) or "not in the paper"
+    return names
+
+
+def draw(tasks: Sequence[str], models: Sequence[str], found: dict[tuple[str, str], list[float]], path: Path) -> None:
+    """Draws a bar for each model, with the standard deviation, by task."""
+    figure = new_figure(max(2 * len(tasks), 5), 4)
+    if figure is None:
+        return
+    axes = figure.add_subplot()
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        places = [place for place, task in enumerate(tasks) if (task, model) in found]
+        values = [found[tasks[place], model] for place in places]
+        axes.bar(
+            [place + (number - (len(models) - 1) / 2) * width for place in places],
+            [statistics.fmean(of_one) for of_one in values],
+            width,
+            yerr=[statistics.stdev(of_one) if len(of_one) > 1 else 0 for of_one in values],
+            label=model,
+        )
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set(ylabel="test metric, percent")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
