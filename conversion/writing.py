@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ def convert(
     backbone: str | os.PathLike = DEFAULT_BACKBONE,
     with_head: bool = False,
     backbone_weights: str | os.PathLike | None = None,
+    task: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Conversion:
     """
     Converts a checkpoint of microsoft/K-Adapter to a K-Adapter repository.
@@ -97,6 +99,8 @@ def convert(
             (roberta-large's is built in); if the weights are available locally, their fingerprint is recorded too.
         with_head: keep the relation head of a pre-trained factual adapter.
         backbone_weights: the changed backbone that was saved with a fine-tuned model.
+        task: what `KAdapterConfig.task` says of a fine-tuned model: the name of its task and the markers of its input.
+        labels: the labels of a fine-tuned model, in the order of its outputs.
 
     Raises:
         KAdapterLoadError: a file is missing, damaged, unsafe or of the wrong kind; a tensor is missing, unknown or has an
@@ -118,7 +122,7 @@ def convert(
             raise KAdapterConfigError(f"'{source.path}' is a single adapter, which has no backbone weights.")
         parts = read_pretrained(source, name, with_head, layers, heads)
         weights = None
-    model = _empty_model(parts, backbone)
+    model = _empty_model(parts, backbone, task, labels)
     sources = [source] if weights is None or weights is source else [source, weights]
     if weights is not None:
         parts.state |= read_backbone(weights, model.backbone.state_dict())
@@ -177,9 +181,22 @@ def _backbone_source(source: Source, backbone_weights: str | os.PathLike | None)
     return source if backbone_weights is None else _read(backbone_weights)
 
 
-def _empty_model(parts: Parts, backbone: str | os.PathLike) -> Any:
+def _empty_model(
+    parts: Parts, backbone: str | os.PathLike, task: Mapping[str, Any] | None, labels: Sequence[str] | None
+) -> Any:
     """A model of the right class and configuration on the meta device."""
     fields: dict[str, Any] = {} if parts.num_labels is None else {"num_labels": parts.num_labels}
+    if task is not None:
+        fields["task"] = dict(task)
+    if labels is not None and parts.num_labels is not None:
+        if len(labels) != parts.num_labels:
+            raise KAdapterConfigError(f"the checkpoint has {parts.num_labels} labels, not {len(labels)}.")
+        fields = {
+            **fields,
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: number for number, label in enumerate(labels)},
+        }
+        del fields["num_labels"]
     config = KAdapterConfig(
         backbone_name_or_path=os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone),
         backbone_config=_backbone_config(backbone),

@@ -6,16 +6,16 @@ seeds, beside the published figures (paper, tables 2 to 5).
 import csv
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
 from .corpora.schema import read_json
 from .figures import new_figure, warn_without_matplotlib
-from .finetuning import combination, find_task, finetune, named_adapters, parse
+from .finetuning import combination, find_task, finetune, named_adapters, parse as parse_run
+from .pretraining import Parser
 from .tasks import TASKS
 
 
@@ -36,6 +36,7 @@ class ReproductionArguments:
             "help": "The trained adapters (SOURCE or NAME=SOURCE): each is used alone, and all of them together."
         }
     )
+    output_dir: str = field(metadata={"help": "The folder for the runs and their results."})
     multitask: str | None = field(
         default=None,
         metadata={
@@ -50,6 +51,16 @@ class ReproductionArguments:
     )
     seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "A run for each of these seeds."})
 
+    def sources(self) -> dict[str, str]:
+        """The data of each task."""
+        return dict(part.partition("=")[::2] for part in self.data)
+
+    def __post_init__(self):
+        for name, source in self.sources().items():
+            find_task(name)
+            if not source:
+                raise ValueError(f"--data takes TASK=SOURCE, but there is no source for '{name}'")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,29 +73,23 @@ class Run:
     flags: tuple[str, ...]
 
 
-def planned(arguments: ReproductionArguments, output: Path, flags: Sequence[str]) -> list[Run]:
+def planned(arguments: ReproductionArguments, flags: Sequence[str]) -> list[Run]:
     """
     All runs, task by task.
 
     Raises:
-        ValueError: a task or a model is unknown.
+        ValueError: a model is unknown.
     """
-    sources = {}
-    for part in arguments.data:
-        name, equals, source = part.partition("=")
-        if not equals:
-            raise ValueError(f"--data takes TASK=SOURCE, not '{part}'")
-        sources[find_task(name).name] = source
     models = flags_by_model(arguments)
     unknown = [name for name in arguments.models or [] if name not in models]
     if unknown:
         raise ValueError(f"--models {' '.join(unknown)}: there are {', '.join(models)}.")
     return [
         Run(task, name, seed, folder, ("--data", source, *models[name], "--seed", str(seed), *flags))
-        for task, source in sources.items()
+        for task, source in arguments.sources().items()
         for name in arguments.models or models
         for seed in arguments.seeds
-        for folder in [output / task / name / f"seed-{seed}"]
+        for folder in [Path(arguments.output_dir, task, name, f"seed-{seed}")]
     ]
 
 
@@ -104,7 +109,7 @@ def flags_by_model(arguments: ReproductionArguments) -> dict[str, tuple[str, ...
     return models
 
 
-def reproduce(arguments: ReproductionArguments, output: Path, flags: Sequence[str], report: Any = print) -> Path:
+def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Callable[[str], object] = print) -> Path:
     """
     Does all runs that are not done yet, and writes `results.md`, `results.csv` and `results.png` after each of them.
 
@@ -117,7 +122,7 @@ def reproduce(arguments: ReproductionArguments, output: Path, flags: Sequence[st
         The path of `results.md`.
     """
     warn_without_matplotlib("results.png")
-    runs = planned(arguments, output, flags)
+    runs, output = planned(arguments, flags), Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs, start=1):
         if not (run.folder / "metrics.json").exists():
@@ -125,10 +130,10 @@ def reproduce(arguments: ReproductionArguments, output: Path, flags: Sequence[st
             resume = run.folder.is_dir() and get_last_checkpoint(str(run.folder)) is not None
             more = ("--resume_from_checkpoint", "true") if resume else ()
             task = TASKS[run.task]
-            parsed = parse(run.task, [*run.flags, "--output_dir", str(run.folder), *more])
+            parsed = parse_run(run.task, [*run.flags, "--output_dir", str(run.folder), *more])
             finetune(task, *parsed)
             _remove_weights(run.folder)
-        write_tables(runs, arguments, output)
+        write_tables(runs, arguments)
     return output / "results.md"
 
 
@@ -153,9 +158,9 @@ def results_of(runs: Sequence[Run]) -> dict[tuple[str, str], list[float]]:
     return found
 
 
-def write_tables(runs: Sequence[Run], arguments: ReproductionArguments, output: Path) -> None:
+def write_tables(runs: Sequence[Run], arguments: ReproductionArguments) -> None:
     """Writes the results of all finished runs as Markdown, CSV and a figure."""
-    found = results_of(runs)
+    found, output = results_of(runs), Path(arguments.output_dir)
     published = published_names(arguments)
     tasks = list(dict.fromkeys(run.task for run in runs))
     models = list(dict.fromkeys(run.model for run in runs))
@@ -219,3 +224,19 @@ def draw(tasks: Sequence[str], models: Sequence[str], found: dict[tuple[str, str
     axes.set(ylabel="test metric, percent")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def parse(flags: Sequence[str]) -> tuple[ReproductionArguments, list[str]]:
+    """The arguments, and the flags that are passed on to each run; exits with code 2 if they are wrong."""
+    made = Parser(
+        ReproductionArguments,  # type: ignore[arg-type]
+        prog="kadapter reproduce",
+        description="Compares a backbone alone, with untrained and with trained adapters on tasks. All other flags are passed "
+        "on to `kadapter finetune`. Finished runs are not repeated, and a stopped one goes on, if the command is given again.",
+        allow_abbrev=False,
+    )
+    try:
+        arguments, rest = made.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
+    except ValueError as error:
+        made.error(str(error))
+    return arguments, rest

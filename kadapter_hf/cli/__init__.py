@@ -26,9 +26,8 @@ app = typer.Typer(
 app.add_typer(prepare, name="prepare")
 # Its flags and its --help come from transformers.
 flags = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-for command in (pretrain, finetune):
+for command in (pretrain, finetune, reproduce):
     app.command(context_settings=flags)(command)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(reproduce)
 for command in (evaluate, predict, combine, convert, info, push, pull):
     app.command(no_args_is_help=True)(command)
 

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 from rich.console import Console
 
-from ..messages import is_repo_id, sentence
+from ..messages import did_you_mean, is_repo_id, sentence
 from ..modeling.format_kadapter import KAdapterLoadError
 
 
@@ -56,6 +56,14 @@ def check_new(output: Path) -> None:
 
 def print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=2))
+
+
+def checked_task(task: str | None) -> str | None:
+    from ..tasks import TASKS  # imported here, as it takes a moment
+
+    if task is not None and task not in TASKS:
+        raise typer.BadParameter(f"'{task}' is not one of {', '.join(TASKS)}.{did_you_mean(task, TASKS)}")
+    return task
 
 
 def _checked_repo(repo: str) -> str:

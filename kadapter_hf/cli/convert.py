@@ -1,5 +1,6 @@
 """`kadapter convert`: converts checkpoints of the original release to K-Adapter repositories."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from ..conversion import Conversion, convert as run, verify as compare
 from ..conversion.original import Source
 from ..modeling.format_kadapter import file_of
-from ._common import AsJson, plain_errors, print_json
+from ._common import AsJson, checked_task, plain_errors, print_json
 
 
 NAMES_SHOWN = 20
@@ -48,6 +49,15 @@ def convert(
         Path | None,
         typer.Option(show_default=False, help="The backbone of a fine-tuned model: its pytorch_pretrained_model.bin."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            callback=checked_task,
+            show_default=False,
+            help="The task of a fine-tuned model, e.g. open-entity or tacred: records its labels and markers, for predictions "
+            "and pipelines.",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read input and output again afterwards and compare all tensors.")
     ] = False,
@@ -58,7 +68,8 @@ def convert(
 
     Example: `kadapter convert fac-adapter/pytorch_model.bin --output factual-adapter --verify`
 
-    Example: `kadapter convert pytorch_model.bin --backbone-weights pytorch_pretrained_model.bin --output tacred-model`
+    Example: `kadapter convert pytorch_model.bin --backbone-weights pytorch_pretrained_model.bin --task tacred
+    --output tacred-model`
     """
     with plain_errors():
         made = run(
@@ -70,6 +81,7 @@ def convert(
             backbone=backbone,
             with_head=with_head,
             backbone_weights=backbone_weights,
+            **recorded(task),
         )
         if not as_json:
             show(made)
@@ -78,6 +90,17 @@ def convert(
         print_json(described(made, verified))
     elif verified is not None:
         Console().print(f"Verified: {verified:,} tensors are identical to those of the checkpoint, bit for bit.")
+
+
+def recorded(name: str | None) -> dict[str, Any]:
+    """The arguments of the conversion that say what the task is."""
+    if name is None:
+        return {}
+    from ..tasks import TASKS
+
+    task = TASKS[name]
+    settings = {"name": name, "schema": task.schema.name, "max_length": task.paper["max_length"]}
+    return {"task": settings | asdict(task.options()), "labels": task.labels}
 
 
 def numbers(layers: str) -> list[int]:

@@ -6,22 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ..messages import did_you_mean
-from ._common import AsJson, plain_errors, print_json
-
-
-def _checked_task(task: str) -> str:
-    from ..tasks import TASKS
-
-    if task not in TASKS:
-        raise typer.BadParameter(f"'{task}' is not one of {', '.join(TASKS)}.{did_you_mean(task, TASKS)}")
-    return task
+from ._common import AsJson, checked_task, plain_errors, print_json
 
 
 TaskName = Annotated[
     str,
     typer.Argument(
-        callback=_checked_task, show_default=False, help="The task; `kadapter finetune --help` lists all of them."
+        callback=checked_task, show_default=False, help="The task; `kadapter finetune --help` lists all of them."
     ),
 ]
 Model = Annotated[str, typer.Option(help="The fine-tuned model: a folder, or a repository on the Hub.")]

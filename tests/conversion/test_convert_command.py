@@ -224,6 +224,24 @@ def test_a_fine_tuned_model_keeps_its_changed_backbone(save, tmp_path, backbone,
     assert torch.equal(bias, changed["model.encoder.layer.1.output.dense.bias"])
 
 
+def test_the_labels_and_markers_of_a_task_are_recorded(save, tmp_path, backbone):
+    weights = save(backbone_file(backbone), "pytorch_pretrained_model.bin")
+    out = tmp_path / "out"
+    arguments = ("--output", out, "--backbone", backbone, "--backbone-weights", weights, "--task", "open-entity")
+    result = run(save(fine_tuned()), *arguments)
+    assert result.exit_code == 0, result.output
+    config = AutoModelForSequenceClassification.from_pretrained(out).config
+    assert config.task == {"name": "open-entity", "schema": "typing", "max_length": 256, "marker": " @"}
+    assert [config.id2label[number] for number in (0, 7)] == ["entity", "person"]
+
+
+def test_a_task_with_another_number_of_labels_is_refused(save, tmp_path, backbone):
+    weights = save(backbone_file(backbone), "pytorch_pretrained_model.bin")
+    arguments = ("--output", tmp_path / "out", "--backbone", backbone, "--backbone-weights", weights)
+    result = run(save(fine_tuned(labels=5)), *arguments, "--task", "open-entity")
+    assert result.exit_code == 1 and "the checkpoint has 5 labels, not 9" in words(result.output)
+
+
 def test_a_backbone_that_was_not_changed_is_not_stored_twice(save, tmp_path, backbone):
     content = fine_tuned() | backbone_file(backbone)
     for name in ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"):

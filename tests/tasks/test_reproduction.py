@@ -1,0 +1,124 @@
+"""The comparison of models over tasks and seeds: what is run, what is not run again, and the tables."""
+
+import csv
+import json
+import re
+
+import pytest
+from conftest import small_adapter
+from samples import write_sample
+from typer.testing import CliRunner
+
+from kadapter_hf import KAdapterModel
+from kadapter_hf.cli import app
+
+
+FLAGS = (
+    *("--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"),
+    *("--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true", "--max_length", "64"),
+)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, backbones):
+    """The flags of a comparison, and the result of running it."""
+    folder = tmp_path_factory.mktemp("comparison")
+    for name in ("factual", "linguistic"):
+        model = KAdapterModel.from_backbone(backbones["roberta"], {name: small_adapter()})
+        model.save_pretrained(folder / name)
+    data = [f"{task}={write_sample(task, folder / task)}" for task in ("open-entity", "cosmos-qa")]
+    adapters = [str(folder / name) for name in ("factual", "linguistic")]
+    flags = [
+        "reproduce",
+        "--output_dir",
+        str(folder / "runs"),
+        "--seeds",
+        "1",
+        "2",
+        "--data",
+        *data,
+        "--adapters",
+        *adapters,
+    ]
+    flags += ["--models", "backbone", "untrained", "factual+linguistic", *FLAGS]
+    return flags, folder / "runs", CliRunner().invoke(app, flags)
+
+
+def test_each_task_model_and_seed_has_a_run(compared):
+    _, folder, result = compared
+    assert result.exit_code == 0, result.output
+    found = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("metrics.json")}
+    assert found == {
+        f"{task}/{model}/seed-{seed}"
+        for task in ("open-entity", "cosmos-qa")
+        for model in ("backbone", "untrained", "factual+linguistic")
+        for seed in (1, 2)
+    }
+
+
+def test_the_models_differ_in_their_adapters_alone(compared):
+    _, folder, _ = compared
+    adapters = {}
+    for model in ("backbone", "untrained", "factual+linguistic"):
+        config = json.loads((folder / "open-entity" / model / "seed-1" / "config.json").read_text())
+        adapters[model] = config["knowledge_adapters"]
+    assert adapters["backbone"] == {}
+    assert set(adapters["untrained"]) == {"untrained1", "untrained2"}
+    assert set(adapters["factual+linguistic"]) == {"factual", "linguistic"}
+    sizes = {
+        name: [of_one[name] for part in adapters.values() for of_one in part.values()] for name in ("hidden_size",)
+    }
+    assert set(sizes["hidden_size"]) == {16}
+
+
+def test_the_table_has_the_mean_the_deviation_and_the_papers_figure(compared):
+    _, folder, result = compared
+    with open(folder / "results.csv", newline="") as file:
+        rows = {(row["task"], row["model"]): row for row in csv.DictReader(file)}
+    both = rows["open-entity", "factual+linguistic"]
+    values = [
+        100
+        * json.loads((folder / f"open-entity/factual+linguistic/seed-{seed}/metrics.json").read_text())["test"][
+            "micro_f1"
+        ]
+        for seed in (1, 2)
+    ]
+    assert float(both["mean"]) == pytest.approx(sum(values) / 2, abs=0.01)
+    assert float(both["standard_deviation"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5, abs=0.01)
+    assert (both["paper"], rows["open-entity", "backbone"]["paper"]) == ("77.61", "76.23")
+    assert rows["open-entity", "untrained"]["paper"] == "76.17" and rows["cosmos-qa", "untrained"]["paper"] == ""
+    assert re.search(
+        r"\| open-entity \| micro f1 \| factual\+linguistic \| 2 \| \d+\.\d ± \d+\.\d+ \| 77\.61 \|", result.output
+    )
+    assert (folder / "results.png").exists()
+
+
+def test_finished_runs_are_not_repeated(compared):
+    flags, folder, _ = compared
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")}
+    changed = folder / "open-entity" / "backbone" / "seed-2" / "metrics.json"
+    changed.unlink()
+    for path in changed.parent.iterdir():
+        path.unlink()
+    result = CliRunner().invoke(app, flags)
+    assert result.exit_code == 0 and "Run 2 of 12: open-entity, backbone, seed 2" in result.output
+    assert result.output.count("Run ") == 1
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")}
+    assert {path for path in before if before[path] != after[path]} == {changed}
+
+
+def test_weights_of_finished_runs_are_deleted(compared):
+    assert not list(compared[1].rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "flags, said, code",
+    [
+        (["--models", "linguist"], "there are backbone, untrained, factual, linguistic, factual+linguistic", 1),
+        (["--data", "open-entity"], "--data takes TASK=SOURCE, but there is no source for 'open-entity'", 2),
+        (["--data", "open-entitty=x"], "Did you mean 'open-entity'?", 2),
+    ],
+)
+def test_wrong_flags_are_one_sentence(flags, said, code, compared):
+    result = CliRunner().invoke(app, [*compared[0], *flags])
+    assert result.exit_code == code and said in result.output
