@@ -360,9 +360,7 @@ def _new_model(task: Task, arguments: FinetuningArguments, labels: Sequence[str]
     backbone = arguments.backbone or next((name for name in recorded if name), None)
     if backbone is None:
         if sources:
-            raise KAdapterLoadError(
-                f"'{arguments.adapters[0]}' does not name its backbone: specify it with --backbone."
-            )  # type: ignore[index]
+            raise KAdapterLoadError(f"'{', '.join(sources)}' does not name its backbone: specify it with --backbone.")
         backbone = DEFAULT_BACKBONE
     fields: dict[str, Any] = {"freeze_backbone": arguments.freeze_backbone}
     if labels:

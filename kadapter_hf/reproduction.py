@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -99,7 +100,7 @@ def flags_by_model(arguments: ReproductionArguments) -> dict[str, tuple[str, ...
     adapters = {name: f"{name}={source}" for name, (source, _) in found.items()}
     first, config = next(iter(found.values()))
     backbone = ("--backbone", str(config.backbone_name_or_path))
-    models = {BACKBONE: backbone}
+    models: dict[str, tuple[str, ...]] = {BACKBONE: backbone}
     if arguments.multitask is not None:
         models[MULTITASK] = ("--backbone", arguments.multitask)
     models[UNTRAINED] = ("--untrained_adapters", str(len(adapters)), "--untrained_like", first)
@@ -152,7 +153,7 @@ def results_of(runs: Sequence[Run]) -> dict[tuple[str, str], list[float]]:
     for run in runs:
         path = run.folder / "metrics.json"
         if path.exists():
-            metrics = read_json(path, dict)
+            metrics: dict[str, Any] = read_json(path, dict)
             split = metrics.get("test", metrics["validation"])
             found.setdefault((run.task, run.model), []).append(100 * split[TASKS[run.task].metric])
     return found
@@ -164,7 +165,7 @@ def write_tables(runs: Sequence[Run], arguments: ReproductionArguments) -> None:
     published = published_names(arguments)
     tasks = list(dict.fromkeys(run.task for run in runs))
     models = list(dict.fromkeys(run.model for run in runs))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for task in tasks:
         for model in models:
             values = found.get((task, model))

@@ -100,7 +100,7 @@ class MarkedEntityPipeline(ChunkPipeline):
             start, end = span
             if not 0 <= start < end <= len(text) or not text[start:end].strip():
                 raise ValueError(f"the span [{start}, {end}] is empty or outside the text of {len(text)} characters.")
-        ordered = sorted(spans)
+        ordered = sorted(list(span) for span in spans)
         if any(second[0] < first[1] for first, second in zip(ordered, ordered[1:], strict=False)):
             raise ValueError(f"the spans {ordered} overlap; only entities of different inputs may.")
         return [list(span) for span in spans]

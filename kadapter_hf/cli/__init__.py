@@ -26,8 +26,9 @@ app = typer.Typer(
 app.add_typer(prepare, name="prepare")
 # Its flags and its --help come from transformers.
 flags = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-for command in (pretrain, finetune, reproduce):
-    app.command(context_settings=flags)(command)
+app.command(context_settings=flags)(pretrain)
+app.command(context_settings=flags)(finetune)
+app.command(context_settings=flags)(reproduce)
 for command in (evaluate, predict, combine, convert, info, push, pull):
     app.command(no_args_is_help=True)(command)
 

@@ -62,6 +62,7 @@ class ClassificationTask(Task):
     """Rows with `text`, `label` and perhaps `text_pair`."""
 
     schema = CLASSIFICATION
+    features = staticmethod(classification_features)
     model_class = KAdapterForSequenceClassification
     # Not in the paper: common values for RoBERTa.
     paper = {
@@ -79,9 +80,6 @@ class ClassificationTask(Task):
             "text_pair": find(record, ("text_pair", "sentence2", "text2")),
             "label": label if label is None or isinstance(label, str) else str(label),
         }
-
-    def features(self, batch, tokenizer, labels, *, max_length=None):
-        return classification_features(batch, tokenizer, labels, max_length=max_length)
 
     def metrics(self, labels: Sequence[str]):
         require_scikit_learn()

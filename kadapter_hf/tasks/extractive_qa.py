@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -182,13 +182,14 @@ class ExtractiveQATask(Task):
     """
 
     schema = EXTRACTIVE_QA
+    features = staticmethod(extractive_qa_features)
     model_class = KAdapterForQuestionAnswering
-    options: type[Options] = ExtractiveQAOptions
+    options: ClassVar[type[Options]] = ExtractiveQAOptions
     feature_options = ("stride",)
     metric = "f1"
     group = "context"
     # Not in the paper for data of your own.
-    paper: Mapping[str, Any] = {
+    paper: ClassVar[Mapping[str, Any]] = {
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-5,
         "warmup_steps": 0,
@@ -235,10 +236,7 @@ class ExtractiveQATask(Task):
                 rows = rows.select(kept)
         return rows
 
-    def features(self, batch, tokenizer, labels, *, stride=64, max_length=None):
-        return extractive_qa_features(batch, tokenizer, max_length=max_length, stride=stride)
-
-    def metrics_on(self, rows: Dataset, features: Dataset, labels: Sequence[str], options: Options):
+    def metrics_on(self, rows, features, labels, options: ExtractiveQAOptions):  # type: ignore[override]
         right: dict[str, set[str]] = defaultdict(set)
         for name, answers in zip(rows["id"], rows["answers"], strict=True):
             right[name].update(answers["text"])

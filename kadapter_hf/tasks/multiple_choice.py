@@ -1,7 +1,7 @@
 """The right one of several answers to a question about a text, from tables of your own."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -17,7 +17,7 @@ from .task import Options, Task, register_task, softmax
 
 def multiple_choice_problem(row: Row) -> str | None:
     """The problem with a row of the multiple-choice schema, or None."""
-    choices = row.get("choices")
+    choices = row.get("choices") or ()
     if not is_list(choices, lambda choice: isinstance(choice, str)) or len(choices) < 2:
         return "choices is not a list of at least two texts"
     if "label" in row and not (type(row["label"]) is int and 0 <= row["label"] < len(choices)):
@@ -56,11 +56,12 @@ class MultipleChoiceTask(Task):
     """
 
     schema = MULTIPLE_CHOICE
+    features = staticmethod(multiple_choice_features)
     model_class = KAdapterForMultipleChoice
     collator = DataCollatorForChoices
     group = "context"
     # For data of your own: as for CosmosQA.
-    paper: Mapping[str, Any] = {
+    paper: ClassVar[Mapping[str, Any]] = {
         "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 4,
         "learning_rate": 1e-5,
@@ -93,9 +94,6 @@ class MultipleChoiceTask(Task):
         if len(numbers) > 1:
             raise ValueError(f"all rows must have the same number of choices, but there are rows with {numbers}.")
         return rows
-
-    def features(self, batch, tokenizer, labels, *, max_length=None):
-        return multiple_choice_features(batch, tokenizer, max_length=max_length)
 
     def metrics(self, labels: Sequence[str]):
         return accuracy

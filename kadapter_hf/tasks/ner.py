@@ -25,7 +25,7 @@ def tagging_problem(row: Row) -> str | None:
         return "tokens is not a list of words"
     if "tags" not in row:
         return None
-    if not is_list(row["tags"], lambda tag: isinstance(tag, str) and re.fullmatch(r"[\w.:/&-]+", tag)):
+    if not is_list(row["tags"], lambda tag: isinstance(tag, str) and bool(re.fullmatch(r"[\w.:/&-]+", tag))):
         return "tags is not a list of names such as O, B-PER, I-PER"
     return None if len(row["tags"]) == len(row["tokens"]) else "tokens and tags differ in length"
 
@@ -101,6 +101,7 @@ class NERTask(Task):
 
     schema = TAGGING
     endings = (".conll", ".bio", ".iob2", ".txt", *TABLES)
+    features = staticmethod(tagging_features)
     model_class = KAdapterForTokenClassification
     collator = DataCollatorForTokenClassification
     metric = "f1"
@@ -120,9 +121,6 @@ class NERTask(Task):
         tags = parsed(find(record, ("tags", "ner_tags", "labels")))
         return {"tokens": parsed(needed(record, ("tokens", "words"))), "tags": tags}
 
-    def features(self, batch, tokenizer, labels, *, max_length=None):
-        return tagging_features(batch, tokenizer, labels, max_length=max_length)
-
     def metrics_on(self, rows: Dataset, features: Dataset, labels: Sequence[str], options: Options):
         def compute(prediction: EvalPrediction) -> dict[str, float]:
             logits = prediction.predictions
@@ -140,7 +138,7 @@ class NERTask(Task):
 
         return compute
 
-    def cases(self, value: Sequence[str]) -> set[tuple]:  # type: ignore[override]
+    def cases(self, value: Sequence[str]) -> set[tuple]:
         return spans(value)
 
     def predictions(self, logits, rows, features, labels, options):

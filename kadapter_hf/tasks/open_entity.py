@@ -1,7 +1,8 @@
 """OpenEntity with 9 types (paper, section 4.1; `examples/run_finetune_openentity_adapter.py` in the original)."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..corpora.schema import Row, read_json
 from .records import Named, needed
@@ -13,18 +14,35 @@ from .typing import TypingTask
 class OpenEntity(TypingTask):
     """JSON files with a list of `{"sent", "start", "end", "labels"}`; `end` is exclusive."""
 
-    endings = (".json",)
-    labels = ["entity", "location", "time", "organization", "object", "event", "place", "person", "group"]
+    endings: ClassVar[tuple[str, ...]] = (".json",)
+    labels: ClassVar[Sequence[str] | None] = [
+        "entity",
+        "location",
+        "time",
+        "organization",
+        "object",
+        "event",
+        "place",
+        "person",
+        "group",
+    ]
     # The learning rate is the paper's and the README's; the original's script has 1e-4, with which others got 68.7. The
     # number of epochs is that of the script's 12,000 steps.
-    paper = {
+    paper: ClassVar[Mapping[str, Any]] = {
         "per_device_train_batch_size": 4,
         "learning_rate": 5e-6,
         "warmup_steps": {"F": 500, "L": 1000, "F+L": 1000},
         "num_train_epochs": 24,
         "max_length": 256,
     }
-    published = {"": 76.23, "multitask": 76.97, "untrained": 76.17, "F": 77.53, "L": 76.89, "F+L": 77.61}
+    published: ClassVar[Mapping[str, float]] = {
+        "": 76.23,
+        "multitask": 76.97,
+        "untrained": 76.17,
+        "F": 77.53,
+        "L": 76.89,
+        "F+L": 77.61,
+    }
 
     def records(self, path: Path) -> Named:
         for number, record in enumerate(read_json(path, list)):

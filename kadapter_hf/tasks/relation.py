@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any, ClassVar
 
 from ..corpora.schema import RELATION, Row
 from ..features import relation_features
@@ -42,11 +40,12 @@ class RelationTask(Task):
     """
 
     schema = RELATION
+    features = staticmethod(relation_features)
     model_class = KAdapterForRelationClassification
-    options: type[Options] = RelationOptions
+    options: ClassVar[type[Options]] = RelationOptions
     metric = "micro_f1"
     # Not in the paper for data of your own: those for TACRED with one adapter.
-    paper: Mapping[str, Any] = {
+    paper: ClassVar[Mapping[str, Any]] = {
         "per_device_train_batch_size": 32,
         "learning_rate": 1e-5,
         "warmup_steps": 0.1,
@@ -62,18 +61,6 @@ class RelationTask(Task):
             "object": span(record, text, OBJECT),
             "relation": find(record, ("relation", "label", "rel")),
         }
-
-    def features(
-        self,
-        batch: Mapping[str, Sequence[Any]],
-        tokenizer: PreTrainedTokenizerBase,
-        labels: Sequence[str],
-        *,
-        markers: Sequence[str] = ("@", "#"),
-        max_length: int | None = None,
-    ) -> dict[str, list]:
-        subject, object_ = markers
-        return relation_features(batch, tokenizer, labels, markers=(subject, object_), max_length=max_length)
 
     def metrics(self, labels: Sequence[str]):
         require_scikit_learn()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..corpora.schema import Row
 from ..corpora.semeval import records as tagged_records
@@ -36,7 +36,7 @@ class SemEval(RelationTask):
     # In the order of the original.
     labels = [f"{name}({direction})" for name in TYPES for direction in ("e1,e2", "e2,e1")] + ["Other"]
     metric = "macro_f1"
-    paper: Mapping[str, Any] = RelationTask.paper | {"max_length": 128}
+    paper: ClassVar[Mapping[str, Any]] = {**RelationTask.paper, "max_length": 128}
 
     def records(self, path: Path) -> Named:
         for name, row in tagged_records(path):

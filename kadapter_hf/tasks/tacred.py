@@ -64,12 +64,12 @@ class Tacred(RelationTask):
             # Ends are inclusive in TACRED.
             subject = (record["subj_start"], record["subj_end"] + 1)
             object_ = (record["obj_start"], record["obj_end"] + 1)
-            row = relation_row(record["token"], subject, object_, record.get("relation"))
+            row = relation_row(record["token"], subject, object_, record.get("relation", ""))
         except MALFORMED as error:
             raise RowProblem(f"not a record of TACRED: {type(error).__name__} {error}") from None
         if isinstance(row, str):
             raise RowProblem(row)
-        return row
+        return {**row, "relation": record.get("relation")}
 
     def used_rows(self, rows: Dataset, options: TacredOptions, training: bool) -> Dataset:  # type: ignore[override]
         if not training or not options.negative_sample:

@@ -54,8 +54,10 @@ class Task:
     Attributes:
         schema: the columns of a row.
         endings: those of its files.
+        features: `features(batch, tokenizer, labels=…, max_length=…)`, like those in `kadapter_hf.features`, which also takes
+            the task's options; called without `labels` if there are none. A static method.
         model_class: the class with the head.
-        collator: makes the collator from the tokenizer.
+        collator: the class of the collator, which takes the tokenizer.
         options: the class of its flags.
         feature_options: the names of those that `features` takes; by default all.
         labels: all labels in a fixed order, or None if they are those in the data.
@@ -69,8 +71,9 @@ class Task:
 
     schema: ClassVar[Schema]
     endings: ClassVar[tuple[str, ...]] = TABLES
+    features: ClassVar[Callable[..., dict[str, list]]]
     model_class: ClassVar[type[KAdapterPreTrainedModel]]
-    collator: ClassVar[Callable[[PreTrainedTokenizerBase], Any]] = DataCollatorWithPadding
+    collator: ClassVar[type[Any]] = DataCollatorWithPadding
     options: ClassVar[type[Options]] = Options
     feature_options: ClassVar[Sequence[str] | None] = None
     labels: ClassVar[Sequence[str] | None] = None
@@ -164,12 +167,6 @@ class Task:
             return list(self.labels)
         return sorted({label for rows in splits.values() for row in rows for label in self._labels_of(row)})
 
-    def features(
-        self, batch: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], **kwargs
-    ) -> dict[str, list]:
-        """The features of a batch of rows, as the functions of `kadapter_hf.features`; `kwargs` are the task's options."""
-        raise NotImplementedError
-
     def encode(
         self,
         rows: Dataset,
@@ -182,9 +179,9 @@ class Task:
         given = asdict(options or self.options())
         taken = self.feature_options
         kwargs = {name: value for name, value in given.items() if taken is None or name in taken}
-        return encode(
-            rows, self.features, tokenizer, labels=labels, max_length=max_length, keep_numbers=True, **kwargs
-        )
+        if labels:
+            kwargs["labels"] = labels
+        return encode(rows, self.features, tokenizer, max_length=max_length, keep_numbers=True, **kwargs)
 
     def used_rows(self, rows: Dataset, options: Options, training: bool) -> Dataset:
         """The rows to train or to evaluate on; by default all."""

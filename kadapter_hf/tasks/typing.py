@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from ..corpora.schema import TYPING, Row
 from ..features import typing_features
@@ -32,11 +31,12 @@ class TypingTask(Task):
     """
 
     schema = TYPING
+    features = staticmethod(typing_features)
     model_class = KAdapterForEntityTyping
-    options: type[Options] = TypingOptions
+    options: ClassVar[type[Options]] = TypingOptions
     metric = "micro_f1"
     # For data of your own: as for OpenEntity.
-    paper: Mapping[str, Any] = {
+    paper: ClassVar[Mapping[str, Any]] = {
         "per_device_train_batch_size": 4,
         "learning_rate": 5e-6,
         "warmup_steps": 0.05,
@@ -52,17 +52,6 @@ class TypingTask(Task):
             "entity": span(record, text, ("entity", "mention", "name")),
             "types": None if types is None else names_in(types),
         }
-
-    def features(
-        self,
-        batch: Mapping[str, Sequence[Any]],
-        tokenizer: PreTrainedTokenizerBase,
-        labels: Sequence[str],
-        *,
-        marker: str = " @",
-        max_length: int | None = None,
-    ) -> dict[str, list]:
-        return typing_features(batch, tokenizer, labels, marker=marker, max_length=max_length)
 
     def metrics(self, labels: Sequence[str]):
         return typing_metrics
