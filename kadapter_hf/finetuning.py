@@ -251,7 +251,7 @@ def evaluate(
     """
     task = task_of(model, task)
     options = options_of(model, task)
-    labels = labels_of(model)
+    labels = labels_of(model, task)
     features = task.encode(rows, tokenizer, labels, (model.config.task or {}).get("max_length"), options)
     has_labels = task.schema.labels in rows.column_names
     compute = task.metrics_on(rows, features, labels, options) if has_labels else None
@@ -280,8 +280,10 @@ def options_of(model: KAdapterPreTrainedModel, task: Task) -> Options:
     return task.options(**{name: value for name, value in (model.config.task or {}).items() if name in names})
 
 
-def labels_of(model: KAdapterPreTrainedModel) -> list[str]:
-    """The labels in the order of the model's outputs."""
+def labels_of(model: KAdapterPreTrainedModel, task: Task) -> list[str]:
+    """The labels in the order of the model's outputs; empty for a task without labels."""
+    if not task.has_labels:
+        return []
     return [label for _, label in sorted((model.config.id2label or {}).items())]
 
 

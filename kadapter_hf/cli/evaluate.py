@@ -128,7 +128,7 @@ def _run(task: str, model: str, rows, batch_size: int):
             folder, per_device_eval_batch_size=batch_size, report_to="none", dataloader_pin_memory=False
         )
         found, metrics = run(loaded, load_tokenizer(model), rows, arguments, TASKS[task])
-    return found, metrics, labels_of(loaded)
+    return found, metrics, labels_of(loaded, TASKS[task])
 
 
 def _write_json(path: Path, content) -> None:

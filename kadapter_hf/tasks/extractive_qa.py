@@ -182,6 +182,7 @@ class ExtractiveQATask(Task):
     """
 
     schema = EXTRACTIVE_QA
+    has_labels = False
     features = staticmethod(extractive_qa_features)
     model_class = KAdapterForQuestionAnswering
     options: ClassVar[type[Options]] = ExtractiveQAOptions
@@ -215,9 +216,6 @@ class ExtractiveQATask(Task):
         name = str(name) if name is not None else f"{question}\n{context}"
         return {"id": name, "question": question, "context": context, "answers": _answers(record, context)}
 
-    def labels_in(self, splits: Mapping[str, Dataset]) -> list[str]:
-        return []
-
     def used_rows(self, rows: Dataset, options: ExtractiveQAOptions, training: bool) -> Dataset:  # type: ignore[override]
         if options.max_passages is not None:
             seen: Counter[str] = Counter()
@@ -250,9 +248,6 @@ class ExtractiveQATask(Task):
             return {"exact_match": float(em), "f1": float(f1)}
 
         return compute
-
-    def cases(self, value: Any) -> None:
-        return None
 
     def submission(self, rows: Dataset, found: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
         """The answer to each question, as the scorer of SQuAD takes them."""

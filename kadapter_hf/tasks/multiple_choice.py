@@ -56,6 +56,7 @@ class MultipleChoiceTask(Task):
     """
 
     schema = MULTIPLE_CHOICE
+    has_labels = False
     features = staticmethod(multiple_choice_features)
     model_class = KAdapterForMultipleChoice
     collator = DataCollatorForChoices
@@ -86,9 +87,6 @@ class MultipleChoiceTask(Task):
             "label": _number(find(record, ("label", "answer", "answer_index"))),
         }
 
-    def labels_in(self, splits: Mapping[str, Any]) -> list[str]:
-        return []
-
     def used_rows(self, rows: Dataset, options: Options, training: bool) -> Dataset:
         numbers = sorted({len(choices) for choices in rows["choices"]})
         if len(numbers) > 1:
@@ -97,9 +95,6 @@ class MultipleChoiceTask(Task):
 
     def metrics(self, labels: Sequence[str]):
         return accuracy
-
-    def cases(self, value: Any) -> None:
-        return None
 
     def prediction(self, logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
         probabilities = softmax(logits)

@@ -60,6 +60,7 @@ class Task:
         collator: the class of the collator, which takes the tokenizer.
         options: the class of its flags.
         feature_options: the names of those that `features` takes; by default all.
+        has_labels: whether the head has an output for each of a set of labels.
         labels: all labels in a fixed order, or None if they are those in the data.
         metric: the metric by which the best checkpoint is chosen.
         paper: flags of TrainingArguments, and `max_length`. A dict instead of a value has one for each combination of
@@ -76,6 +77,7 @@ class Task:
     collator: ClassVar[type[Any]] = DataCollatorWithPadding
     options: ClassVar[type[Options]] = Options
     feature_options: ClassVar[Sequence[str] | None] = None
+    has_labels: ClassVar[bool] = True
     labels: ClassVar[Sequence[str] | None] = None
     metric: ClassVar[str] = "accuracy"
     paper: ClassVar[Mapping[str, Any]] = {}
@@ -163,6 +165,8 @@ class Task:
 
     def labels_in(self, splits: Mapping[str, Dataset]) -> list[str]:
         """The labels, in the order of the model's outputs: the task's, or those in the data, sorted."""
+        if not self.has_labels:
+            return []
         if self.labels is not None:
             return list(self.labels)
         return sorted({label for rows in splits.values() for row in rows for label in self._labels_of(row)})
@@ -230,6 +234,8 @@ class Task:
         The cases in a label or a prediction, each with its class first, to be counted by class; None for tasks without
         classes.
         """
+        if not self.has_labels:
+            return None
         return {(value,)} if isinstance(value, str) else {(label,) for label in value}
 
     def submission(self, rows: Dataset, found: Mapping[int, dict[str, Any]]) -> tuple[str, str] | None:
