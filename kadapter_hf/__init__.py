@@ -34,6 +34,7 @@ from .modeling.heads_kadapter import (
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .modeling.pipelines_kadapter import PIPELINES as _PIPELINES, EntityTypingPipeline, RelationClassificationPipeline
 from .modeling.registry_kadapter import register_head
+from .trees import DependencyParsingPipeline, draw_tree
 
 
 try:
@@ -43,6 +44,9 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 _AutoConfig.register(KAdapterConfig.model_type, KAdapterConfig, exist_ok=True)
 _AutoModel.register(KAdapterConfig, KAdapterModel, exist_ok=True)
+_PIPELINE_REGISTRY.register_pipeline(
+    "dependency-parsing", DependencyParsingPipeline, pt_model=KAdapterForDependencyParsing
+)
 for _task, _pipeline in _PIPELINES.values():
     _PIPELINE_REGISTRY.register_pipeline(_task, _pipeline, pt_model=_AutoModelForSequenceClassification)
 # Methods that code loaded from a repository lacks: model cards, and Hub pushes with checks.
@@ -77,6 +81,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "BackboneMismatchError",
     "DependencyParserOutput",
+    "DependencyParsingPipeline",
     "Encoded",
     "EntityTypingPipeline",
     "HeadModel",
@@ -97,6 +102,7 @@ __all__ = [
     "KnowledgeFusion",
     "RelationClassificationPipeline",
     "cross_entropy",
+    "draw_tree",
     "register_fusion",
     "register_head",
 ]

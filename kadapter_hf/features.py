@@ -205,8 +205,8 @@ def dependency_features(
     Rows with too long a sentence or with a word without tokens are dropped, because trees can't be truncated.
 
     Returns:
-        `input_ids`, `attention_mask`, `word_starts` (each word's first token), `head_labels` (0 for the root, otherwise
-        the number of the head, starting at 1), `relation_labels`, and `row`.
+        `input_ids`, `attention_mask`, `word_starts` (each word's first token), `row`, and if the rows have trees `head_labels`
+        (0 for the root, otherwise the number of the head, starting at 1) and `relation_labels`.
     """
     pieces = []
     for row, tokens in enumerate(batch["tokens"]):
@@ -220,7 +220,7 @@ def dependency_features(
     tokenized = iter(tokenize(pieces, tokenizer))
     before, after = special_tokens(tokenizer)
     most = most_tokens(tokenizer, max_length)
-    names = ("input_ids", "attention_mask", "word_starts", "head_labels", "relation_labels", "row")
+    names = ("input_ids", "attention_mask", "word_starts", "row")
     encoded: dict[str, list] = {name: [] for name in names}
     for row, tokens in enumerate(batch["tokens"]):
         words = [next(tokenized) for _ in tokens]
@@ -228,9 +228,13 @@ def dependency_features(
         ids = [*before, *itertools.chain(*words), *after]
         if len(ids) > most or [] in words:
             continue
-        relations = [index_of(labels, label, "relation") for label in batch["labels"][row]]
-        for name, value in zip(names, (ids, [1] * len(ids), starts, batch["heads"][row], relations, row), strict=True):
+        for name, value in zip(names, (ids, [1] * len(ids), starts, row), strict=True):
             encoded[name].append(value)
+    if "heads" in batch:
+        encoded["head_labels"] = [batch["heads"][row] for row in encoded["row"]]
+        encoded["relation_labels"] = [
+            [index_of(labels, label, "relation") for label in batch["labels"][row]] for row in encoded["row"]
+        ]
     return encoded
 
 

@@ -8,9 +8,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -19,7 +21,7 @@ from .features import load_tokenizer, most_tokens
 from .figures import warn_without_matplotlib
 from .hub import push_folder
 from .messages import did_you_mean
-from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
+from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
 from .modeling.fusion_kadapter import check_fusion
 from .modeling.heads_kadapter import KAdapterPreTrainedModel
@@ -231,32 +233,74 @@ def finetune(
     return results
 
 
+def load_finetuned(source: str, task: Task) -> tuple[KAdapterPreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A fine-tuned model and its tokenizer, from a folder or a repository.
+
+    Raises:
+        ValueError: the model was fine-tuned on a task of another kind.
+        OSError: it can't be loaded.
+    """
+    saved = next(iter(KAdapterConfig.from_pretrained(source).architectures), None)
+    if saved != task.model_class.__name__:
+        raise ValueError(f"'{task.name}' needs a {task.model_class.__name__}, but '{source}' is a {saved}.")
+    return task.model_class.from_pretrained(source), load_tokenizer(source)
+
+
 def evaluate(
     model: KAdapterPreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    training: TrainingArguments,
     task: Task | None = None,
+    batch_size: int = 32,
 ) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
     """
-    Predictions for rows of a task, by row number, and the metrics; none for rows without labels.
+    Predictions for rows of a task, by row number, and the metrics, if the rows have labels.
 
     Args:
+        rows: as `Task.read` returns them.
         task: by default the one that the model was fine-tuned on. How its input is made, e.g. the markers, comes from
             `model.config.task`.
-        training: batch size, precision and device.
 
     Raises:
         ValueError: the model was not fine-tuned on a task of this kind.
     """
     task = task_of(model, task)
-    options = options_of(model, task)
-    labels = labels_of(model, task)
+    options, labels = options_of(model, task), labels_of(model, task)
     features = task.encode(rows, tokenizer, labels, (model.config.task or {}).get("max_length"), options)
-    has_labels = task.schema.labels in rows.column_names
-    compute = task.metrics_on(rows, features, labels, options) if has_labels else None
-    trainer = Trainer(model, training, data_collator=task.collator(tokenizer), compute_metrics=compute)
-    return _predict(trainer, task, rows, features, labels, options)
+    with TemporaryDirectory() as folder:  # Trainer wants one
+        training = TrainingArguments(
+            folder,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = Trainer(model, training, data_collator=task.collator(tokenizer))
+        return _predict(trainer, task, rows, features, labels, options)
+
+
+def predict(
+    model: KAdapterPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    task: Task | None = None,
+    batch_size: int = 32,
+) -> list[dict[str, Any] | None]:
+    """
+    The prediction for each of a few rows, which have the columns that `kadapter predict` reads:
+
+        predict(model, tokenizer, [{"question": "Where is Rome?", "context": "Rome is in Italy."}])
+
+    Returns:
+        A dict with `prediction` and more for each row; None for a row that does not fit into the maximum length.
+
+    Raises:
+        ValueError: a row lacks something, or the model was not fine-tuned on a task of this kind.
+    """
+    task = task_of(model, task)
+    read, _ = task.read(Dataset.from_list(list(rows)), labelled=False)
+    found, _ = evaluate(model, tokenizer, read, task, batch_size)
+    return [found.get(number) for number in range(len(read))]
 
 
 def task_of(model: KAdapterPreTrainedModel, task: Task | None = None) -> Task:

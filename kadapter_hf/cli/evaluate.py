@@ -1,7 +1,6 @@
 """`kadapter evaluate` and `kadapter predict`: runs a fine-tuned model on rows of a task."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -116,18 +115,11 @@ def _rows(task: str, data: str, split: str, skip_bad_rows: bool):
 
 def _run(task: str, model: str, rows, batch_size: int):
     """The predictions by row, the metrics if the rows have labels, and the labels."""
-    from transformers import TrainingArguments
-
-    from ..features import load_tokenizer
-    from ..finetuning import evaluate as run, labels_of
+    from ..finetuning import evaluate as run, labels_of, load_finetuned
     from ..tasks import TASKS
 
-    loaded = TASKS[task].model_class.from_pretrained(model)
-    with TemporaryDirectory() as folder:  # Trainer wants one
-        arguments = TrainingArguments(
-            folder, per_device_eval_batch_size=batch_size, report_to="none", dataloader_pin_memory=False
-        )
-        found, metrics = run(loaded, load_tokenizer(model), rows, arguments, TASKS[task])
+    loaded, tokenizer = load_finetuned(model, TASKS[task])
+    found, metrics = run(loaded, tokenizer, rows, TASKS[task], batch_size)
     return found, metrics, labels_of(loaded, TASKS[task])
 
 

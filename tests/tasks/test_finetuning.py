@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import assert_same_weights, small_adapter
 from samples import FACTS, SAMPLES, files_of, write_sample
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from typer.testing import CliRunner
 
 from kadapter_hf import KAdapterModel
 from kadapter_hf.cli import app
-from kadapter_hf.finetuning import main
+from kadapter_hf.finetuning import main, predict
 from kadapter_hf.tasks import TASKS
 
 
@@ -134,3 +135,21 @@ def test_the_card_has_the_results(trained):
     _, folder, metrics = trained("open-entity")
     card = (folder / "README.md").read_text()
     assert "open-entity" in card and f"{metrics['test']['micro_f1']:.4f}" in card
+
+
+def test_a_question_is_answered_by_a_function(trained):
+    _, folder, _ = trained("extractive-qa")
+    model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text, subject, _, _ = FACTS[0]
+    (found,) = predict(model, tokenizer, [{"question": f"where is {subject} ?", "context": text}])
+    written = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])
+    assert found["prediction"] == written["prediction"] and found["prediction"] in text
+    with pytest.raises(ValueError, match="row 1: no context"):
+        predict(model, tokenizer, [{"question": "where ?"}])
+
+
+def test_a_model_of_another_kind_is_refused(trained):
+    _, folder, _ = trained("extractive-qa")
+    data, _, _ = trained("typing")
+    result = run("evaluate", "typing", "--model", folder, "--data", data)
+    assert result.exit_code == 1 and "is a KAdapterForQuestionAnswering" in result.output
