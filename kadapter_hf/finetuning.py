@@ -241,7 +241,7 @@ def load_finetuned(source: str, task: Task) -> tuple[KAdapterPreTrainedModel, Pr
         ValueError: the model was fine-tuned on a task of another kind.
         OSError: it can't be loaded.
     """
-    saved = next(iter(KAdapterConfig.from_pretrained(source).architectures), None)
+    saved = next(iter(KAdapterConfig.from_pretrained(source).architectures or []), None)
     if saved != task.model_class.__name__:
         raise ValueError(f"'{task.name}' needs a {task.model_class.__name__}, but '{source}' is a {saved}.")
     return task.model_class.from_pretrained(source), load_tokenizer(source)

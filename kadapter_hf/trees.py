@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers.pipelines.base import Pipeline
 
 from .modeling.parsing_kadapter import decode_parse
 
