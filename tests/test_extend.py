@@ -34,6 +34,7 @@ from kadapter_hf.corpora import CORPORA, Corpus
 from kadapter_hf.modeling.fusion_kadapter import FUSIONS
 from kadapter_hf.modeling.registry_kadapter import HEADS
 from kadapter_hf.objectives import OBJECTIVES
+from kadapter_hf.tasks import TASKS
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
@@ -48,7 +49,7 @@ def modules(tmp_path_factory):
     folder = tmp_path_factory.mktemp("modules")
     for name, block in MODULES.items():
         (folder / f"{name}.py").write_text(block, encoding="utf-8")
-    registries = (HEADS, FUSIONS, OBJECTIVES)
+    registries = (HEADS, FUSIONS, OBJECTIVES, TASKS)
     before = [dict(registry) for registry in registries]
     sys.path.insert(0, str(folder))
     yield folder
@@ -278,6 +279,27 @@ def test_own_objective_trains_an_adapter(modules, backbone, tmp_path, monkeypatc
     (program,) = (block for block in PROGRAMS if "pretraining" in block)
     exec(program, {})
     assert KAdapterModel.from_pretrained("titles-adapter").active_knowledge_adapters == ["titles"]
+
+
+def test_own_task_is_fine_tuned(modules, backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("scierc").mkdir()
+    for split in ("train", "dev", "test"):
+        rows = [
+            {"tokens": "the cat sat on the old mat".split(), "head": [1, 2], "tail": [5, 7], "label": label}
+            for label in ("Used-for", "Part-of")
+        ]
+        Path("scierc", f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    KAdapterModel.from_backbone(backbone, {"factual": small_adapter()}).save_pretrained("factual-adapter")
+    task = importlib.import_module("scierc")
+    flags = ["--max_steps", "2", "--use_cpu", "true", "--report_to", "none"]
+    monkeypatch.setattr(task, "main", lambda arguments, main=task.main: main([*arguments, *flags]))
+    (program,) = (block for block in PROGRAMS if "scierc" in block)
+    scope: dict = {}
+    exec(program, scope)
+    row = scope["rows"][0]
+    assert [row["text"][slice(*row[entity])] for entity in ("subject", "object")] == ["cat", "old mat"]
+    assert AutoModelForSequenceClassification.from_pretrained("scierc-model").config.task["name"] == "scierc"
 
 
 def test_own_corpus_becomes_a_data_set_and_a_report(modules, tmp_path, monkeypatch, capsys):
