@@ -165,12 +165,12 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     checkpoint = checkpoint_to_resume(training)
     set_seed(training.seed)
     source = "', '".join(arguments.data)  # as quoted in errors
-    rows = _train_and_eval_rows(task, arguments, training.seed)
+    rows = split_rows(task, arguments.data, arguments.eval_size, training.seed)
     labels = task.labels_of(rows["train"])
     if task.schema is not None and len(labels) < 2:
         raise ValueError(f"'{source}' has only the label {shortened(labels)}: at least two are needed.")
     if task.schema is not None:
-        rows["eval"] = _with_known_labels(rows["eval"], task.schema, set(labels))
+        rows["eval"] = known_labels(rows["eval"], task.schema, set(labels))
         if not len(rows["eval"]):
             raise ValueError(
                 f"'{source}': no held-out row is left, as their labels don't occur in training. Use more rows for each "
@@ -285,8 +285,9 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     return last
 
 
-def _train_and_eval_rows(task: Objective, arguments: PretrainingArguments, seed: int) -> dict[str, Dataset]:
-    loaded = [load_rows(data, task.schema) for data in arguments.data]
+def split_rows(objective: Objective, sources: Sequence[str], eval_size: float, seed: int) -> dict[str, Dataset]:
+    """The rows of all sources, joined, to train (`train`) and to evaluate (`eval`) on."""
+    loaded = [load_rows(data, objective.schema) for data in sources]
     splits = {
         name: concatenate_datasets([of_one[name] for of_one in loaded if name in of_one])
         for name in ("train", "validation", "test")
@@ -296,13 +297,13 @@ def _train_and_eval_rows(task: Objective, arguments: PretrainingArguments, seed:
         if name in splits:
             return {"train": splits["train"], "eval": splits[name]}
     if len(splits["train"]) < 2:
-        names = "', '".join(arguments.data)
+        names = "', '".join(sources)
         raise ValueError(f"'{names}' has {len(splits['train'])} rows, which is too few to train on.")
-    parts = splits["train"].train_test_split(arguments.eval_size, seed=seed)
+    parts = splits["train"].train_test_split(eval_size, seed=seed)
     return {"train": parts["train"], "eval": parts["test"]}
 
 
-def _with_known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:
+def known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:
     """Drops, with a warning, rows with labels that don't occur in training and so can't be predicted."""
     unknown = sorted(label_set(rows, schema) - known)
     if not unknown:

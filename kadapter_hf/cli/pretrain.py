@@ -16,6 +16,8 @@ def pretrain(
     """
     Train a knowledge adapter on a frozen backbone: `factual` (relations), `linguistic` (dependency trees) or `typing`.
 
+    `multitask` trains the backbone itself instead, on several of these objectives at once, as a baseline.
+
     All flags of transformers' TrainingArguments are supported too; `kadapter pretrain factual --help` lists them.
 
     Example: `kadapter pretrain factual --data fewrel --backbone FacebookAI/roberta-large --output_dir factual-adapter`
@@ -23,6 +25,9 @@ def pretrain(
     if objective in ("", "-h", "--help"):  # after an objective, --help lists all of its flags
         typer.echo(context.get_help())
         raise typer.Exit(0 if objective else 2)
+    if objective == "multitask":
+        _train_backbone(context.args)
+        return
     from ..objectives import OBJECTIVES  # imported here, as importing Trainer takes seconds
     from ..pretraining import parser, pretrain as run
 
@@ -44,3 +49,16 @@ def pretrain(
         typer.echo(f"{key.removeprefix('eval_')}: {value:.4f}")
     folder, name = str(training.output_dir), arguments.name or objective
     typer.echo(f"The adapter '{name}' is in {folder}. `kadapter info {shlex.quote(folder)}` shows the contents.")
+
+
+def _train_backbone(flags: list[str]) -> None:
+    from ..multitask import parse, train_backbone
+
+    arguments, training = parse(flags)
+    with plain_errors():
+        results = train_backbone(arguments, training)
+    for objective, metrics in results.items():
+        for key, value in metrics.items():
+            typer.echo(f"{objective} {key.removeprefix('eval_')}: {value:.4f}")
+    folder = shlex.quote(str(training.output_dir))
+    typer.echo(f"The backbone is in {folder}. Fine-tune it: `kadapter finetune TASK --backbone {folder}`.")
