@@ -373,13 +373,11 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
 
-    def parse(self, flags: Sequence[str]) -> tuple[PretrainingArguments, TrainingArguments]:
-        """The arguments; exits with code 2 if they are wrong."""
+    def parse(self, flags: Sequence[str]) -> tuple[Any, ...]:
+        """The arguments, one object per dataclass; exits with code 2 if they are wrong."""
         try:
             # transformers changes the arguments of some flags in place.
-            arguments, training, rest = self.parse_args_into_dataclasses(
-                args=list(flags), return_remaining_strings=True
-            )
+            *parsed, rest = self.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
         except (ValueError, ImportError) as error:  # what the dataclasses check
             self.error(str(error))
         for word in rest:
@@ -388,7 +386,7 @@ class Parser(HfArgumentParser):
                 self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
         if rest:
             self.error(f"unexpected arguments: {shlex.join(rest)}")
-        return arguments, training
+        return tuple(parsed)
 
 
 def parser(objective: str) -> Parser:
