@@ -42,7 +42,17 @@ for _method in (write_model_card, push_to_hub, push_saved, push_knowledge_adapte
     setattr(KAdapterPreTrainedModel, _method.__name__, _method)
 
 # Imported when they are first used, as some take seconds.
-_SUBMODULES = ("activations", "collators", "conversion", "corpora", "features", "metrics", "objectives", "pretraining")
+_SUBMODULES = (
+    "activations",
+    "collators",
+    "conversion",
+    "corpora",
+    "features",
+    "metrics",
+    "objectives",
+    "pretraining",
+    "probing",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -111,7 +111,9 @@ def read_exclusions(path: str | Path) -> set[str | Pair]:
             if "uuid" in names:
                 excluded.add(_text(record, "uuid", place))
             if "uuid" not in names or len(names) == 3:
-                excluded.add((_text(record, "sub_label", place).casefold(), _text(record, "obj_label", place).casefold()))
+                excluded.add(
+                    (_text(record, "sub_label", place).casefold(), _text(record, "obj_label", place).casefold())
+                )
         elif "\t" in line:
             words = [word.strip().casefold() for word in line.split("\t")]
             if len(words) != 2 or not all(words):
@@ -133,7 +135,9 @@ def _read_file(file: Path, excluded: set[str | Pair]) -> Iterator[tuple[Fact, st
     for number, (place, line) in enumerate(_lines(file), start=1):
         record = _parsed(line, place)
         answer = _text(record, "obj_label", place)
-        subject = _text(record, "sub_label" if template or "sub_label" in record else "sub", place, needed=bool(template))
+        subject = _text(
+            record, "sub_label" if template or "sub_label" in record else "sub", place, needed=bool(template)
+        )
         uuid = record.get("uuid", record.get("id", f"{file.stem}-{number}"))
         text = _sentence(record, template, subject, relation, place)
         fact = Fact(part, relation, str(uuid), subject, answer, text)

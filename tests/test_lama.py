@@ -61,8 +61,19 @@ def test_a_fact_of_google_re_that_most_raters_judge_wrong_is_left_out(lama):
 
 
 def test_squad_and_conceptnet_have_sentences_of_their_own(lama):
-    squad = {"masked_sentences": ["newton wrote about [MASK] ."], "obj_label": "physics", "id": "5_0", "sub_label": "Squad"}
-    concept = {"masked_sentences": ["a dog can [MASK] ."], "obj_label": "ran", "sub": "dog", "pred": "CapableOf", "uuid": "c"}
+    squad = {
+        "masked_sentences": ["newton wrote about [MASK] ."],
+        "obj_label": "physics",
+        "id": "5_0",
+        "sub_label": "Squad",
+    }
+    concept = {
+        "masked_sentences": ["a dog can [MASK] ."],
+        "obj_label": "ran",
+        "sub": "dog",
+        "pred": "CapableOf",
+        "uuid": "c",
+    }
     facts, _ = read_lama(lama({"Squad/test.jsonl": lines(squad), "ConceptNet/test.jsonl": lines(concept)}))
     assert facts == [
         Fact("ConceptNet", "ConceptNet", "c", "dog", "ran", "a dog can [MASK] ."),
@@ -158,7 +169,9 @@ def test_a_list_of_exclusions_for_other_data_is_refused(lama, write_file):
 
 # ---- Files that are not LAMA's --------------------------------------------------------------------------------------
 
-NO_TEMPLATE = "line 1: the relation 'P99' has no template in relations.jsonl, and the record no field 'masked_sentences'"
+NO_TEMPLATE = (
+    "line 1: the relation 'P99' has no template in relations.jsonl, and the record no field 'masked_sentences'"
+)
 
 
 @pytest.mark.parametrize(
