@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .corpora import Report
 from .corpora.schema import progress
 from .lama import MASK, Fact
+from .modeling.head_base_kadapter import states_at
+from .modeling.heads_kadapter import KAdapterForMaskedLM
 
 
 TOP = 10  # of the best candidates that a prediction holds
@@ -182,7 +184,7 @@ def _objects_by_relation(kept: list[tuple[Fact, tuple[int, ...], list[int]]]) ->
 
 @torch.inference_mode()
 def predict(
-    model: PreTrainedModel, queries: Sequence[Query], mask: int, batch_size: int = 32, name: str = "model"
+    model: KAdapterForMaskedLM, queries: Sequence[Query], mask: int, batch_size: int = 32, name: str = "model"
 ) -> list[Prediction]:
     """
     Ranks the candidates of each query. A candidate of n tokens is scored with n masks in its place, by the mean of the
@@ -191,43 +193,58 @@ def predict(
     Sentences of the same number of tokens are batched, so that nothing is padded.
 
     Args:
-        model: a masked-language model.
         mask: the id of the mask.
         name: what the progress bar says.
     """
     # One item for each query and each number of masks.
     items = [
-        (len(query.ids) + length - 1, number, length)
+        (len(query.ids) + masks - 1, masks, number)
         for number, query in enumerate(queries)
-        for length in query.candidates.by_length
+        for masks in query.candidates.by_length
     ]
     scores: dict[int, torch.Tensor] = {}
     missing = [len(query.candidates.by_length) for query in queries]
     predictions: list[Any] = [None] * len(queries)
     for batch in progress(_batches(sorted(items), batch_size), name):
-        rows = []
-        for _, number, length in batch:
+        rows, positions = [], []
+        for _, masks, number in batch:
             query = queries[number]
-            rows.append([*query.ids[: query.position], *[mask] * length, *query.ids[query.position + 1 :]])
-        input_ids = torch.tensor(rows, device=model.device)
-        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
-        for row, (_, number, length) in enumerate(batch):
+            rows.append([*query.ids[: query.position], *[mask] * masks, *query.ids[query.position + 1 :]])
+            positions.append(range(query.position, query.position + masks))
+        logits = logits_at(model, torch.tensor(rows), torch.tensor(list(map(list, positions))))
+        for found, (_, masks, number) in zip(logits.float().log_softmax(-1).cpu(), batch, strict=True):
             query = queries[number]
-            found = logits[row, query.position : query.position + length].float().log_softmax(-1).cpu()
-            indices, ids = query.candidates.by_length[length]
+            indices, ids = query.candidates.by_length[masks]
             of_query = scores.setdefault(number, torch.empty(len(query.candidates)))
-            of_query[indices] = found[torch.arange(length), ids].mean(-1)
+            of_query[indices] = found[torch.arange(masks), ids].mean(-1)
             missing[number] -= 1
             if not missing[number]:
                 predictions[number] = prediction_of(scores.pop(number), query)
     return predictions
 
 
+def logits_at(model: KAdapterForMaskedLM, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """
+    What `forward` computes, at these positions only, as most of the time goes into the output layer.
+
+    Args:
+        input_ids: `(batch, length)`, without padding.
+        positions: `(batch, number)`.
+
+    Returns:
+        `(batch, number, vocab_size)`.
+    """
+    input_ids = input_ids.to(model.device)
+    encoded = model.encode(input_ids, torch.ones_like(input_ids))
+    fused = states_at(model.fusion(encoded.backbone_state, encoded.knowledge), positions)
+    return model.lm_head(None, inputs_embeds=fused, return_dict=True).logits
+
+
 def _batches(items: list[tuple[int, int, int]], size: int) -> list[list[tuple[int, int, int]]]:
-    """Sorted items, at most `size` of the same number of tokens in each batch."""
+    """Sorted items, at most `size` of the same numbers of tokens and masks in each batch."""
     batches: list[list[tuple[int, int, int]]] = []
     for item in items:
-        if not batches or len(batches[-1]) == size or batches[-1][0][0] != item[0]:
+        if not batches or len(batches[-1]) == size or batches[-1][0][:2] != item[:2]:
             batches.append([])
         batches[-1].append(item)
     return batches
