@@ -43,10 +43,17 @@ def backbone_of(model: str, backbone: str | None = None) -> tuple[str, str | Non
         Its name, its revision, and whether `model` is a K-Adapter.
 
     Raises:
-        ValueError: the K-Adapter names no backbone, or has no active adapter.
+        ValueError: `model` is the file of an adapter, or the K-Adapter names no backbone or has no active adapter.
         OSError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        if model.endswith(".safetensors"):
+            raise ValueError(
+                f"'{model}' is an adapter: put it on its backbone first, with `kadapter combine`."
+            ) from None
+        raise OSError(f"the model '{model}' can't be loaded: {error}") from error
     if not isinstance(config, KAdapterConfig):
         if backbone is not None:
             raise ValueError(f"'{model}' is not a K-Adapter, so there is no backbone to choose.")

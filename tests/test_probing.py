@@ -519,6 +519,14 @@ def test_a_kadapter_without_an_active_adapter_has_nothing_to_compare(backbone, l
     assert "has no active knowledge adapter" in refused("--model", tmp_path, "--data", lama)
 
 
+def test_a_model_that_does_not_exist_and_an_adapters_file_are_named(lama, kadapters, tmp_path):
+    assert f"the model '{tmp_path / 'nowhere'}' can't be loaded" in refused(
+        "--model", tmp_path / "nowhere", "--data", lama
+    )
+    file = f"{kadapters['add']}/adapters/factual.safetensors"
+    assert f"'{file}' is an adapter: put it on its backbone first" in refused("--model", file, "--data", lama)
+
+
 def test_a_backbone_elsewhere_is_found_with_backbone(kadapters, backbone, lama, tmp_path):
     moved = tmp_path / "kadapter"
     model = KAdapterForMaskedLM.from_pretrained(kadapters["add"])
