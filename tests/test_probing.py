@@ -26,7 +26,7 @@ from kadapter_hf.cloze import (
 )
 from kadapter_hf.corpora import Report
 from kadapter_hf.lama import Fact, read_lama
-from kadapter_hf.masked_lm import freeze_all_but, load_backbone_model, load_kadapter, read_texts
+from kadapter_hf.masked_lm import LossAtMasks, freeze_all_but, load_backbone_model, load_kadapter, read_texts
 from kadapter_hf.probing import by_part, by_relation, rank_metrics
 
 
@@ -377,6 +377,21 @@ def test_a_new_head_of_concat_trains_the_fusion_too(kadapters):
     model = load_kadapter(kadapters["concat"])
     freeze_all_but(model, head=True)
     assert {"fusion.states.factual.weight", "lm_head.lm_head.dense.weight"} <= trained_names(model)
+
+
+def test_the_loss_at_the_masks_is_that_of_the_model(kadapters):
+    model, inputs = load_kadapter(kadapters["concat"]), batch(3, padding=2)
+    labels = torch.where(
+        torch.rand(inputs["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.3, 7, -100
+    )
+    freeze_all_but(model, head=False)
+    weight = model.fusion.states["factual"].weight
+    losses, gradients = [], []
+    for computing in (model, LossAtMasks(model)):
+        losses.append(computing(**inputs, labels=labels)["loss"])
+        gradients += torch.autograd.grad(losses[-1], weight)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
 
 
 def test_training_the_fusion_leaves_the_backbones_ranks(kadapters, as_is, lama, text, tmp_path):
