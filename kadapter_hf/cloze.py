@@ -212,10 +212,11 @@ def predict(
             rows.append([*query.ids[: query.position], *[mask] * masks, *query.ids[query.position + 1 :]])
             positions.append(range(query.position, query.position + masks))
         logits = logits_at(model, torch.tensor(rows), torch.tensor(list(map(list, positions))))
-        for found, (_, masks, number) in zip(logits.float().log_softmax(-1).cpu(), batch, strict=True):
+        # In float64, as different logits could be rounded to the same log-probability.
+        for found, (_, masks, number) in zip(logits.cpu().double().log_softmax(-1), batch, strict=True):
             query = queries[number]
             indices, ids = query.candidates.by_length[masks]
-            of_query = scores.setdefault(number, torch.empty(len(query.candidates)))
+            of_query = scores.setdefault(number, torch.empty(len(query.candidates), dtype=torch.float64))
             of_query[indices] = found[torch.arange(masks), ids].mean(-1)
             missing[number] -= 1
             if not missing[number]:
