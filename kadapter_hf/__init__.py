@@ -64,6 +64,7 @@ _SUBMODULES = (
     "metrics",
     "objectives",
     "pretraining",
+    "probing",
     "tasks",
 )
 

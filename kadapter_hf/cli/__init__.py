@@ -12,6 +12,7 @@ from .finetune import finetune
 from .info import info
 from .prepare import prepare
 from .pretrain import pretrain
+from .probe import probe
 from .pull import pull
 from .push import push
 from .reproduce import reproduce
@@ -24,11 +25,12 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(prepare, name="prepare")
-# Its flags and its --help come from transformers.
+# Their flags and their --help come from transformers.
 flags = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=flags)(pretrain)
 app.command(context_settings=flags)(finetune)
 app.command(context_settings=flags)(reproduce)
+app.command(context_settings=flags)(probe)
 for command in (evaluate, predict, combine, convert, info, push, pull):
     app.command(no_args_is_help=True)(command)
 
