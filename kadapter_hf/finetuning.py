@@ -5,6 +5,7 @@ A task defines how its files are read, its features, head and metrics; see `kada
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,22 +17,25 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from .features import load_tokenizer, most_tokens
 from .figures import warn_without_matplotlib
 from .hub import push_folder
-from .messages import did_you_mean
+from .messages import did_you_mean, shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
 from .modeling.fusion_kadapter import check_fusion
 from .modeling.heads_kadapter import KAdapterPreTrainedModel
-from .modeling.reading_kadapter import read_adapter
-from .modeling.sources_kadapter import adapter_file
+from .modeling.reading_kadapter import adapter_names, read_adapter
+from .modeling.sources_kadapter import adapter_file, repository_folder
 from .pretraining import Parser, StopOnInterrupt, check_report_to, checkpoint_to_resume, quality, sample
 from .reports import write_report
 from .tasks import TASKS, Options, Task
 from .tasks.task import warn_of_dropped
 
+
+logger = logging.get_logger(__name__)
 
 # The letters by which the paper names adapters, by objective.
 LETTERS = {"factual": "F", "linguistic": "L"}
@@ -57,7 +61,7 @@ class FinetuningArguments:
         default=None,
         metadata={
             "help": "Trained knowledge adapters: repositories, folders or files. NAME=SOURCE renames an adapter, or chooses "
-            "one of several. Default: none, which fine-tunes the backbone alone."
+            "one of several, which are all used without. Default: none, which fine-tunes the backbone alone."
         },
     )
     untrained_adapters: int = _help(
@@ -93,7 +97,8 @@ class FinetuningArguments:
             raise ValueError("--untrained_like belongs to --untrained_adapters")
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
-        for name, least in (("untrained_adapters", 0), ("max_train_samples", 1), ("max_eval_samples", 1)):
+        limits = {"untrained_adapters": 0, "max_train_samples": 1, "max_eval_samples": 1, "max_length": 1}
+        for name, least in limits.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, not {value}")
         check_fusion(self.fusion, {})
@@ -113,7 +118,8 @@ def find_task(name: str) -> Task:
 
 def named_adapters(sources: Sequence[str]) -> dict[str, tuple[str, KnowledgeAdapterConfig]]:
     """
-    The source and the configuration of each adapter in arguments of the form SOURCE or NAME=SOURCE, by name.
+    The source and the configuration of each adapter in arguments of the form SOURCE or NAME=SOURCE, by name; a SOURCE with
+    several adapters stands for all of them.
 
     Raises:
         KAdapterLoadError: an adapter can't be found or read.
@@ -124,15 +130,24 @@ def named_adapters(sources: Sequence[str]) -> dict[str, tuple[str, KnowledgeAdap
         name, equals, source = argument.partition("=")
         if not equals or Path(argument).exists():
             name, source = "", argument
-        saved = read_adapter(adapter_file(source, name or None))
-        name = name or saved.name
-        if name in found:
-            raise KAdapterConfigError(
-                f"'{found[name][0]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, e.g. "
-                f"{name}2={source}."
-            )
-        found[name] = (source, saved.config)
+        for chosen in [name] if name else _names_in(source):
+            saved = read_adapter(adapter_file(source, chosen))
+            name = chosen or saved.name
+            if name in found:
+                raise KAdapterConfigError(
+                    f"'{found[name][0]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, "
+                    f"e.g. {name}2={source}."
+                )
+            found[name] = (source, saved.config)
     return found
+
+
+def _names_in(source: str) -> Sequence[str | None]:
+    """The names of the adapters in a folder or repository; None for the one in a file."""
+    path = Path(source)
+    if path.is_file() or path.suffix == ".safetensors":
+        return [None]
+    return adapter_names(repository_folder(source)) or [None]
 
 
 def combination(adapters: dict[str, KnowledgeAdapterConfig]) -> str:
@@ -179,10 +194,14 @@ def finetune(
     warn_without_matplotlib("confusion_matrix.png")
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
+    if Path(str(training.output_dir)).is_file():
+        raise ValueError(f"--output_dir is a folder, but '{training.output_dir}' is a file.")
     checkpoint = checkpoint_to_resume(training)
     set_seed(training.seed)
-    splits = _splits(task, arguments, options, training.seed)
-    labels = task.labels_in(splits)
+    everything = _splits(task, arguments, training.seed)
+    labels = task.labels_in(everything)
+    _check_labels(task, everything)
+    splits = _used(task, everything, arguments, options, training.seed)
     model = _new_model(task, arguments, labels)
     tokenizer = load_tokenizer(str(model.config.backbone_name_or_path))
     length = arguments.max_length or task.paper.get("max_length")
@@ -190,6 +209,7 @@ def finetune(
     model.config.task = {"name": task.name, "schema": task.schema.name, "max_length": length, **asdict(options)}
     with training.main_process_first(desc="features"):
         data = {name: task.encode(rows, tokenizer, labels, length, options) for name, rows in splits.items()}
+    _warn_of_warmup(training, len(data["train"]))
     stop = StopOnInterrupt()
     trainer = Trainer(
         model,
@@ -233,15 +253,36 @@ def finetune(
     return results
 
 
+def _warn_of_warmup(training: TrainingArguments, rows: int) -> None:
+    """The paper's warm-up is longer than all of the training on a small sample."""
+    steps = training.max_steps
+    if steps <= 0:
+        per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        steps = math.ceil(math.ceil(rows / per_step) * training.num_train_epochs)
+    if training.warmup_steps >= 1 and training.get_warmup_steps(steps) >= steps:  # less than 1 is a share
+        logger.warning(
+            f"The warm-up of {training.warmup_steps:g} steps is as long as the whole training ({steps} steps): the learning "
+            "rate stays low. With so few rows, use e.g. --warmup_steps 0.1, a tenth of the steps."
+        )
+
+
 def load_finetuned(source: str, task: Task) -> tuple[KAdapterPreTrainedModel, PreTrainedTokenizerBase]:
     """
     A fine-tuned model and its tokenizer, from a folder or a repository.
 
     Raises:
-        ValueError: the model was fine-tuned on a task of another kind.
+        ValueError: it is not a K-Adapter, or was fine-tuned on a task of another kind.
         OSError: it can't be loaded.
     """
-    saved = next(iter(KAdapterConfig.from_pretrained(source).architectures or []), None)
+    try:
+        content, _ = KAdapterConfig.get_config_dict(source)
+    except OSError as error:
+        raise KAdapterLoadError(
+            f"'{source}' is neither a folder with a model nor a repository that can be loaded: {error}"
+        ) from error
+    if content.get("model_type") != KAdapterConfig.model_type:
+        raise ValueError(f"'{source}' is no K-Adapter, but a model of the type {content.get('model_type')}.")
+    saved = next(iter(content.get("architectures") or []), None)
     if saved != task.model_class.__name__:
         raise ValueError(f"'{task.name}' needs a {task.model_class.__name__}, but '{source}' is a {saved}.")
     return task.model_class.from_pretrained(source), load_tokenizer(source)
@@ -263,10 +304,17 @@ def evaluate(
             `model.config.task`.
 
     Raises:
-        ValueError: the model was not fine-tuned on a task of this kind.
+        ValueError: the model was not fine-tuned on a task of this kind, or does not know a label.
     """
     task = task_of(model, task)
     options, labels = options_of(model, task), labels_of(model, task)
+    if labels and task.schema.labels in rows.column_names:
+        unknown = sorted(task.label_set(rows).difference(labels))
+        if unknown:
+            raise ValueError(
+                f"the model does not know {len(unknown)} of the labels: {', '.join(map(shortened, unknown[:5]))}. It was "
+                f"fine-tuned on {len(labels)}: {', '.join(map(shortened, labels[:5]))}{', …' if len(labels) > 5 else ''}"
+            )
     features = task.encode(rows, tokenizer, labels, (model.config.task or {}).get("max_length"), options)
     with TemporaryDirectory() as folder:  # Trainer wants one
         training = TrainingArguments(
@@ -341,7 +389,7 @@ def _predict(
     return task.predictions(output.predictions, rows, features, labels, options), metrics
 
 
-def _splits(task: Task, arguments: FinetuningArguments, options: Options, seed: int) -> DatasetDict:
+def _splits(task: Task, arguments: FinetuningArguments, seed: int) -> DatasetDict:
     if arguments.data is not None:
         source = arguments.data
         splits = task.read_splits(source, skip_bad_rows=arguments.skip_bad_rows)
@@ -357,13 +405,41 @@ def _splits(task: Task, arguments: FinetuningArguments, options: Options, seed: 
         raise ValueError(f"'{source}' has no split named train; it has {', '.join(splits)}.")
     if "validation" not in splits:
         splits["train"], splits["validation"] = held_out(splits["train"], arguments.eval_size, task.group, seed)
+    return splits
+
+
+def _used(
+    task: Task, splits: DatasetDict, arguments: FinetuningArguments, options: Options, seed: int
+) -> dict[str, Dataset]:
+    """The rows of each split that are trained or evaluated on."""
+    used = {}
     for name, rows in splits.items():
         rows = task.used_rows(rows, options, training=name == "train")
         most = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
-        splits[name] = sample(rows, seed, most)
-        if not len(splits[name]):
-            raise ValueError(f"'{source}' has no row for {name}.")
-    return splits
+        used[name] = sample(rows, seed, most)
+        if not len(used[name]):
+            raise ValueError(f"no row is left for {name}.")
+    return used
+
+
+def _check_labels(task: Task, splits: DatasetDict) -> None:
+    """Refuses rows with too few labels to learn from; warns of labels that can't be learned."""
+    if not task.has_labels:
+        return
+    known = task.label_set(splits["train"])
+    if len(known) < task.fewest_labels:
+        names = f": {', '.join(map(shortened, known))}" if known else ""
+        raise ValueError(
+            f"the rows to train on have {len(known)} different labels{names}; the task needs at least "
+            f"{task.fewest_labels}."
+        )
+    for name, rows in splits.items():
+        unknown = sorted(task.label_set(rows) - known)
+        if unknown:
+            logger.warning(
+                f"{len(unknown)} of the labels for {name} do not occur in training and count as errors: "
+                f"{', '.join(map(shortened, unknown[:5]))}{', …' if len(unknown) > 5 else ''}"
+            )
 
 
 def held_out(rows: Dataset, share: float, group: str | None, seed: int) -> tuple[Dataset, Dataset]:
@@ -372,12 +448,13 @@ def held_out(rows: Dataset, share: float, group: str | None, seed: int) -> tuple
     together.
 
     Raises:
-        ValueError: there are fewer than two rows or groups.
+        ValueError: there is only one row or group.
     """
     keys = list(rows[group]) if group is not None else list(range(len(rows)))
     groups = sorted(set(keys))
     if len(groups) < 2:
-        raise ValueError(f"{len(rows)} rows are too few to hold some of them out: add a split for validation.")
+        kind = "row" if group is None else group
+        raise ValueError(f"there is only one {kind}, too few to hold some out: add a split for validation.")
     np.random.default_rng(seed).shuffle(groups)
     held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
     numbers: tuple[list[int], list[int]] = ([], [])
@@ -432,6 +509,7 @@ def parser(name: str) -> Parser:
     made = Parser(
         (FinetuningArguments, task.options, TrainingArguments),  # type: ignore[arg-type]
         prog=f"kadapter finetune {name}",
+        usage=f"kadapter finetune {name} --data DATA [--adapters ADAPTER ...] --output_dir FOLDER [more flags]",
         description=f"Fine-tunes a K-Adapter on {name}. Example: kadapter finetune {name} --data {name} --adapters "
         f"factual-adapter linguistic-adapter --output_dir {name}-model",
         allow_abbrev=False,
@@ -448,6 +526,9 @@ def parse(name: str, flags: Sequence[str]) -> tuple[FinetuningArguments, Options
     # The defaults depend on the adapters. Errors in these flags are reported below, with all others.
     arguments = made.first(FinetuningArguments, flags)
     made.set_defaults(**defaults(task, arguments or FinetuningArguments(data="")))
+    strategies, _ = made.parse_known_args(list(flags))
+    if strategies.save_strategy not in ("best", strategies.eval_strategy):
+        made.set_defaults(load_best_model_at_end=False)  # which needs an evaluation of each checkpoint
     return made.parse(flags)
 
 

@@ -6,6 +6,7 @@ How a text is marked comes from the model's configuration, where fine-tuning has
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ class MarkedEntityPipeline(ChunkPipeline):
         chosen = {} if top_k == "default" else {"top_k": top_k}
         return kwargs, {}, chosen | ({} if threshold is None else {"threshold": threshold})
 
-    def spans(self, given: Any) -> list[list[int]]:
-        """The spans of one entity or pair."""
+    def spans(self, given: Any) -> Any:
+        """The spans of one entity or pair, which are checked afterwards."""
         raise NotImplementedError
 
     def markers(self) -> list[str]:
@@ -95,8 +96,14 @@ class MarkedEntityPipeline(ChunkPipeline):
         spans = [inputs[key] for key in self.one]
         return spans[0] if len(spans) == 1 else spans
 
-    def _checked(self, text: str, spans: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _checked(self, text: Any, spans: Any) -> list[list[int]]:
+        if not isinstance(text, str):
+            raise ValueError(f"text is not a string, but {text!r:.100}")
+        if not _is_list(spans) or len(spans) != len(self.positions):
+            raise ValueError(f"{' and '.join(self.one)} are spans [start, end] in characters, not {spans!r:.100}")
         for span in spans:
+            if not _is_list(span) or len(span) != 2 or not all(isinstance(place, Integral) for place in span):
+                raise ValueError(f"a span is [start, end] in characters, not {span!r:.100}")
             start, end = span
             if not 0 <= start < end <= len(text) or not text[start:end].strip():
                 raise ValueError(f"the span [{start}, {end}] is empty or outside the text of {len(text)} characters.")
@@ -132,7 +139,7 @@ class EntityTypingPipeline(MarkedEntityPipeline):
 
     Args:
         inputs: a dict with `text` and `entity` (a span `[start, end]` of characters), or with `text` and `entities` (several);
-            or a list, a generator or a data set of them. Several have a list of results.
+            or a list or a generator of them. Several have a list of results.
         threshold: return types with a higher probability than this instead of 0.5.
         top_k: return at most this many.
         max_length: maximum number of tokens; by default that of the fine-tuning.
@@ -141,7 +148,7 @@ class EntityTypingPipeline(MarkedEntityPipeline):
     one, several, positions = ("entity",), "entities", ("entity_start",)
     default_threshold = 0.5
 
-    def spans(self, given: Any) -> list[list[int]]:
+    def spans(self, given: Any) -> Any:
         return [given]
 
     def markers(self) -> list[str]:
@@ -158,7 +165,7 @@ class RelationClassificationPipeline(MarkedEntityPipeline):
 
     Args:
         inputs: a dict with `text`, `subject` and `object` (spans `[start, end]` of characters), or with `text` and `pairs`
-            (several `[subject, object]`); or a list, a generator or a data set of them. Several have a list of results.
+            (several `[subject, object]`); or a list or a generator of them. Several have a list of results.
         top_k: return this many relations, the most probable first, instead of one; `None` for all.
         threshold: leave out relations with a probability that is not higher.
         max_length: maximum number of tokens; by default that of the fine-tuning.
@@ -167,14 +174,18 @@ class RelationClassificationPipeline(MarkedEntityPipeline):
     one, several, positions = ("subject", "object"), "pairs", ("subject_start", "object_start")
     default_top_k = 1
 
-    def spans(self, given: Any) -> list[list[int]]:
-        return list(given)
+    def spans(self, given: Any) -> Any:
+        return given
 
     def markers(self) -> list[str]:
         return list((self.model.config.task or {}).get("markers", ("@", "#")))
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.softmax(-1)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 # By head: its task, and the pipeline. transformers finds it in its registry, or without the package by config.json.

@@ -32,7 +32,11 @@ def evaluate(
     ] = "test",
     output: Annotated[
         Path | None,
-        typer.Option(show_default=False, help="A folder for the metrics, the predictions, and the table by class."),
+        typer.Option(
+            file_okay=False,
+            show_default=False,
+            help="A folder for the metrics, the predictions, and the table by class.",
+        ),
     ] = None,
     batch_size: BatchSize = 32,
     skip_bad_rows: SkipBadRows = False,
@@ -70,8 +74,9 @@ def predict(
     output: Annotated[
         Path | None,
         typer.Option(
+            dir_okay=False,
             show_default=False,
-            help="The JSON Lines file to write. Default: <input>.predictions.jsonl, beside the input.",
+            help="The JSON Lines file to write. Default: INPUT.predictions.jsonl, beside the input.",
         ),
     ] = None,
     batch_size: BatchSize = 32,
@@ -88,6 +93,7 @@ def predict(
     path = output or input.with_name(f"{input.name}.predictions.jsonl")
     with plain_errors():
         rows, report = TASKS[task].read(input, labelled=False, skip_bad_rows=skip_bad_rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
         found, _, _ = _run(task, model, rows, batch_size)
         write_predictions(path, rows, found)
         submission = TASKS[task].submission(rows, found)

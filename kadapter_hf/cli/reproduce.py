@@ -16,8 +16,12 @@ def reproduce(context: typer.Context) -> None:
     """
     from ..reproduction import parse, reproduce as run
 
-    with plain_errors():
-        arguments, flags = parse(context.args)
-        path = run(arguments, flags, report=lambda line: typer.echo(line, err=True))
+    try:
+        with plain_errors():
+            arguments, flags = parse(context.args)
+            path = run(arguments, flags, report=lambda line: typer.echo(line, err=True))
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Give the same command again to continue.", err=True)
+        raise typer.Exit(130) from None
     typer.echo(path.read_text(encoding="utf-8"))
     typer.echo(f"The table is in {path}; results.csv and results.png are beside it.")

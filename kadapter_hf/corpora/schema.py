@@ -316,7 +316,7 @@ def json_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any] | str]]
         except UnicodeDecodeError:
             row = "not UTF-8"
         except ValueError:
-            row = "not JSON"
+            row = "not JSON; a file has a list of objects, or an object in each line"
         else:
             if row is None and not line.strip():
                 continue
@@ -347,6 +347,9 @@ def read_csv(path: str | Path, schema: Schema, strict: bool = False, delimiter: 
 def _csv_rows(path: str | Path, schema: Schema, delimiter: str) -> Iterator[Record]:
     lists = [name for name, feature in schema.features.items() if isinstance(feature, List)]
     for number, (name, row) in enumerate(csv_records(path, delimiter)):
+        if isinstance(row, str):
+            yield name, row
+            continue
         if number == 0:
             try:
                 check_columns(row, schema)
@@ -355,20 +358,41 @@ def _csv_rows(path: str | Path, schema: Schema, delimiter: str) -> Iterator[Reco
         yield name, row | {column: _parsed_cell(row[column]) for column in lists}
 
 
-def csv_records(path: str | Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]]]:
+def csv_records(path: str | Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any] | str]]:
     """
-    The rows of a CSV file as dicts from the names in its first line to cells, with the numbers of their lines.
+    The rows of a CSV file as dicts from the names in its first line to cells, with the numbers of their first lines, or what is
+    wrong with them. Empty rows are left out.
+
+    Args:
+        delimiter: of the cells. A first line without it may have semicolons or tabs instead, as some spreadsheets write.
 
     Raises:
-        ValueError: the file is not UTF-8 or not CSV.
+        ValueError: the file is not UTF-8 or not CSV, or two columns have the same name.
     """
+    csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters, less than some documents have
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            for row in reader:
-                yield f"line {reader.line_num}", row
+            first = file.readline()
+            file.seek(0)
+            if delimiter not in first:
+                delimiter = next((other for other in ";\t" if other in first), delimiter)
+            reader = csv.reader(file, delimiter=delimiter)
+            columns = [name.strip() for name in next(reader, [])]
+            twice = sorted({name for name in columns if name and columns.count(name) > 1})
+            if twice:
+                raise ValueError(f"{path} has several columns named '{shortened(twice[0])}'; rename or remove one.")
+            before = reader.line_num
+            for cells in reader:
+                name, before = f"line {before + 1}", reader.line_num
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if any(cell.strip() for cell in cells[len(columns) :]):
+                    yield name, "more cells than columns; a text with a comma needs quotation marks"
+                    continue
+                row: dict[str, Any] = dict.fromkeys(columns)  # a row may have fewer cells
+                yield name, row | dict(zip(columns, cells, strict=False))
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8") from None
+        raise ValueError(f"{path} is not UTF-8; save it as CSV in UTF-8.") from None
     except csv.Error as error:
         raise ValueError(f"{path} is not CSV: {error}") from None
 

@@ -10,7 +10,7 @@ from ..corpora.schema import Row, Schema, is_name, text_problem
 from ..features import index_of, most_tokens
 from ..metrics import relation_metrics, require_scikit_learn
 from ..modeling.heads_kadapter import KAdapterForSequenceClassification
-from .records import find, needed
+from .records import find, label_in, needed
 from .relation import TEXT
 from .task import Task, register_task
 
@@ -74,11 +74,10 @@ class ClassificationTask(Task):
     }
 
     def row(self, record: dict[str, Any]) -> Row:
-        label = find(record, ("label", "class", "category"))
         return {
             "text": needed(record, (*TEXT, "sentence1")),
             "text_pair": find(record, ("text_pair", "sentence2", "text2")),
-            "label": label if label is None or isinstance(label, str) else str(label),
+            "label": label_in(record, ("label", "class", "category")),
         }
 
     def metrics(self, labels: Sequence[str]):

@@ -229,8 +229,10 @@ class ExtractiveQATask(Task):
             found = {name for name, answers in zip(rows["id"], rows["answers"], strict=True) if _is_there(answers)}
             kept = [number for number, name in enumerate(rows["id"]) if name in found]
             if len(kept) < len(rows):
-                questions = len(set(rows["id"])) - len(found)
-                logger.warning(f"{questions} questions are not used for training, as no passage has their answer.")
+                questions = len(set(rows["id"]))
+                logger.warning(
+                    f"{questions - len(found)} of {questions} questions are not trained on, as no passage has their answer."
+                )
                 rows = rows.select(kept)
         return rows
 

@@ -1,5 +1,6 @@
 """The right one of several answers to a question about a text, from tables of your own."""
 
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ def multiple_choice_problem(row: Row) -> str | None:
     if not is_list(choices, lambda choice: isinstance(choice, str)) or len(choices) < 2:
         return "choices is not a list of at least two texts"
     if "label" in row and not (type(row["label"]) is int and 0 <= row["label"] < len(choices)):
-        return f"label is not the number of a choice, 0 to {len(choices) - 1}"
+        return f"label is not the number of a choice, 0 to {len(choices) - 1}, its letter or its text"
     return text_problem(row, "context") or text_problem(row, "question")
 
 
@@ -52,7 +53,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 class MultipleChoiceTask(Task):
     """
     Rows with `context`, `question`, `choices` (a list, or columns `choice0`, `choice1`, …) and `label`: the number of the right
-    choice, from 0, or its letter.
+    choice, from 0, its letter, or its text.
     """
 
     schema = MULTIPLE_CHOICE
@@ -74,17 +75,13 @@ class MultipleChoiceTask(Task):
     def row(self, record: dict[str, Any]) -> Row:
         choices = parsed(find(record, ("choices", "answers", "options")))
         if choices is None:
-            names = (name for prefix in ("choice", "answer", "ending") for name in (f"{prefix}{n}" for n in range(26)))
-            found = [find(record, (name,)) for name in names]
-            choices = [choice for choice in found if choice is not None]
-        if not choices:
-            raise RowProblem("no choices: a list, or columns choice0, choice1, …")
+            choices = _columns(record)
         return {
             "id": _text(find(record, ("id",))),
             "context": needed(record, ("context", "passage", "text", "article")),
             "question": needed(record, ("question",)),
             "choices": choices,
-            "label": _number(find(record, ("label", "answer", "answer_index"))),
+            "label": _number(find(record, ("label", "answer", "answer_index")), choices),
         }
 
     def used_rows(self, rows: Dataset, options: Options, training: bool) -> Dataset:
@@ -105,12 +102,37 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _number(value: Any) -> Any:
-    """The number of a choice that is given as such, in a text, or as a letter."""
+# Names of columns with a choice each, before a number or a letter; the letter may be all of the name.
+PREFIXES = ("choice", "answer", "ending", "option", "")
+
+
+def _columns(record: Mapping[str, Any]) -> list[str]:
+    """The choices in columns such as `choice0`, `choice1`, … or `option_a`, `option_b`, …"""
+    for prefix in PREFIXES:
+        for first, names in (("0", [str(n) for n in range(26)]), ("a", list(string.ascii_lowercase))):
+            if first == "0" and not prefix:
+                continue
+            found = [find(record, (f"{prefix}{name}",)) for name in names]
+            while found and found[-1] is None:
+                found.pop()
+            if first == "0" and found and found[0] is None:  # numbered from 1
+                found.pop(0)
+            if len(found) < 2:
+                continue
+            if None in found:
+                raise RowProblem(f"choice {found.index(None) + 1} is empty")
+            return found
+    raise RowProblem("no choices: a list, or columns choice0, choice1, …")
+
+
+def _number(value: Any, choices: Any) -> Any:
+    """The number of a choice that is given as such, in a text, as a letter, or as the text of the choice."""
     if isinstance(value, str):
         value = value.strip()
         if value.isdecimal():
             return int(value)
         if len(value) == 1 and value.isascii() and value.isalpha():
             return ord(value.upper()) - ord("A")
+        if isinstance(choices, list) and choices.count(value) == 1:
+            return choices.index(value)
     return value

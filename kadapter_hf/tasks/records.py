@@ -1,5 +1,6 @@
 """Reads the rows of users' own tables: CSV, TSV, JSON Lines, JSON and Parquet, with the column names that are common."""
 
+import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, List
+from datasets.exceptions import DatasetsError
 
 from ..corpora.schema import csv_records, json_records
 from ..messages import shortened
@@ -25,7 +27,10 @@ def records(path: Path) -> Named:
     """The rows of a table as dicts, with their names for error messages, or what is wrong with them."""
     ending = path.suffix.lower()
     if ending == ".parquet":
-        return dataset_records(Dataset.from_parquet(str(path)))
+        try:
+            return dataset_records(Dataset.from_parquet(str(path)))
+        except (OSError, ValueError, DatasetsError) as error:
+            raise ValueError(f"{path} is not Parquet: {error}") from None
     if ending in (".csv", ".tsv"):
         return csv_records(path, "\t" if ending == ".tsv" else ",")
     return json_records(path)
@@ -48,10 +53,25 @@ def dataset_records(rows: Dataset) -> Named:
 
 
 def find(record: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The value of the first of these columns that the row has; None if it has none of them, or nothing there."""
-    lower = {str(name).strip().lower(): value for name, value in record.items() if isinstance(name, str)}
-    value = next((lower[name] for name in names if name in lower), None)
-    return None if isinstance(value, str) and not value.strip() else value
+    """
+    The value of the first of these columns in which the row has something; None if there is none. Case, spaces, hyphens and
+    underscores in the names of columns make no difference.
+    """
+    values = {_plain(name): value for name, value in record.items() if isinstance(name, str)}
+    found = (values.get(_plain(name)) for name in names)
+    return next(
+        (value for value in found if value is not None and not (isinstance(value, str) and not value.strip())), None
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+def label_in(record: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """As `find`, for the name of a class, which may be written as a number."""
+    value = find(record, names)
+    return str(value) if isinstance(value, (int, float)) else value
 
 
 def needed(record: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -69,12 +89,17 @@ def needed(record: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def parsed(value: Any) -> Any:
-    """A cell that holds JSON, such as `[0, 4]`, parsed; other values unchanged."""
+    """A cell with a list or a dict in JSON or, as pandas writes it, in Python, such as `[0, 4]`; other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
         except ValueError:
             pass
+        if not re.search(r"""['"]\s+['"]""", value):  # an array of numpy, whose texts Python would join
+            try:
+                return ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pass
     return value
 
 
@@ -99,10 +124,7 @@ def span(record: Mapping[str, Any], text: str, names: Sequence[str]) -> list[int
     for name in names:
         start, end = find(record, [f"{name}_start"]), find(record, [f"{name}_end"])
         if start is not None and end is not None:
-            try:
-                return [int(start), int(end)]
-            except (TypeError, ValueError):
-                raise RowProblem(f"{name}_start or {name}_end is not a number") from None
+            return [_whole(start, f"{name}_start"), _whole(end, f"{name}_end")]
     value = parsed(needed(record, names))
     if not isinstance(value, str):
         return value
@@ -119,3 +141,14 @@ def _places(text: str, name: str) -> list[int]:
     """Where a name occurs as a whole word, or else as a part of one, as in languages written without spaces."""
     found = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text)]
     return found or [match.start() for match in re.finditer(re.escape(name), text)]
+
+
+def _whole(value: Any, name: str) -> int:
+    """A whole number, also from a text such as `12.0`, which pandas writes if other cells of the column are empty."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise RowProblem(f"{name} is not a number") from None
+    if not number.is_integer():
+        raise RowProblem(f"{name} is not a whole number")
+    return int(number)

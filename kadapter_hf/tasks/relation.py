@@ -8,7 +8,7 @@ from ..corpora.schema import RELATION, Row
 from ..features import relation_features
 from ..metrics import relation_metrics, require_scikit_learn
 from ..modeling.heads_kadapter import KAdapterForRelationClassification
-from .records import find, needed, span
+from .records import label_in, needed, span
 from .task import Options, Task, register_task
 
 
@@ -59,7 +59,7 @@ class RelationTask(Task):
             "text": text,
             "subject": span(record, text, SUBJECT),
             "object": span(record, text, OBJECT),
-            "relation": find(record, ("relation", "label", "rel")),
+            "relation": label_in(record, ("relation", "label", "rel")),
         }
 
     def metrics(self, labels: Sequence[str]):

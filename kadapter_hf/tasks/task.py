@@ -62,6 +62,7 @@ class Task:
         feature_options: the names of those that `features` takes; by default all.
         has_labels: whether the head has an output for each of a set of labels.
         labels: all labels in a fixed order, or None if they are those in the data.
+        fewest_labels: how many of them the rows to train on must have at least.
         metric: the metric by which the best checkpoint is chosen.
         paper: flags of TrainingArguments, and `max_length`. A dict instead of a value has one for each combination of
             adapters: `F` (factual), `L` (linguistic), `F+L`.
@@ -79,6 +80,7 @@ class Task:
     feature_options: ClassVar[Sequence[str] | None] = None
     has_labels: ClassVar[bool] = True
     labels: ClassVar[Sequence[str] | None] = None
+    fewest_labels: ClassVar[int] = 2
     metric: ClassVar[str] = "accuracy"
     paper: ClassVar[Mapping[str, Any]] = {}
     published: ClassVar[Mapping[str, float]] = {}
@@ -130,7 +132,7 @@ class Task:
         if not labelled:
             row.pop(self.schema.labels, None)
         elif row.get(self.schema.labels) is None:
-            return name, f"no {self.schema.labels}"
+            return name, f"no {self.schema.labels}; the columns are {shortened(', '.join(map(str, record)), 200)}"
         elif self.labels is not None:
             unknown = next((label for label in self._labels_of(row) if label not in self.labels), None)
             if unknown is not None:
@@ -169,7 +171,11 @@ class Task:
             return []
         if self.labels is not None:
             return list(self.labels)
-        return sorted({label for rows in splits.values() for row in rows for label in self._labels_of(row)})
+        return sorted(set().union(*map(self.label_set, splits.values())))
+
+    def label_set(self, rows: Dataset) -> set[str]:
+        """The labels that occur in rows."""
+        return {label for row in rows for label in self._labels_of(row)}
 
     def encode(
         self,

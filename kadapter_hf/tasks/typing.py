@@ -35,6 +35,7 @@ class TypingTask(Task):
     model_class = KAdapterForEntityTyping
     options: ClassVar[type[Options]] = TypingOptions
     metric = "micro_f1"
+    fewest_labels = 1
     # For data of your own: as for OpenEntity.
     paper: ClassVar[Mapping[str, Any]] = {
         "per_device_train_batch_size": 4,

@@ -139,7 +139,7 @@ def test_unusable_lines_are_counted_and_named(write_file):
     dataset, report = read_jsonl(path, RELATION)
     assert len(dataset) == report.kept == 2
     assert report.first_dropped == {
-        "not JSON": ["line 3"],
+        "not JSON; a file has a list of objects, or an object in each line": ["line 3"],
         "not a JSON object": ["line 4", "line 9"],
         "no column subject, object, relation": ["line 5"],
         "the text is empty": ["line 6"],

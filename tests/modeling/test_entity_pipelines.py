@@ -120,6 +120,10 @@ def test_a_generator_is_processed_row_by_row(saved):
         ({"text": TEXT, "entity": [3, 3]}, "the span \\[3, 3\\] is empty or outside the text of 24 characters"),
         ({"text": TEXT, "entity": [3, 99]}, "outside the text"),
         ({"text": TEXT, "entity": [5, 6]}, "is empty"),
+        ({"text": TEXT, "entity": "dante"}, "a span is \\[start, end\\] in characters, not 'dante'"),
+        ({"text": TEXT, "entity": [0.0, 5.0]}, "a span is \\[start, end\\]"),
+        ({"text": TEXT, "entities": [0, 5]}, "a span is \\[start, end\\] in characters, not 0"),
+        ({"text": None, "entity": [0, 5]}, "text is not a string, but None"),
     ],
 )
 def test_an_input_that_can_not_be_marked_is_an_error(row, problem, saved):
@@ -131,6 +135,13 @@ def test_subject_and_object_must_not_overlap(saved):
     pipe = pipeline("relation-classification", saved(KAdapterForRelationClassification))
     with pytest.raises(ValueError, match="overlap"):
         pipe({"text": TEXT, "subject": SPANS["rome"], "object": SPANS["born in rome"]})
+
+
+@pytest.mark.parametrize("pairs", [[[0, 5]], [[[0, 5]]], ["dante"]])
+def test_a_pair_needs_two_spans(pairs, saved):
+    pipe = pipeline("relation-classification", saved(KAdapterForRelationClassification))
+    with pytest.raises(ValueError, match="spans? .*\\[start, end\\] in characters, not"):
+        pipe({"text": TEXT, "pairs": pairs})
 
 
 def test_a_model_without_markers_is_refused(saved):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kadapter_hf import KAdapterModel
 from kadapter_hf.cli import app
-from kadapter_hf.finetuning import main, predict
+from kadapter_hf.finetuning import main, named_adapters, parse, predict
 from kadapter_hf.tasks import TASKS
 
 
@@ -153,3 +153,116 @@ def test_a_model_of_another_kind_is_refused(trained):
     data, _, _ = trained("typing")
     result = run("evaluate", "typing", "--model", folder, "--data", data)
     assert result.exit_code == 1 and "is a KAdapterForQuestionAnswering" in result.output
+
+
+def test_a_label_that_the_model_does_not_know_is_an_error_that_names_it(trained, tmp_path):
+    _, folder, _ = trained("relation")
+    (tmp_path / "a.csv").write_text("text,subject,object,label\nrome is in italy .,rome,italy,country\n")
+    result = run("evaluate", "relation", "--model", folder, "--data", tmp_path / "a.csv")
+    assert (
+        result.exit_code == 1
+        and "does not know 1 of the labels: country. It was fine-tuned on 2: birthplace" in result.output
+    )
+
+
+def test_a_folder_without_a_k_adapter_is_refused(backbones, trained):
+    data, _, _ = trained("relation")
+    for model, said in (
+        (backbones["bert"], "is no K-Adapter, but a model of the type bert"),
+        ("none", "'none' is neither"),
+    ):
+        result = run("predict", "relation", "--model", model, "--input", data / "test.csv")
+        assert result.exit_code == 1 and said in result.output
+
+
+def test_predictions_are_written_into_a_new_folder(trained, tmp_path):
+    data, folder, _ = trained("relation")
+    output = tmp_path / "new" / "found.jsonl"
+    assert (
+        run("predict", "relation", "--model", folder, "--input", data / "test.csv", "--output", output).exit_code == 0
+    )
+    assert len(output.read_text().splitlines()) == len(FACTS)
+
+
+# ---- What is said before the training -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task, text, said",
+    [
+        (
+            "classification",
+            "text,label\n" + "rome,city\n" * 9,
+            "have 1 different labels: city; the task needs at least 2",
+        ),
+        (
+            "typing",
+            "text,entity,types\n" + "in rome,rome,[]\n" * 9,
+            "have 0 different labels; the task needs at least 1",
+        ),
+        ("classification", "text,label\nrome,city\n", "there is only one row, too few to hold some out"),
+    ],
+)
+def test_data_that_nothing_can_be_learned_from_is_an_error(task, text, said, adapter, tmp_path):
+    (tmp_path / "data.csv").write_text(text)
+    flags = ("--data", tmp_path / "data.csv", "--adapters", adapter, "--output_dir", tmp_path / "out")
+    result = run("finetune", task, *flags, *STEPS)
+    assert result.exit_code == 1 and said in result.output
+
+
+def test_labels_that_are_not_in_training_and_a_long_warm_up_are_warned_of(adapter, tmp_path, caplog):
+    (tmp_path / "train.csv").write_text("text,label\n" + "rome,city\ndante,person\n" * 4)
+    (tmp_path / "test.csv").write_text("text,label\nrome,town\n")
+    flags = ("--data", str(tmp_path), "--adapters", adapter, "--output_dir", str(tmp_path / "out"), *STEPS)
+    main(["classification", *flags, "--warmup_steps", "500"])
+    assert "1 of the labels for test do not occur in training and count as errors: town" in caplog.text
+    assert "The warm-up of 500 steps is as long as the whole training (4 steps)" in caplog.text
+
+
+def test_a_small_sample_keeps_all_labels_of_the_data(adapter, tmp_path):
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"rome,city{number}\n" for number in range(9)))
+    flags = (
+        "--data",
+        str(tmp_path / "data.csv"),
+        "--adapters",
+        adapter,
+        "--output_dir",
+        str(tmp_path / "out"),
+        *STEPS,
+    )
+    main(["classification", *flags, "--max_train_samples", "2", "--max_eval_samples", "1"])
+    assert len(KAdapterModel.from_pretrained(tmp_path / "out").config.id2label) == 9
+
+
+def test_a_source_with_several_adapters_stands_for_all_of_them(tmp_path, backbones):
+    adapters = {"factual": small_adapter(), "linguistic": small_adapter()}
+    KAdapterModel.from_backbone(backbones["roberta"], adapters).save_pretrained(tmp_path)
+    assert named_adapters([str(tmp_path)]).keys() == {"factual", "linguistic"}
+    assert named_adapters([f"linguistic={tmp_path}"]).keys() == {"linguistic"}
+
+
+def test_without_evaluation_the_last_checkpoint_is_the_model(adapter):
+    flags = ["--data", "x", "--adapters", adapter, "--output_dir", "x", "--use_cpu", "true"]
+    assert parse("relation", flags)[2].load_best_model_at_end
+    assert not parse("relation", [*flags, "--eval_strategy", "no"])[2].load_best_model_at_end
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--max_length", "0"], "--max_length must be at least 1, not 0"),
+        (["--max_lenght", "64"], "there is no flag --max_lenght. Did you mean '--max_length'?"),
+        (["--adapters", "a", "--untrained_adapters", "1"], "give either --adapters or --untrained_adapters"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(flags, said):
+    result = run("finetune", "relation", "--data", "x", "--output_dir", "x", *flags)
+    assert result.exit_code == 2 and said in result.output
+
+
+def test_an_output_folder_that_is_a_file_is_an_error_before_anything_is_read(adapter, tmp_path):
+    (tmp_path / "file").touch()
+    result = run(
+        "finetune", "relation", "--data", "nothing", "--adapters", adapter, "--output_dir", tmp_path / "file", *STEPS
+    )
+    assert result.exit_code == 1 and "--output_dir is a folder, but" in result.output

@@ -63,6 +63,74 @@ def test_semevals_test_file_without_relations(tmp_path):
         read("semeval-2010-task-8", tmp_path, "TEST_FILE.txt", text)
 
 
+# ---- Tables as spreadsheets write them ------------------------------------------------------------------------------
+
+HEAD, ROW = "sentence,head,tail,label", f"{TEXT},Marie Curie,Warsaw,born in"
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.csv", f"{HEAD}\n{ROW}\n".replace(",", ";")),
+        ("a.csv", f"{HEAD}\n{ROW}\n".replace(",", "\t")),
+        ("a.csv", f"Sentence , HEAD,Tail,Label,,\n{ROW},,\n"),
+        ("a.csv", f"{HEAD}\n,,,\n\n{ROW}\n,,,\n"),
+        ("a.csv", f"text,{HEAD},notes\n,{ROW}\n"),
+        ("a.csv", f"sentence,Entity 1,entity-2,label\n{ROW}\n"),
+    ],
+    ids=["semicolons", "tabs", "empty columns", "empty rows", "an empty column of another name", "names in words"],
+)
+def test_a_spreadsheets_table_is_read(name, text, tmp_path):
+    assert read("relation", tmp_path, name, text) == [
+        {"text": TEXT, "subject": [0, 11], "object": [24, 30], "relation": "born in"}
+    ]
+
+
+def test_a_table_of_one_column_keeps_its_semicolons(tmp_path):
+    rows = read("classification", tmp_path, "a.csv", "text\nRome; Paris\n", labelled=False)
+    assert [row["text"] for row in rows] == ["Rome; Paris"]
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        (f"{HEAD},label\n{ROW},x\n", "a.csv has several columns named 'label'; rename or remove one"),
+        (f"{HEAD}\nYes, {ROW}\n", "a.csv, line 2: more cells than columns; a text with a comma needs quotation marks"),
+        (f'{HEAD}\n"{TEXT}\nMore.",Nobody,Warsaw,x\n', "a.csv, line 2: the subject 'Nobody' does not occur"),
+    ],
+)
+def test_a_table_that_would_be_misread_is_an_error_with_the_line(text, problem, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        read("relation", tmp_path, "a.csv", text)
+
+
+def test_cells_may_be_longer_than_pythons_limit(tmp_path):
+    (row,) = read("relation", tmp_path, "a.csv", f"{HEAD}\n{'very ' * 40000}{ROW}\n")
+    assert len(row["text"]) == 200000 + len(TEXT)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_another_encoding_is_an_error_that_names_the_right_one(encoding, tmp_path):
+    with pytest.raises(ValueError, match="a.csv is not UTF-8; save it as CSV in UTF-8"):
+        read("relation", tmp_path, "a.csv", f"{HEAD}\n{ROW} é\n".encode(encoding))
+
+
+def test_a_file_that_is_not_parquet_is_named(tmp_path):
+    with pytest.raises(ValueError, match="a.parquet is not Parquet"):
+        read("relation", tmp_path, "a.parquet", "PAR")
+
+
+@pytest.mark.parametrize("cell", ['"[\'Rome\', \'the ""old"" one\']"', '"[""Rome"", ""the \\""old\\"" one""]"'])
+def test_lists_in_cells_may_be_written_as_python_or_json(cell, tmp_path):
+    (row,) = read("multiple-choice", tmp_path, "a.csv", f"context,question,choices,label\nc,q,{cell},0\n")
+    assert row["choices"] == ["Rome", 'the "old" one']
+
+
+def test_an_array_of_numpy_is_not_joined_to_one_text(tmp_path):
+    with pytest.raises(ValueError, match="line 2: choices is not a list"):
+        read("multiple-choice", tmp_path, "a.csv", "context,question,choices,label\nc,q,['a' 'b'],0\n")
+
+
 # ---- Spans ----------------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +146,7 @@ def test_an_entity_is_named_by_its_text_if_it_occurs_once(tmp_path):
         ("Text,Entity1,Entity2,Relation", "Marie Curie,Warsaw,born in"),
         ("text,subject,object,relation", '"[0, 11]","[24, 30]",born in'),
         ("text,subject_start,subject_end,object_start,object_end,relation", "0,11,24,30,born in"),
+        ("text,Subject Start,Subject End,Object Start,Object End,relation", "0.0,11.0,24.0,30.0,born in"),
     ],
 )
 def test_the_usual_names_of_columns_and_ways_to_write_spans(columns, cells, tmp_path):
@@ -150,11 +219,30 @@ def test_the_right_choice_is_a_number_or_a_letter(label, number, tmp_path):
     assert read("multiple-choice", tmp_path, "a.csv", text)[0]["label"] == number
 
 
+@pytest.mark.parametrize("names", ["choice1,choice2", "option_a,option_b", "A,B", "Answer 0,Answer 1"])
+@pytest.mark.parametrize("label", ["1", "b", "in Rome"])
+def test_columns_and_labels_of_choices(names, label, tmp_path):
+    (row,) = read("multiple-choice", tmp_path, "a.csv", f"context,question,{names},label\nc,q,no,in Rome,{label}\n")
+    assert (row["choices"], row["label"]) == (["no", "in Rome"], 1)
+
+
+def test_an_empty_choice_does_not_move_the_others(tmp_path):
+    text = "context,question,choice0,choice1,choice2,choice3,label\nc,q,w,,y,z,2\n"
+    with pytest.raises(ValueError, match="line 2: choice 2 is empty"):
+        read("multiple-choice", tmp_path, "a.csv", text)
+
+
 @pytest.mark.parametrize("label", ["4", "-1", "first", "E"])
 def test_a_choice_that_is_not_there_is_an_error(label, tmp_path):
     text = f"context,question,choice0,choice1,choice2,choice3,label\nc,q,w,x,y,z,{label}\n"
     with pytest.raises(ValueError, match="line 2: label is not the number of a choice, 0 to 3"):
         read("multiple-choice", tmp_path, "a.csv", text)
+
+
+@pytest.mark.parametrize("label", [7, "7"])
+def test_the_name_of_a_class_may_be_a_number(label, tmp_path):
+    record = {"text": TEXT, "subject": [0, 11], "object": [24, 30], "label": label}
+    assert read("relation", tmp_path, "a.json", json.dumps([record]))[0]["relation"] == "7"
 
 
 def test_classes_of_a_data_set_become_their_names():
