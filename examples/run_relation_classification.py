@@ -41,6 +41,7 @@ def main() -> dict[str, float]:
     task = TASKS[args.task_name]
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     rows = {split: task.read(file)[0] for split, file in files.items() if file is not None}
+    rows["train"] = task.used_rows(rows["train"], task.options(), training=True)
     labels = task.labels_in(rows)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     data = {split: task.encode(of_one, tokenizer, labels, args.max_length) for split, of_one in rows.items()}

@@ -228,7 +228,7 @@ def finetune(
             "--resume_from_checkpoint true."
         )
     folder = Path(str(training.output_dir))
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     for name in ("validation", "test"):
         if name not in splits:
             continue

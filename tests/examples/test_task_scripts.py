@@ -47,6 +47,18 @@ def test_a_script_fine_tunes_evaluates_and_saves(script, backbone, adapter, tmp_
     assert model.active_knowledge_adapters == ["factual"] and model.config.task["name"] == task
 
 
+def test_hyperparameters_are_searched_over_the_authors_values(backbone, adapter, tmp_path, monkeypatch):
+    data = write_sample("open-entity", tmp_path / "data")
+    flags = ["--train_file", str(data / "train.json"), "--validation_file", str(data / "dev.json"), "--trials", "2"]
+    flags += ["--model_name_or_path", backbone, "--adapters", adapter, "--output_dir", str(tmp_path / "out")]
+    flags += ["--max_steps", "1", "--max_length", "64", "--use_cpu", "true", "--disable_tqdm", "true"]
+    monkeypatch.setattr(sys, "argv", ["search_hyperparameters.py", *flags])
+    script = load_script(EXAMPLES / "search_hyperparameters.py")
+    found = script.main()
+    assert all(found[name] in values for name, values in script.SPACE.items())
+    assert json.loads((tmp_path / "out" / "best.json").read_text()) == found and 0 <= found["eval_micro_f1"] <= 1
+
+
 def test_a_k_adapter_is_used_like_roberta(backbone, adapter, tmp_path, monkeypatch):
     flags = ["--model_name_or_path", backbone, "--adapters", adapter, "--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["use_like_roberta.py", *flags])
