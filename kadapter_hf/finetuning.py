@@ -335,7 +335,7 @@ def predict(
     batch_size: int = 32,
 ) -> list[dict[str, Any] | None]:
     """
-    The prediction for each of a few rows, which have the columns that `kadapter predict` reads:
+    The prediction for each of a few rows, which have the columns for data of your own, also with a model of the paper's tasks:
 
         predict(model, tokenizer, [{"question": "Where is Rome?", "context": "Rome is in Italy."}])
 
@@ -346,7 +346,9 @@ def predict(
         ValueError: a row lacks something, or the model was not fine-tuned on a task of this kind.
     """
     task = task_of(model, task)
-    read, _ = task.read(Dataset.from_list(list(rows)), labelled=False)
+    # Of tasks with the same columns, the one for data of your own is the base class, registered first.
+    reader = next(other for other in TASKS.values() if other.schema is task.schema)
+    read, _ = reader.read(Dataset.from_list(list(rows)), labelled=False)
     found, _ = evaluate(model, tokenizer, read, task, batch_size)
     return [found.get(number) for number in range(len(read))]
 

@@ -148,6 +148,17 @@ def test_a_question_is_answered_by_a_function(trained):
         predict(model, tokenizer, [{"question": "where ?"}])
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_with_the_columns_for_data_of_ones_own_suit_models_of_every_task(task, trained):
+    _, folder, _ = trained(task)
+    text, subject, other, _ = FACTS[0]
+    row = {"text": text, "subject": subject, "object": other, "entity": subject, "tokens": text.split()}
+    row |= {"context": text, "question": "where ?", "choices": ["in rome", "in paris", "here", "there"]}
+    model_class = TASKS[task].model_class
+    (found,) = predict(model_class.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), [row])
+    assert "prediction" in found
+
+
 def test_a_model_of_another_kind_is_refused(trained):
     _, folder, _ = trained("extractive-qa")
     data, _, _ = trained("typing")
