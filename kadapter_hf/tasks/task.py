@@ -118,9 +118,20 @@ class Task:
             ValueError: a row can't be used; the message names the file, the row and the field.
         """
         name = "the data set" if isinstance(source, Dataset) else str(source)
-        found = dataset_records(source) if isinstance(source, Dataset) else self.records(Path(source))
+        found = self._records_of(source)
         schema = self.schema if labelled else self.schema.without_labels()
         return build(name, schema, (self._checked(*record, labelled) for record in found), not skip_bad_rows)
+
+    def _records_of(self, source: str | Path | Dataset) -> Named:
+        return dataset_records(source) if isinstance(source, Dataset) else self.records(Path(source))
+
+    def _is_labelled(self, source: str | Path | Dataset) -> bool:
+        """Whether the first record has labels; also if it can't be used, which is an error elsewhere."""
+        _, record = next(self._records_of(source), ("", ""))
+        try:
+            return isinstance(record, str) or self.row(record).get(self.schema.labels) is not None
+        except RowProblem:
+            return True
 
     def _checked(self, name: str, record: dict[str, Any] | str, labelled: bool) -> Record:
         if isinstance(record, str):
