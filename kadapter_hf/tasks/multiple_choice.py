@@ -135,4 +135,4 @@ def _number(value: Any, choices: Any) -> Any:
             return ord(value.upper()) - ord("A")
         if isinstance(choices, list) and choices.count(value) == 1:
             return choices.index(value)
-    return value
+    return None if value == -1 else value  # as data sets on the Hub have for labels that are not public

@@ -153,7 +153,7 @@ class Task:
     def read_splits(self, data: str, *, skip_bad_rows: bool = False) -> DatasetDict:
         """
         Reads a file, a folder whose files name their splits (train, dev or validation, test), a folder of `save_to_disk`, or
-        a data set on the Hub.
+        a data set on the Hub. A test split whose labels are not public is left out, with a warning.
 
         Raises:
             ValueError: nothing can be read there, or a row can't be used.
@@ -164,6 +164,11 @@ class Task:
         }
         splits = DatasetDict()
         for split, parts in sources.items():
+            if split == "test" and not self._is_labelled(parts[0]):
+                logger.warning(
+                    f"The test rows of '{data}' have no labels and are left out; `kadapter predict` takes them."
+                )
+                continue
             read = [self.read(part, skip_bad_rows=skip_bad_rows) for part in parts]
             for part, (_, report) in zip(parts, read, strict=True):
                 warn_of_dropped(part, report)

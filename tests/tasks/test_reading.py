@@ -334,3 +334,15 @@ def test_rows_about_the_same_text_are_held_out_together():
     train, held = held_out(rows, 0.3, "context", seed=0)
     assert len(train) + len(held) == 50 and len(held) == 20
     assert not set(train["context"]) & set(held["context"])
+
+
+@pytest.mark.parametrize("label", [{}, {"label": -1}])
+def test_a_test_split_without_public_labels_is_left_out(label, tmp_path, caplog):
+    """As in CosmosQA's folder, and in its data set on the Hub."""
+    write_sample("cosmos-qa", tmp_path)
+    (tmp_path / "test.csv").unlink()
+    row = {"context": "c", "question": "q"} | {f"answer{number}": "a" for number in range(4)} | label
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    assert TASKS["cosmos-qa"].read_splits(str(tmp_path)).keys() == {"train", "validation"}
+    assert "have no labels and are left out; `kadapter predict` takes them" in caplog.text
+    assert len(TASKS["cosmos-qa"].read(tmp_path / "test.jsonl", labelled=False)[0]) == 1
