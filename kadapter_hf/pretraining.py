@@ -5,6 +5,7 @@ An objective defines what the adapter learns; see `kadapter_hf.objectives`.
 """
 
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import (
+    AutoConfig,
     HfArgumentParser,
     Trainer,
     TrainerCallback,
@@ -25,19 +27,19 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .activations import ROW, CachedActivationsCollator, cached_activations
 from .corpora import Schema
 from .features import encode, load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .hub import push_folder
-from .messages import did_you_mean, one_line, shortened
-from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
+from .messages import did_you_mean, is_repo_id, one_line, shortened
+from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import check_adapter_name
 from .modeling.fusion_kadapter import check_fusion
 from .objectives import OBJECTIVES, Objective
-from .objectives.objective import label_set, row_labels
+from .objectives.objective import LARGE_WIDTH, label_set, row_labels
 from .rows import load_rows
 
 
@@ -82,6 +84,9 @@ class PretrainingArguments:
     adapter_num_attention_heads: int = _help(12, "Attention heads of the transformer layers.")
     adapter_intermediate_size: int = _help(3072, "Width of the feed-forward part of the transformer layers.")
     dropout: float = _help(0.1, "Dropout in the adapter and in the head.")
+    overwrite_output_dir: bool = _help(
+        False, "Replace the adapter and the checkpoints of an earlier run in --output_dir."
+    )
     language: str | None = _help(None, "Language of the corpus (en, …), for the model card.")
     license: str | None = _help(None, "Licence of the adapter (apache-2.0, cc-by-sa-4.0, …), for the model card.")
     fusion: str = _help(
@@ -94,9 +99,11 @@ class PretrainingArguments:
         self.data = [self.data] if isinstance(self.data, str) else self.data
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
-        for name in ("max_train_samples", "max_eval_samples"):
+        for name in ("max_train_samples", "max_eval_samples", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
+        if self.cache_activations is not None and Path(self.cache_activations).is_file():
+            raise ValueError(f"--cache_activations must be a folder; '{self.cache_activations}' is a file")
         if self.activations_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--activations_dtype must be float32 or bfloat16, not {self.activations_dtype}")
         if self.name is not None:
@@ -159,7 +166,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     _check_report_to(training)
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
-    checkpoint = _checkpoint_to_resume(training)
+    checkpoint = _checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
     source = "', '".join(arguments.data)  # as quoted in errors
     rows = _train_and_eval_rows(task, arguments, training.seed)
@@ -210,6 +217,8 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         with training.main_process_first(desc="activations"):
             cache = cached_activations(model, all_rows, tokenizer, arguments.cache_activations, dtype)
         trainer.data_collator = CachedActivationsCollator(trainer.data_collator, cache)
+    if checkpoint is None and trainer.is_world_process_zero():
+        _remove_checkpoints(Path(str(training.output_dir)))
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
         raise KeyboardInterrupt(
@@ -264,22 +273,31 @@ def _check_report_to(training: TrainingArguments) -> None:
             raise ImportError(f"--report_to: {error}") from None
 
 
-def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
+def _checkpoint_to_resume(training: TrainingArguments, overwrite: bool) -> str | None:
+    """The checkpoint to continue from. Raises a ValueError if an earlier run's results would be replaced unasked."""
     folder = Path(str(training.output_dir))
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     wanted = training.resume_from_checkpoint
     if wanted is None:
-        if last is not None:
+        ways = "replace it with --overwrite_output_dir, or choose another --output_dir."
+        if last is not None and not overwrite:
             raise ValueError(
-                f"'{last}' is from an earlier run: continue it with --resume_from_checkpoint true, or choose another "
-                "--output_dir."
+                f"'{last}' is from an earlier run: continue it with --resume_from_checkpoint true, {ways}"
             )
+        if (folder / CONFIG_NAME).exists() and not overwrite:
+            raise ValueError(f"'{folder}' has the adapter of an earlier run: {ways}")
         return None
     if str(wanted).lower() != "true":
         return str(wanted)
     if last is None:
         logger.warning(f"'{folder}' has no checkpoint to resume from: starting from the beginning.")
     return last
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Removes those of an earlier run, which a resumed run would take for its own."""
+    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
+        shutil.rmtree(checkpoint)
 
 
 def _train_and_eval_rows(task: Objective, arguments: PretrainingArguments, seed: int) -> dict[str, Dataset]:
@@ -367,20 +385,60 @@ def _draw_losses(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+# The smallest values that make sense. Trainer refuses others after minutes of preparation, or not at all.
+_LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_epochs": 0, "seed": 0} | {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+}
+
+
+def check_training_arguments(training: TrainingArguments) -> None:
+    """Raises a ValueError for a value that Trainer can't use, which it would notice only later."""
+    for name, least in _LEAST.items():
+        value = getattr(training, name)
+        if not value >= least:  # not even if it is NaN
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= (value := getattr(training, name)) < 1:
+            raise ValueError(f"--{name} must be in [0, 1), not {value}")
+    if not isinstance(training.lr_scheduler_kwargs or {}, dict):
+        raise ValueError(f"--lr_scheduler_kwargs must be a JSON object, not {training.lr_scheduler_kwargs}")
+    if Path(str(training.output_dir)).is_file():
+        raise ValueError(f"--output_dir must be a folder; '{training.output_dir}' is a file")
+    if training.hub_model_id is not None and not is_repo_id(training.hub_model_id):
+        raise ValueError(f"--hub_model_id: '{training.hub_model_id}' is not a valid name of a repository on the Hub")
+    try:
+        get_reporting_integration_callbacks(training.report_to)
+    except ValueError as error:
+        raise ValueError(f"--report_to: {error}") from None
+
+
 class Parser(HfArgumentParser):
-    """Reports wrong usage without the list of all flags, and with exit code 2."""
+    """
+    Reports wrong usage without the list of all flags, and with exit code 2.
+
+    `objective`, if it is set, has the default values of flags.
+    """
+
+    objective: Objective | None = None
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
 
     def parse(self, flags: Sequence[str]) -> tuple[PretrainingArguments, TrainingArguments]:
-        """The arguments; exits with code 2 if they are wrong."""
+        """The arguments, with the defaults for the size of the backbone; exits with code 2 if they are wrong."""
+        if self.objective is not None:
+            backbone = self.parse_known_args(list(flags))[0].backbone
+            self.set_defaults(**self.objective.defaults_for(_width_of(backbone)))
         try:
             # transformers changes the arguments of some flags in place.
             arguments, training, rest = self.parse_args_into_dataclasses(
                 args=list(flags), return_remaining_strings=True
             )
-        except (ValueError, ImportError) as error:  # what the dataclasses check
+            check_training_arguments(training)
+        except (ValueError, TypeError, OSError, ImportError) as error:  # what the dataclasses check
             self.error(str(error))
         for word in rest:
             flag = word.partition("=")[0]
@@ -391,6 +449,23 @@ class Parser(HfArgumentParser):
         return arguments, training
 
 
+def _width_of(backbone: str) -> int:
+    """The width of a backbone; 0 if its configuration can't be read, which is reported when it is loaded."""
+    if backbone == DEFAULT_BACKBONE:  # needs no network
+        return KAdapterConfig().hidden_size
+    try:
+        return getattr(AutoConfig.from_pretrained(backbone), "hidden_size", 0)
+    except Exception:  # a foreign configuration class may raise anything
+        return 0
+
+
+def schedule(training: TrainingArguments) -> str:
+    """How long and how fast an adapter will be trained, in words."""
+    number, unit = (training.num_train_epochs, "epoch") if training.max_steps <= 0 else (training.max_steps, "step")
+    rate, rows = training.learning_rate, training.per_device_train_batch_size
+    return f"learning rate {rate:g}, {rows} rows per device and step, {number:g} {unit}{'' if number == 1 else 's'}"
+
+
 def parser(objective: str) -> Parser:
     made = Parser(
         (PretrainingArguments, TrainingArguments),  # type: ignore[arg-type]
@@ -399,9 +474,15 @@ def parser(objective: str) -> Parser:
         f"{objective} --data corpus --backbone FacebookAI/roberta-large --output_dir {objective}-adapter",
         allow_abbrev=False,
     )
-    if objective in OBJECTIVES:
-        made.set_defaults(**OBJECTIVES[objective].defaults)
+    made.objective = OBJECTIVES.get(objective)
+    large = made.objective.large_defaults if made.objective else {}
+    if made.objective is not None:
+        made.set_defaults(**made.objective.defaults)  # as --help shows them
     for action in made._actions:
+        if action.dest in large:
+            action.help = (
+                f"{action.help} For a backbone of width {LARGE_WIDTH} or more, the default is {large[action.dest]}."
+            )
         if action.dest == "output_dir":  # transformers' default is a folder in the current one
             action.required, action.help = True, "The output folder for the adapter and checkpoints."
     return made
