@@ -15,8 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .corpora.schema import read_json
 from .figures import new_figure, warn_without_matplotlib
-from .finetuning import combination, find_task, finetune, named_adapters, parse as parse_run
-from .pretraining import Parser
+from .finetuning import combination, find_task, finetune, named_adapters, parser
+from .runs import Parser
 from .tasks import TASKS
 
 
@@ -129,9 +129,9 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Ca
         if not (run.folder / "metrics.json").exists():
             report(f"Run {number} of {len(runs)}: {run.task}, {run.model}, seed {run.seed}")
             resume = run.folder.is_dir() and get_last_checkpoint(str(run.folder)) is not None
-            more = ("--resume_from_checkpoint", "true") if resume else ()
+            more = ("--resume_from_checkpoint" if resume else "--overwrite_output_dir", "true")
             task = TASKS[run.task]
-            parsed = parse_run(run.task, [*run.flags, "--output_dir", str(run.folder), *more])
+            parsed = parser(run.task).parse([*run.flags, "--output_dir", str(run.folder), *more])
             finetune(task, *parsed)
             _remove_weights(run.folder)
         write_tables(runs, arguments)
@@ -230,14 +230,10 @@ def draw(tasks: Sequence[str], models: Sequence[str], found: dict[tuple[str, str
 def parse(flags: Sequence[str]) -> tuple[ReproductionArguments, list[str]]:
     """The arguments, and the flags that are passed on to each run; exits with code 2 if they are wrong."""
     made = Parser(
-        ReproductionArguments,  # type: ignore[arg-type]
+        ReproductionArguments,
         prog="kadapter reproduce",
         description="Compares a backbone alone, with untrained and with trained adapters on tasks. All other flags are passed "
         "on to `kadapter finetune`. Finished runs are not repeated, and a stopped one goes on, if the command is given again.",
-        allow_abbrev=False,
     )
-    try:
-        arguments, rest = made.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
-    except ValueError as error:
-        made.error(str(error))
+    arguments, rest = made.parse_known(flags)
     return arguments, rest

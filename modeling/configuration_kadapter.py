@@ -76,6 +76,13 @@ def _check_spelling(cls: type, kwargs: dict[str, Any]) -> None:
         near = nearest(key, known)
         if near or not issubclass(cls, PreTrainedConfig):
             raise KAdapterConfigError(f"{cls.__name__} has no field '{key}'{near or f'; it has {sorted(known)}'}.")
+    adapters = kwargs.get("knowledge_adapters")
+    for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
+        if isinstance(adapter, dict):
+            try:
+                _check_spelling(KnowledgeAdapterConfig, adapter)
+            except KAdapterConfigError as error:
+                raise KAdapterConfigError(f"knowledge_adapters['{name}']: {error}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

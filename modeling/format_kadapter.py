@@ -53,6 +53,10 @@ class KAdapterConfigError(ValueError):
     """A configuration has a field of the wrong type or with an impossible value; the message names the field."""
 
 
+class SavedConfigError(KAdapterConfigError):
+    """The configuration in a saved file is impossible, so what is wrong is the file and not an argument."""
+
+
 class KAdapterLoadError(OSError):
     """A repository or file is missing, damaged or not what was asked for; the message names it and the way out."""
 

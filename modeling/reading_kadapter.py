@@ -17,6 +17,7 @@ from .format_kadapter import (
     STAGING,
     KAdapterConfigError,
     KAdapterLoadError,
+    SavedConfigError,
     adapter_path,
     decode_floats,
     file_of,
@@ -79,8 +80,8 @@ def read_config(folder: Path, source: Any = None) -> KAdapterConfig:
         raise bad_config(folder, error) from error
 
 
-def bad_config(folder: Path, error: Exception) -> KAdapterConfigError:
-    return KAdapterConfigError(
+def bad_config(folder: Path, error: Exception) -> SavedConfigError:
+    return SavedConfigError(
         f"'{locate(folder, CONFIG_NAME)}': {error} Download or save the model again, or correct the field."
     )
 
