@@ -6,15 +6,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .configuration_kadapter import KAdapterConfig
-from .modeling_kadapter import Encoded, KAdapterPreTrainedModel
+from .encoding_kadapter import Encoded
+from .modeling_kadapter import KAdapterPreTrainedModel
 
 
-def loss_of(
-    total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor:
+# The number of labels in all micro-batches of a step, which Trainer passes when it accumulates gradients.
+ItemCount = torch.Tensor | int | None
+
+
+def loss_of(total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: ItemCount) -> torch.Tensor:
     """
-    The mean of `count` losses, or this micro-batch's share of it: when Trainer accumulates gradients, it passes the number
-    of labels in all micro-batches of a step, and adds up the results. Without any label it is 0.
+    The mean of `count` losses, or this micro-batch's share of the mean over `num_items_in_batch`: Trainer adds up the
+    shares. 0 without any label.
     """
     count = count if num_items_in_batch is None else num_items_in_batch
     if torch.is_tensor(count):
@@ -32,25 +35,47 @@ def cross_entropy(
 
 
 def states_at(state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Selects from `(batch, length, width)` at one position of each row, `(batch,)`, or at several, `(batch, number)`."""
+    """Selects from `(batch, length, width)` one position of each row, `(batch,)`, or several, `(batch, number)`."""
     rows = torch.arange(state.shape[0], device=state.device)
     return state[rows if positions.dim() == 1 else rows[:, None], positions.to(state.device)]
+
+
+def first_position(encoded: Encoded) -> torch.Tensor:
+    """The position of the first token of each row, `(batch,)`."""
+    state = encoded.backbone_state
+    return torch.zeros(state.shape[0], dtype=torch.long, device=state.device)
+
+
+def can_be_checked(tensor: torch.Tensor) -> bool:
+    """Reading values from a GPU would wait for it."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_range(name: str, positions: torch.Tensor, encoded: Encoded, lowest: int = 0) -> None:
+    """Raises `ValueError` if a position is outside the text."""
+    length = encoded.backbone_state.shape[1] - encoded.virtual_tokens
+    if can_be_checked(positions):
+        outside = positions[(positions < lowest) | (positions >= length)]
+        if outside.numel():
+            raise ValueError(f"{name} has {outside[0].item()}, but the rows are {length} tokens long.")
 
 
 class HeadModel(KAdapterPreTrainedModel):
     """
     Base class of task heads.
 
-    A head overrides `add_head`, which makes its layers, and `forward`, which calls `encode` and `fused` and returns a
+    A head overrides `add_head`, which makes its layers, and `forward`, which reads the fused states and returns a
     `ModelOutput`. `register_head` makes it known to the Auto classes:
 
         @register_head("AutoModelForSequenceClassification")
         class MeanPooled(HeadModel):
-            def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-                states = self.fused(self.encode(input_ids, attention_mask, **kwargs))
-                logits = self.classifier(self.dropout(states.mean(dim=1)))
+            @encodes_inputs
+            def forward(self, encoded, labels=None):
+                logits = self.classifier(self.dropout(self.fused(encoded).mean(dim=1)))
                 loss = None if labels is None else cross_entropy(logits, labels)
-                return SequenceClassifierOutput(loss=loss, logits=logits)
+                return SequenceClassifierOutput(loss, logits)
+
+    A `forward` without the decorator, which may change the inputs first, calls `encode` itself.
     """
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
@@ -73,8 +98,7 @@ class HeadModel(KAdapterPreTrainedModel):
         The fused states, in the head's dtype.
 
         Args:
-            encoded: what `encode` returned.
-            positions: those of each row that the head reads, `(batch,)` or `(batch, number)`; the others are not fused.
+            positions: those that the head reads, `(batch,)` or `(batch, number)`; the others are not fused.
 
         Returns:
             `(batch, length, width)`; with `positions`, `(batch, width)` or `(batch, number, width)`.
@@ -85,9 +109,3 @@ class HeadModel(KAdapterPreTrainedModel):
             knowledge = {name: states_at(other, positions) for name, other in knowledge.items()}
         # Without an active adapter the result has the backbone's dtype.
         return self.fusion(state, knowledge).to(self.own_dtype())
-
-
-def first_position(encoded: Encoded) -> torch.Tensor:
-    """The position of the first token of each row, `(batch,)`."""
-    state = encoded.backbone_state
-    return torch.zeros(state.shape[0], dtype=torch.long, device=state.device)

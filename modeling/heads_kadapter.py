@@ -1,4 +1,5 @@
-"""The task heads. A repository's `auto_map` names this module, which imports all others."""
+"""The task heads. A repository's `auto_map` names this module."""
+# ruff: noqa: F401
 
 import torch
 from torch import nn
@@ -14,16 +15,20 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+# transformers 5.5 only copies, of a repository's code, the modules that its entry module itself imports: so this one
+# imports something from each of its siblings. A user's own head imports from here what it imports from kadapter_hf elsewhere.
 from .adapters_kadapter import KnowledgeAdapter
 from .backbone_kadapter import check_is_encoder, masked_lm_class
 from .compat_kadapter import new_model, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .encoding_kadapter import Encoded, encodes_inputs
 from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
+from .freezing_kadapter import FreezingMixin
 from .fusion_kadapter import KnowledgeFusion, register_fusion
-from .head_base_kadapter import HeadModel, cross_entropy, first_position, loss_of
+from .head_base_kadapter import HeadModel, ItemCount, check_range, cross_entropy, first_position, loss_of
 from .layers_kadapter import TransformerLayer
 from .loading_kadapter import load_repository
-from .modeling_kadapter import Encoded, KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
+from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
 from .origins_kadapter import Origins
 from .parsing_kadapter import DependencyParserOutput, KAdapterForDependencyParsing
 from .peft_kadapter import plain_state_dict
@@ -34,50 +39,12 @@ from .saving_kadapter import save_repository
 from .sources_kadapter import repository_folder
 
 
-# transformers 5.5 copies, of a repository's code, only the modules that its entry module itself imports: so this one
-# imports something from each of its siblings.
-__all__ = [
-    "BackboneMismatchError",
-    "DependencyParserOutput",
-    "Encoded",
-    "HeadModel",
-    "KAdapterConfig",
-    "KAdapterConfigError",
-    "KAdapterForDependencyParsing",
-    "KAdapterForEntityTyping",
-    "KAdapterForMaskedLM",
-    "KAdapterForMultipleChoice",
-    "KAdapterForQuestionAnswering",
-    "KAdapterForRelationClassification",
-    "KAdapterForSequenceClassification",
-    "KAdapterForTokenClassification",
-    "KAdapterLoadError",
-    "KAdapterModel",
-    "KAdapterModelOutput",
-    "KnowledgeAdapter",
-    "KnowledgeAdapterConfig",
-    "KnowledgeFusion",
-    "Origins",
-    "TransformerLayer",
-    "cross_entropy",
-    "load_repository",
-    "plain_state_dict",
-    "read_adapter",
-    "register_fusion",
-    "register_head",
-    "replace_files",
-    "repository_folder",
-    "save_repository",
-]
-
-
 def _classification_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    config: KAdapterConfig,
-    num_items_in_batch: torch.Tensor | int | None,
-) -> torch.Tensor:
+    logits: torch.Tensor, labels: torch.Tensor | None, config: KAdapterConfig, num_items_in_batch: ItemCount
+) -> torch.Tensor | None:
     """The loss of `(batch, num_labels)` logits for `config.problem_type`, which the labels decide if it is not set."""
+    if labels is None:
+        return None
     if config.problem_type is None:
         if config.num_labels == 1:
             config.problem_type = "regression"
@@ -97,8 +64,7 @@ def _classification_loss(
 
 def _check_marker(name: str, positions: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
     """The positions of the markers among those of the states, after checking them."""
-    batch, length = encoded.backbone_state.shape[:2]
-    length -= encoded.virtual_tokens
+    batch = len(encoded.backbone_state)
     if positions is None:
         raise ValueError(
             f"{name} is missing: the position of the marker before the entity in each row, shape (batch,)."
@@ -107,10 +73,7 @@ def _check_marker(name: str, positions: torch.Tensor | None, encoded: Encoded) -
         raise ValueError(
             f"{name} must be a LongTensor of shape ({batch},), not {positions.dtype} of {tuple(positions.shape)}."
         )
-    if not torch.compiler.is_compiling() and positions.device.type == "cpu":
-        outside = positions[(positions < 0) | (positions >= length)]
-        if outside.numel():
-            raise ValueError(f"{name} has {outside[0].item()}, but the rows are {length} tokens long.")
+    check_range(name, positions, encoded)
     return positions + encoded.virtual_tokens
 
 
@@ -118,18 +81,9 @@ def _check_marker(name: str, positions: torch.Tensor | None, encoded: Encoded) -
 class KAdapterForSequenceClassification(HeadModel):
     """Classification or regression of a text, from the fused state of its first token."""
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        self, encoded: Encoded, labels: torch.Tensor | None = None, num_items_in_batch: ItemCount = None
     ) -> SequenceClassifierOutput:
         """
         Args:
@@ -139,34 +93,18 @@ class KAdapterForSequenceClassification(HeadModel):
         Returns:
             `logits` of shape `(batch, num_labels)`.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         logits = self.classifier(self.dropout(self.fused(encoded, first_position(encoded))))
-        loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
+        return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForTokenClassification")
 class KAdapterForTokenClassification(HeadModel):
     """A label for each token, from its fused state."""
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        self, encoded: Encoded, labels: torch.LongTensor | None = None, num_items_in_batch: ItemCount = None
     ) -> TokenClassifierOutput:
         """
         Args:
@@ -175,16 +113,9 @@ class KAdapterForTokenClassification(HeadModel):
         Returns:
             `logits` of shape `(batch, length, num_labels)`.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         logits = self.classifier(self.dropout(self.fused(encoded)))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return TokenClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return TokenClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForQuestionAnswering")
@@ -194,18 +125,12 @@ class KAdapterForQuestionAnswering(HeadModel):
     def add_head(self, config: KAdapterConfig, width: int) -> None:
         self.qa_outputs = nn.Linear(width, 2)
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        encoded: Encoded,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
     ) -> QuestionAnsweringModelOutput:
         """
         Args:
@@ -215,8 +140,6 @@ class KAdapterForQuestionAnswering(HeadModel):
         Returns:
             `start_logits` and `end_logits` of shape `(batch, length)`.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         logits = self.qa_outputs(self.dropout(self.fused(encoded)))
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         loss = None
@@ -228,13 +151,7 @@ class KAdapterForQuestionAnswering(HeadModel):
                 positions = positions.masked_fill((positions < 0) | (positions >= length), -100)
                 losses.append(cross_entropy(scores, positions, positions.numel()))
             loss = sum(losses) / 2
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForMultipleChoice")
@@ -257,7 +174,7 @@ class KAdapterForMultipleChoice(HeadModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: ItemCount = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> MultipleChoiceModelOutput:
@@ -282,12 +199,7 @@ class KAdapterForMultipleChoice(HeadModel):
         fused = self.fused(encoded, first_position(encoded))
         logits = self.classifier(self.dropout(fused)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return MultipleChoiceModelOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return MultipleChoiceModelOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForSequenceClassification")
@@ -304,19 +216,13 @@ class KAdapterForEntityTyping(HeadModel):
         self.dense = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, config.num_labels)
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        encoded: Encoded,
         entity_start: torch.LongTensor | None = None,
         labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        num_items_in_batch: ItemCount = None,
     ) -> SequenceClassifierOutput:
         """
         Args:
@@ -329,17 +235,10 @@ class KAdapterForEntityTyping(HeadModel):
         Raises:
             ValueError: `entity_start` is missing, of another shape, or outside the text.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         fused = self.fused(encoded, _check_marker("entity_start", entity_start, encoded))
         logits = self.out_proj(self.dropout(self.dense(fused)))
-        loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
+        return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForSequenceClassification")
@@ -354,20 +253,14 @@ class KAdapterForRelationClassification(HeadModel):
         self.dense = nn.Linear(2 * width, width)
         self.out_proj = nn.Linear(width, config.num_labels)
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        encoded: Encoded,
         subject_start: torch.LongTensor | None = None,
         object_start: torch.LongTensor | None = None,
         labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        num_items_in_batch: ItemCount = None,
     ) -> SequenceClassifierOutput:
         """
         Args:
@@ -380,21 +273,14 @@ class KAdapterForRelationClassification(HeadModel):
         Raises:
             ValueError: a marker position is missing, of another shape, or outside the text.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         markers = (
             _check_marker("subject_start", subject_start, encoded),
             _check_marker("object_start", object_start, encoded),
         )
         pair = torch.cat([self.fused(encoded, marker) for marker in markers], dim=-1)
         logits = self.out_proj(self.dropout(self.dense(pair)))
-        loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
+        return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 class _StatesGiven(nn.Module):
@@ -467,18 +353,9 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head.set_output_embeddings(new_embeddings)
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        self, encoded: Encoded, labels: torch.LongTensor | None = None, num_items_in_batch: ItemCount = None
     ) -> MaskedLMOutput:
         """
         Args:
@@ -487,15 +364,8 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         Returns:
             `logits` of shape `(batch, length, vocab_size)`.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         fused = self.fusion(encoded.backbone_state, encoded.knowledge).to(next(parameters_of(self.lm_head)).dtype)
         # input_ids=None by position, as the wrapper of PEFT 0.18 around heads that train needs an argument there.
         logits = self.lm_head(None, inputs_embeds=fused, return_dict=True).logits
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return MaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return MaskedLMOutput(loss, logits, encoded.hidden_states, encoded.attentions)

@@ -1,30 +1,22 @@
 """K-Adapter: a frozen backbone, knowledge adapters beside it, and their fusion."""
 
-import inspect
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer
 from .backbone_kadapter import drop_pooler, new_backbone
-from .compat_kadapter import (
-    LOADING,
-    attn_implementation_of,
-    mark_initialized,
-    no_split_modules,
-    parameters_of,
-    running_position_ids,
-)
+from .compat_kadapter import LOADING, attn_implementation_of, mark_initialized, no_split_modules, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .encoding_kadapter import Encoded, EncodingMixin, encodes_inputs
 from .format_kadapter import (
     CARD_FILE,
     HEAD_FILE,
@@ -36,19 +28,11 @@ from .format_kadapter import (
     file_of,
     part_of,
 )
+from .freezing_kadapter import FreezingMixin
 from .fusion_kadapter import KnowledgeFusion, new_fusion
 from .loading_kadapter import fill_adapter, load_on_backbone, load_repository
 from .origins_kadapter import Origins, summary_table
-from .peft_kadapter import (
-    check_says_of_peft,
-    check_trains_what_runs,
-    is_wrapped_by_peft,
-    load_peft_adapter,
-    peft_parameters,
-    plain_state_dict,
-    virtual_tokens,
-    warn_of_peft_in,
-)
+from .peft_kadapter import check_says_of_peft, load_peft_adapter, plain_state_dict, warn_of_peft_in
 from .reading_kadapter import read_adapter
 from .replacing_kadapter import write_tensors
 from .saving_kadapter import save_repository
@@ -76,27 +60,7 @@ class KAdapterModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-@dataclass
-class Encoded:
-    """
-    What a head gets from `KAdapterPreTrainedModel.encode`.
-
-    Args:
-        backbone_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the backbone's last.
-        knowledge (`dict[str, torch.FloatTensor]`): the output of each active adapter, of that shape.
-        hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
-        virtual_tokens (`int`): how many positions PEFT's prompt methods have put before those of the text; positions that
-            the caller gave count without them.
-    """
-
-    backbone_state: torch.Tensor
-    knowledge: dict[str, torch.Tensor]
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    virtual_tokens: int = 0
-
-
-class KAdapterPreTrainedModel(PreTrainedModel):
+class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
     """
     Base class of all K-Adapter models: construction, knowledge adapters by name, freezing, saving and loading.
 
@@ -117,8 +81,6 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["KnowledgeAdapterLayer"]
     # Whether the class uses the language-model head of the backbone.
     needs_lm_head = False
-    # The names of the parameters that were last set to train.
-    _trained: Set[str] = frozenset()
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
         """
@@ -348,8 +310,10 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
     def set_active_knowledge_adapters(self, names: str | Iterable[str] | None) -> None:
         """Activates exactly these adapters; with None or an empty list, the model computes what the backbone does."""
-        self.config.active_knowledge_adapters = self._checked_names(names or [])
-        self._update_trainable(thaw=False)
+        names = self._checked_names(names or [])
+        thaw = not self._is_frozen_from_outside()
+        self.config.active_knowledge_adapters = names
+        self._update_trainable(thaw)
 
     def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | dict[str, Any] | None = None) -> None:
         """
@@ -425,7 +389,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         Returns:
             The file.
         """
-        self._check_known(name)
+        self._checked_names(name)
         path = Path(path) if Path(path).suffix == ".safetensors" else Path(path, adapter_path(name))
         warn_of_peft_in(self, f"adapters.{name}")
         state = plain_state_dict(self)
@@ -436,7 +400,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
     def delete_knowledge_adapter(self, name: str) -> None:
         """Removes an adapter and its part of the fusion; the others' weights stay as they are."""
-        self._check_known(name)
+        self._checked_names(name)
         del self.adapters[name], self.config.knowledge_adapters[name]
         self.fusion.remove(name)
         for names in (self.config.active_knowledge_adapters, self.config.frozen_knowledge_adapters):
@@ -471,14 +435,11 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         self.config.active_knowledge_adapters.append(name)
         self._update_trainable()
 
-    def _check_known(self, name: str) -> None:
-        if name not in self.adapters:
-            raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
-
     def _checked_names(self, names: str | Iterable[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         for name in names:
-            self._check_known(name)
+            if name not in self.adapters:
+                raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
         return names
 
     def _check_trained_on_this(self, config: KnowledgeAdapterConfig, path: Path, ignore: bool) -> None:
@@ -498,129 +459,6 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         if not ignore:
             raise BackboneMismatchError(f"{message}; to load it nevertheless, pass ignore_backbone_mismatch=True.")
         logger.warning(f"{message}; it is loaded nevertheless.")
-
-    # ---- Freezing ---------------------------------------------------------------------------------------------------
-
-    def freeze_backbone(self) -> None:
-        """The backbone does not train: no gradients, no dropout."""
-        self.config.freeze_backbone = True
-        self._update_trainable(thaw=False)
-
-    def unfreeze_backbone(self) -> None:
-        """The backbone trains. Saving then stores it, as it is no longer the one that it was loaded from."""
-        self.config.freeze_backbone = False
-        self._update_trainable()
-
-    def freeze_knowledge_adapters(self, names: str | Iterable[str] | None = None) -> None:
-        """These adapters (by default all) don't train."""
-        self._set_frozen(names, True)
-
-    def unfreeze_knowledge_adapters(self, names: str | Iterable[str] | None = None) -> None:
-        """These adapters (by default all) train if they are active."""
-        self._set_frozen(names, False)
-
-    def _set_frozen(self, names: str | Iterable[str] | None, frozen: bool) -> None:
-        names = self._checked_names(self.adapters if names is None else names)
-        kept = [name for name in self.config.frozen_knowledge_adapters if name not in names]
-        self.config.frozen_knowledge_adapters = kept + (names if frozen else [])
-        self._update_trainable(thaw=not frozen)
-
-    def freeze_head(self) -> None:
-        """The fusion and the task head don't train."""
-        self.config.freeze_head = True
-        self._update_trainable(thaw=False)
-
-    def unfreeze_head(self) -> None:
-        """The fusion and the task head train."""
-        self.config.freeze_head = False
-        self._update_trainable()
-
-    def train_knowledge_adapter(self, name: str, train_head: bool = False) -> None:
-        """
-        Makes this adapter train and freezes everything else.
-
-        Args:
-            train_head: also train the fusion and the task head. Pre-training an adapter needs that if they are new; they
-                are discarded afterwards (paper, section 3.3).
-        """
-        self._check_known(name)
-        if name not in self.config.active_knowledge_adapters:
-            self.config.active_knowledge_adapters.append(name)
-        self.config.freeze_backbone = True
-        self.config.freeze_head = not train_head
-        self.config.frozen_knowledge_adapters = [other for other in self.adapters if other != name]
-        self._update_trainable()
-
-    def _update_trainable(self, thaw: bool = True) -> None:
-        """
-        Sets `requires_grad` from the configuration. What the forward pass doesn't use doesn't train: DDP requires it.
-
-        Args:
-            thaw: also where all that trained has been frozen since by something else, such as PEFT.
-        """
-        config, active = self.config, self.config.active_knowledge_adapters
-        backbone = set(self.backbone.parameters())
-        trained: set[nn.Parameter] = set()
-        if not config.freeze_head:
-            # The output weights of a language-model head are the backbone's embeddings, and train with the backbone.
-            trained |= {*self.head_parameters(), *self.fusion.used_parameters(active)} - backbone
-        if not config.freeze_backbone:
-            trained |= backbone
-        for name in active:
-            if name not in config.frozen_knowledge_adapters:
-                trained |= set(self.adapters[name].parameters())
-        before = [parameter for name, parameter in self.named_parameters() if name in self._trained]
-        if is_wrapped_by_peft(self):
-            trained = set()
-            if thaw:
-                logger.warning(
-                    "PEFT decides what trains in a model that get_peft_model has wrapped, and saves nothing else: the rest "
-                    "stays frozen. Name what is to train in modules_to_save of PEFT's configuration."
-                )
-        elif not thaw and before and not any(parameter.requires_grad for parameter in before):
-            trained = set()
-        else:
-            self._trained = {name for name, parameter in self.named_parameters() if parameter in trained}
-        peft = peft_parameters(self)  # PEFT decides about its own
-        for parameter in self.parameters():
-            if parameter.is_floating_point() and parameter not in peft:
-                parameter.requires_grad_(parameter in trained)
-        self._settle_modes()
-
-    def train(self: Model, mode: bool = True) -> Model:
-        """As `nn.Module.train`, but frozen parts stay in evaluation mode, without dropout."""
-        super().train(mode)
-        self._settle_modes()
-        if mode:
-            check_trains_what_runs(self)
-            self._warn_of_new_head()
-        if self.backbone.training and not self.origins.backbone_trained:
-            own = set(self.backbone.parameters()) - peft_parameters(self)
-            self.origins.backbone_trained = any(parameter.requires_grad for parameter in own)
-        return self
-
-    def _warn_of_new_head(self) -> None:
-        """Says that a new head does not train although it is not to be frozen: PEFT finds only some names by itself."""
-        if self.config.freeze_head or not self.origins.is_new("head"):
-            return
-        heads, frozen = set(self.head_modules()), []
-        for name, child in self.named_children():
-            parameters = list(child.parameters()) if child in heads else []
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                frozen.append(name)
-        if frozen:
-            logger.warning_once(
-                f"the head's {frozen} are new, and something such as PEFT has frozen them: they stay random. With PEFT, pass "
-                f"modules_to_save={frozen} to its configuration."
-            )
-
-    def _settle_modes(self) -> None:
-        parts = [([part], part.parameters()) for part in (self.backbone, self.fusion, *self.adapters.values())]
-        for modules, parameters in (*parts, (list(self.head_modules()), self.head_parameters())):
-            mode = self.training and any(parameter.requires_grad for parameter in parameters)
-            for module in modules:
-                if module.training != mode:
-                    module.train(mode)
 
     # ---- The task head, and what else is beside the backbone --------------------------------------------------------
 
@@ -663,119 +501,6 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             if tensor.is_floating_point() or isinstance(to, torch.device):
                 tensor.data = tensor.data.to(to)
 
-    # ---- Forward ----------------------------------------------------------------------------------------------------
-
-    def encode(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
-    ) -> Encoded:
-        """
-        Runs the backbone and the active adapters, as the first step of a head's `forward`.
-
-        Args:
-            input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
-            inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
-            kwargs: what else `forward` was called with. With `past_key_values`, the keys and values of a prefix for each
-                layer of the backbone, `attention_mask` covers the prefix too.
-        """
-        read = self.backbone_states_read()
-        given = kwargs.pop("backbone_states", None)
-        if given is not None:
-            states, output = self._given_states(given, read)
-        else:
-            states, output = self._run_backbone(
-                read, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-            )
-        active = self.config.active_knowledge_adapters
-        if attention_mask is not None and attention_mask.dim() == 2:
-            # With past_key_values it covers them too.
-            attention_mask = attention_mask[:, -output["last_hidden_state"].shape[1] :]
-        knowledge = {name: self.adapters[name](states, attention_mask) for name in active}
-        return Encoded(
-            backbone_state=output["last_hidden_state"],
-            knowledge=knowledge,
-            hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
-            virtual_tokens=virtual_tokens()
-            if inputs_embeds is not None and kwargs.get("past_key_values") is None
-            else 0,
-        )
-
-    def backbone_states_read(self) -> list[int]:
-        """The indices of the backbone's hidden states that the active adapters read, in ascending order."""
-        active = [self.adapters[name] for name in self.config.active_knowledge_adapters]
-        return sorted({layer for adapter in active for layer in adapter.config.backbone_layers})
-
-    def _given_states(self, given: torch.Tensor, read: list[int]) -> tuple[dict[int, torch.Tensor], ModelOutput]:
-        """`backbone_states` that the caller has computed: the states that are read, then the backbone's last."""
-        if given.dim() != 4 or given.shape[1] != len(read) + 1:
-            raise ValueError(
-                f"backbone_states must be of shape (batch, {len(read) + 1}, length, width), the states {read} and the "
-                f"backbone's last; not {tuple(given.shape)}."
-            )
-        given = given.to(self.own_dtype())
-        output = BaseModelOutput(last_hidden_state=given[:, -1])
-        return {layer: given[:, place] for place, layer in enumerate(read)}, output
-
-    def _run_backbone(
-        self,
-        read: list[int],
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[Any, Any]:
-        active = [self.adapters[name] for name in self.config.active_knowledge_adapters]
-        past = kwargs.pop("past_key_values", None)
-        if past is not None:
-            self._check_takes_past()
-            kwargs["past_key_values"] = past
-        if position_ids is None and any(adapter.config.attend_to_padding for adapter in active):
-            given = input_ids if input_ids is not None else inputs_embeds
-            position_ids = running_position_ids(self.backbone, given, 0 if past is None else past.get_seq_length())
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids}
-        inputs = {key: value for key, value in inputs.items() if value is not None}
-        kwargs.pop("num_items_in_batch", None)
-        wants = kwargs.pop("output_hidden_states", None)
-        wants = self.config.output_hidden_states if wants is None else wants
-        if kwargs.get("output_attentions") is None and self.config.output_attentions:
-            kwargs["output_attentions"] = True
-        # With gradient checkpointing, the output of the embeddings requires gradients even if nothing in the backbone does.
-        trains = any(parameter.requires_grad for parameter in parameters_of(self.backbone))
-        trains = trains or not self.training or past is not None
-        trains = trains or (inputs_embeds is not None and inputs_embeds.requires_grad)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            # Newer versions of transformers keep only the states with the given indices, older ones keep all.
-            wanted = [*read, *wants] if isinstance(wants, list) else True if wants else read
-            output = self.backbone(**inputs, **kwargs, output_hidden_states=wanted, return_dict=True)
-        states = output.get("hidden_states")
-        if read and (states is None or len(states) <= read[-1]):
-            raise KAdapterConfigError(
-                f"the backbone ({self.backbone.config.model_type}) returned {len(states or ())} hidden states, and the "
-                f"adapters read number {read[-1]}; it can't be a backbone."
-            )
-        if not wants:
-            output["hidden_states"] = None
-        elif isinstance(wants, list):
-            kept = {index % len(states) for index in wants}
-            output["hidden_states"] = tuple(state if index in kept else None for index, state in enumerate(states))
-        return states, output
-
-    def _check_takes_past(self) -> None:
-        if "past_key_values" not in inspect.signature(self.backbone.forward).parameters:
-            raise KAdapterConfigError(
-                f"the backbone ({self.backbone.config.model_type}) takes no past_key_values, which PEFT's prefix tuning puts "
-                "before the text. Use another of PEFT's methods, such as LoRA or prompt tuning."
-            )
-
 
 class KAdapterModel(KAdapterPreTrainedModel):
     """The fused states of the backbone and its active knowledge adapters, without a task head."""
@@ -784,28 +509,9 @@ class KAdapterModel(KAdapterPreTrainedModel):
         super().__init__(config, backbone)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> KAdapterModelOutput:
-        """
-        Args:
-            input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
-            inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
-            past_key_values: of a prefix, as PEFT's prefix tuning passes them; see `encode`.
-            kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`,
-                `return_dict`; and `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read` and
-                the backbone's last, computed before. The backbone then does not run.
-        """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
+    @encodes_inputs
+    def forward(self, encoded: Encoded) -> KAdapterModelOutput:
+        """Takes the inputs of `encode`."""
         return KAdapterModelOutput(
             last_hidden_state=self.fusion(encoded.backbone_state, encoded.knowledge),
             backbone_last_hidden_state=encoded.backbone_state,

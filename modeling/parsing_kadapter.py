@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from .configuration_kadapter import KAdapterConfig
-from .head_base_kadapter import HeadModel, cross_entropy, first_position
-from .modeling_kadapter import Encoded
+from .encoding_kadapter import Encoded, encodes_inputs
+from .head_base_kadapter import HeadModel, ItemCount, can_be_checked, check_range, cross_entropy, first_position
 from .registry_kadapter import register_head
 
 
@@ -123,15 +122,9 @@ def decode_parse(arc_logits: torch.Tensor, relation_logits: torch.Tensor) -> tup
     return heads, relation_logits[range(len(heads)), heads].argmax(-1).tolist()
 
 
-def _can_be_checked(tensor: torch.Tensor) -> bool:
-    """Reading values from a GPU would wait for it."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _check_word_starts(word_starts: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
     """The positions of the words among those of the states, after checking them."""
-    batch, length = encoded.backbone_state.shape[:2]
-    length -= encoded.virtual_tokens
+    batch = len(encoded.backbone_state)
     if word_starts is None:
         raise ValueError("word_starts is missing: the position of each word's first token, shape (batch, words).")
     if word_starts.dim() != 2 or word_starts.shape[0] != batch or word_starts.is_floating_point():
@@ -139,12 +132,9 @@ def _check_word_starts(word_starts: torch.Tensor | None, encoded: Encoded) -> to
             f"word_starts must be a LongTensor of shape ({batch}, words), not {word_starts.dtype} of "
             f"{tuple(word_starts.shape)}."
         )
-    if _can_be_checked(word_starts):
-        outside = word_starts[(word_starts < -1) | (word_starts >= length)]
-        if outside.numel():
-            raise ValueError(f"word_starts has {outside[0].item()}, but the rows are {length} tokens long.")
-        if ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
-            raise ValueError("word_starts has a word after a -1; -1 fills the end of a row with fewer words.")
+    check_range("word_starts", word_starts, encoded, lowest=-1)
+    if can_be_checked(word_starts) and ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
+        raise ValueError("word_starts has a word after a -1; -1 fills the end of a row with fewer words.")
     word_starts = word_starts.to(encoded.backbone_state.device)
     return torch.where(word_starts < 0, word_starts, word_starts + encoded.virtual_tokens)
 
@@ -160,7 +150,7 @@ def _check_labels(
                 f"{tuple(labels.shape)}."
             )
     head_labels, relation_labels = (labels.to(can_be_head.device).long() for labels in (head_labels, relation_labels))
-    if _can_be_checked(head_labels):
+    if can_be_checked(head_labels):
         inside = (head_labels >= 0) & (head_labels <= shape[1])
         possible = can_be_head.gather(2, head_labels.where(inside, 0)[..., None])[..., 0] & inside
         row, word = torch.where(~possible & (head_labels != -100))
@@ -173,9 +163,7 @@ def _check_labels(
     return head_labels, relation_labels.masked_fill(head_labels == -100, -100)
 
 
-def _word_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor:
+def _word_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: ItemCount) -> torch.Tensor:
     """
     The cross-entropy of `(batch, words, classes)` logits.
 
@@ -206,20 +194,14 @@ class KAdapterForDependencyParsing(HeadModel):
         self.arc_scorer = nn.Linear(arc, arc)
         self.relation_scorer = nn.Linear(relation, config.num_labels * (relation + 1))
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        encoded: Encoded,
         word_starts: torch.LongTensor | None = None,
         head_labels: torch.LongTensor | None = None,
         relation_labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        num_items_in_batch: ItemCount = None,
     ) -> DependencyParserOutput:
         """
         Args:
@@ -239,8 +221,6 @@ class KAdapterForDependencyParsing(HeadModel):
             ValueError: `word_starts` is missing, of another shape, or outside the text; labels are of another shape, or
                 a head is not another word of the row.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         word_starts = _check_word_starts(word_starts, encoded)
         positions = torch.cat([first_position(encoded)[:, None], word_starts.clamp(min=0)], dim=1)
         heads = self.fused(encoded, positions)
@@ -266,13 +246,7 @@ class KAdapterForDependencyParsing(HeadModel):
                 at_right = relation_logits.take_along_dim(right[..., None], dim=2).squeeze(2)
             loss = _word_loss(arc_logits, head_labels, num_items_in_batch)
             loss = loss + _word_loss(at_right, relation_labels, num_items_in_batch)
-        return DependencyParserOutput(
-            loss=loss,
-            arc_logits=arc_logits,
-            relation_logits=relation_logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return DependencyParserOutput(loss, arc_logits, relation_logits, encoded.hidden_states, encoded.attentions)
 
     def _features(self, states: torch.Tensor, layer: nn.Linear, scorer: nn.Linear | None = None) -> torch.Tensor:
         features = self.dropout(F.leaky_relu(layer(states), 0.1))
