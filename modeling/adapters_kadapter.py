@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, initialization as init
 
-from .compat_kadapter import set_attn_implementation
 from .configuration_kadapter import KnowledgeAdapterConfig
 from .fusion_kadapter import to_layer
 from .layers_kadapter import TransformerEncoder
@@ -51,16 +50,14 @@ class KnowledgeAdapter(nn.Module):
     The original's code sums the two, although the paper (section 3.1) says that they are concatenated.
     """
 
-    def __init__(self, config: KnowledgeAdapterConfig, backbone_width: int, attn_implementation: str | None = None):
+    def __init__(self, config: KnowledgeAdapterConfig, backbone_width: int, attention: PreTrainedConfig | None = None):
+        """`attention` is the configuration whose attention implementation the layers use, such as the K-Adapter's."""
         super().__init__()
         self.config = config
-        attention = PreTrainedConfig(attn_implementation=attn_implementation)
+        attention = attention or PreTrainedConfig()
         self.layers = nn.ModuleList(
             KnowledgeAdapterLayer(config, backbone_width, attention) for _ in config.backbone_layers
         )
-
-    def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        set_attn_implementation(self.layers[0].encoder.config, attn_implementation)  # one object, shared by all layers
 
     def forward(
         self,

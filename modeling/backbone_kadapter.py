@@ -29,7 +29,8 @@ from .compat_kadapter import (
     without_load_report,
 )
 from .configuration_kadapter import KAdapterConfig, nearest, own_fields
-from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
+from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError, damaged
+from .reading_kadapter import check_tensors
 from .sources_kadapter import HUB_ARGUMENTS, check_downloads, hub_arguments, snapshot_of
 
 
@@ -40,13 +41,7 @@ KIND = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
-    """
-    Refuses what can't be a backbone yet.
-
-    Raises:
-        KAdapterConfigError: a decoder, an encoder-decoder, or a model that takes no token ids or returns no hidden
-            states.
-    """
+    """Raises `KAdapterConfigError` for decoders, and for models that take no token ids or return no hidden states."""
     name = f"a '{config.model_type}' model"
     if config.model_type == KAdapterConfig.model_type:
         raise KAdapterConfigError(
@@ -73,12 +68,7 @@ def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
 
 
 def masked_lm_class(config: PreTrainedConfig) -> Any:
-    """
-    The class that `AutoModelForMaskedLM` would choose.
-
-    Raises:
-        KAdapterConfigError: the type has none.
-    """
+    """The class that `AutoModelForMaskedLM` would choose. Raises `KAdapterConfigError` if there is none."""
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise KAdapterConfigError(f"transformers has no masked-language model of type '{config.model_type}'.")
     return MODEL_FOR_MASKED_LM_MAPPING[type(config)]
@@ -128,9 +118,9 @@ def load_backbone(
         KAdapterConfigError: it can't be a backbone.
     """
     hub_kwargs, started = hub_arguments(kwargs), time.time()
-    trust = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
+    trust = kwargs.get("trust_remote_code")
     try:
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **hub_kwargs, **trust)
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, trust_remote_code=trust, **hub_kwargs)
     except Exception as error:  # a foreign configuration class may raise anything
         raise _not_loaded(name, error) from error
     check_is_encoder(config)
@@ -138,10 +128,8 @@ def load_backbone(
         masked_lm_class(config)
     if expected is not None:
         check_same_kind(config, expected, name)
-        for field in own_fields(config) & own_fields(
-            expected
-        ):  # those that `from_backbone` was given other values for
-            if getattr(config, field, None) != getattr(expected, field, None):
+        for field in own_fields(config) & own_fields(expected):
+            if getattr(config, field, None) != getattr(expected, field, None):  # as `from_backbone` was asked for
                 setattr(config, field, getattr(expected, field))
     take_fields(config, kwargs)
     try:
@@ -177,12 +165,7 @@ def load_backbone(
 
 
 def take_fields(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
-    """
-    Moves those arguments that are fields of the backbone's configuration there.
-
-    Raises:
-        KAdapterConfigError: such a field would make it another model.
-    """
+    """Moves the arguments that are fields of the backbone's configuration there, unless its weights would not fit."""
     for field in kwargs.keys() & own_fields(config):
         value = kwargs.pop(field)
         if field in KIND and value != getattr(config, field):
@@ -214,6 +197,31 @@ def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: 
             )
 
 
+def check_trained_on(
+    what: str, then: tuple[str | None, str | None], now: tuple[str | None, str | None], way_out: str, ignore: bool
+) -> None:
+    """
+    Raises `BackboneMismatchError` or, with `ignore`, warns if `what` was trained on another backbone.
+
+    Args:
+        then, now: name and fingerprint of the backbone that it was trained on, and of the one here.
+        way_out: from the error, besides `ignore_backbone_mismatch`.
+    """
+    wanted, found = then[1], now[1]
+    if wanted is None:
+        logger.warning(
+            f"{what} does not record the fingerprint of its backbone: that it was trained on '{now[0]}' could not be verified."
+        )
+    elif wanted != found:
+        message = (
+            f"{what} was trained on the backbone '{then[0]}' with fingerprint {wanted[:12]}…, and the one here, '{now[0]}', "
+            f"has {(found or 'none')[:12]}…: other weights"
+        )
+        if not ignore:
+            raise BackboneMismatchError(f"{message}. To continue, {way_out}, or ignore_backbone_mismatch=True.")
+        logger.warning(f"{message}; it is used nevertheless.")
+
+
 def is_opaque(backbone: PreTrainedModel) -> bool:
     """Whether the weights are quantised or offloaded, and so differ from those that are stored."""
     quantised = getattr(backbone.config, "quantization_config", None) is not None
@@ -221,12 +229,7 @@ def is_opaque(backbone: PreTrainedModel) -> bool:
 
 
 def load_quietly(config: KAdapterConfig, **kwargs) -> PreTrainedModel:
-    """
-    The backbone that `config` names, from this machine and without progress bars, to be compared with another.
-
-    Args:
-        kwargs: the Hub's arguments and `use_safetensors`.
-    """
+    """The backbone that `config` names, from this machine and without progress bars, for comparison with another."""
     if config.backbone_name_or_path is None:
         raise KAdapterLoadError("no backbone is named")
     kwargs = {key: value for key, value in kwargs.items() if key not in ("force_download", "subfolder")}
@@ -236,26 +239,19 @@ def load_quietly(config: KAdapterConfig, **kwargs) -> PreTrainedModel:
 
 
 def add_lm_head(backbone: PreTrainedModel, name: str | None, **hub_kwargs) -> PreTrainedModel:
-    """
-    The backbone inside its masked-language-model class, whose head comes from the named repository.
-
-    Raises:
-        KAdapterLoadError: there is no such repository.
-    """
+    """The backbone inside its masked-language-model class, whose head comes from the named repository."""
     if isinstance(backbone, masked_lm_class(backbone.config)):
         return copy_with_own_modules(backbone)  # the K-Adapter removes the encoder from it
     backbone = backbone.base_model
     if name is None:
-        raise KAdapterLoadError(
-            "the backbone is not from a repository that its language-model head could be loaded from."
-        )
+        raise KAdapterLoadError("the backbone is from no repository that has its language-model head.")
     with_head = load_backbone(name, with_lm_head=True, dtype=backbone.dtype, **hub_kwargs)
     setattr(with_head, with_head.base_model_prefix, backbone)
     return with_head
 
 
 def stored_backbone(
-    config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any, **kwargs
+    config: PreTrainedConfig, tensors: dict[str, torch.Tensor], path: Any, **kwargs
 ) -> PreTrainedModel:
     """
     A backbone from the tensors of a K-Adapter repository that stores its own.
@@ -266,48 +262,27 @@ def stored_backbone(
     check_is_encoder(config)
     take_fields(config, kwargs)
     tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-    _check_sizes(config, tensors, place)
+    options = _without_pooler(config)
     try:
-        with LOADING, without_load_report():
-            backbone, info = _class_of(config).from_pretrained(
-                None,
-                config=config,
-                state_dict=tensors,
-                output_loading_info=True,
-                **_without_pooler(config),
-                **kwargs,
-            )
-    except Exception as error:  # the model's own class may raise anything
-        raise KAdapterLoadError(
-            f"'{place}' does not fit the backbone that config.json describes ({error}). Download or save the model again."
-        ) from error
-    for key, problem in (("missing_keys", "missing"), ("unexpected_keys", "not expected")):
-        if info[key]:
-            raise KAdapterLoadError(
-                f"'{place}': tensor '{min(info[key])}' is {problem} in the backbone that config.json describes. Download "
-                "or save the model again."
-            )
-    return backbone
-
-
-def _check_sizes(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any) -> None:
-    """
-    Compares shapes before any memory is allocated, as config.json may ask for any amount of it.
-
-    Names are left to transformers, which maps those of its older versions.
-    """
-    try:
+        # Shapes are compared before memory is allocated, as config.json may ask for any amount of it. Names are left to
+        # transformers, which maps those of its older versions.
         if config.num_hidden_layers > len(tensors):
             raise ValueError(f"{config.num_hidden_layers} layers, and {len(tensors)} tensors")
         with without_initialization(), torch.device("meta"):
-            expected = _class_of(config)(config, **_without_pooler(config)).state_dict()
-    except Exception as error:  # the model's own class may raise anything
-        raise KAdapterLoadError(
-            f"'{place}' does not fit the backbone that config.json describes ({error}). Download or save the model again."
-        ) from error
-    for name in sorted(expected.keys() & tensors.keys()):
-        if expected[name].shape != tensors[name].shape:
-            raise KAdapterLoadError(
-                f"'{place}': tensor '{name}' has shape {tuple(tensors[name].shape)}, and config.json describes one of "
-                f"{tuple(expected[name].shape)}. Download or save the model again."
+            expected = _class_of(config)(config, **options).state_dict()
+        common = expected.keys() & tensors.keys()
+        check_tensors({name: expected[name] for name in common}, {name: tensors[name] for name in common}, path)
+        with LOADING, without_load_report():
+            backbone, info = _class_of(config).from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, **options, **kwargs
             )
+    except KAdapterLoadError:
+        raise
+    except Exception as error:  # the model's own class may raise anything
+        raise damaged(path, f"does not fit the backbone that config.json describes ({error})") from error
+    for key, problem in (("missing_keys", "missing"), ("unexpected_keys", "not expected")):
+        if info[key]:
+            raise damaged(
+                path, f"does not fit the backbone that config.json describes: '{min(info[key])}' is {problem}"
+            )
+    return backbone

@@ -59,9 +59,14 @@ def attn_implementation_of(config: PreTrainedConfig) -> str | None:
     return config._attn_implementation
 
 
-def set_attn_implementation(config: PreTrainedConfig, attn_implementation: str | None) -> None:
-    """All versions, as above: the public setter belongs to models."""
-    config._attn_implementation = attn_implementation
+def encode_floats(value: Any) -> Any:
+    """Replaces NaN and infinities, which JSON lacks, as transformers does in config.json (all versions)."""
+    return PreTrainedConfig._encode_special_floats(value)
+
+
+def decode_floats(value: Any) -> Any:
+    """The inverse of `encode_floats`."""
+    return PreTrainedConfig._decode_special_floats(value)
 
 
 # ---- Arguments of from_pretrained -----------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, RobertaConfig
 from transformers.activations import ACT2FN
 
-from .compat_kadapter import drop_colliding, dtypes_to_str
-from .format_kadapter import KAdapterConfigError, check_adapter_name, decode_floats, encode_floats
+from .compat_kadapter import decode_floats, drop_colliding, dtypes_to_str, encode_floats
+from .format_kadapter import KAdapterConfigError, check_adapter_name
 from .fusion_kadapter import check_fusion
 
 
@@ -23,17 +23,10 @@ DEFAULT_BACKBONE = "FacebookAI/roberta-large"
 # An argument that `from_dict` adds: fields that are unknown here may be those of a newer version.
 _FROM_FILE = "_from_file"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# Fields of the backbone's configuration that tools look for in a model's own.
-_OF_THE_BACKBONE = {
-    "hidden_size",
-    "vocab_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-}
 # What PEFT's prompt methods look up in the dict of a model's configuration. config.json has them in backbone_config alone.
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+# Fields of the backbone's configuration that tools look for in a model's own.
+_OF_THE_BACKBONE = {*_SIZES, "vocab_size", "max_position_embeddings", "tie_word_embeddings"}
 # Far more than any model has. Configurations make lists of these lengths.
 _MOST = {"num_labels": 10**7, "num_hidden_layers": 10**4}
 
@@ -67,14 +60,11 @@ def _check_spelling(cls: type, kwargs: dict[str, Any]) -> None:
 
     transformers sets any unknown field as an attribute, so that files of newer versions load.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
-    if issubclass(cls, KAdapterConfig):
-        known = cls.known_fields()
+    is_open = issubclass(cls, KAdapterConfig)
+    known = cls.known_fields() if is_open else set(cls.__dataclass_fields__)
     for key in kwargs.keys() - known:
-        if issubclass(cls, PreTrainedConfig) and key.startswith("_"):
-            continue  # what `to_dict` adds
         near = nearest(key, known)
-        if near or not issubclass(cls, PreTrainedConfig):
+        if not is_open or (near and not key.startswith("_")):  # `to_dict` adds some with an underscore
             raise KAdapterConfigError(f"{cls.__name__} has no field '{key}'{near or f'; it has {sorted(known)}'}.")
 
 
@@ -410,8 +400,6 @@ class KAdapterConfig(PreTrainedConfig):
         output = super().to_dict()
         if output.get("fusion_config") is None:
             output.pop("fusion_config", None)
-        if isinstance(output.get("backbone_config"), PreTrainedConfig):
-            output["backbone_config"] = output["backbone_config"].to_dict()
         output["knowledge_adapters"] = {
             name: adapter if isinstance(adapter, dict) else adapter.to_dict()
             for name, adapter in output["knowledge_adapters"].items()

@@ -14,7 +14,6 @@ A Hub repository, a local folder and a Trainer checkpoint share one layout:
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME
 
+from .compat_kadapter import encode_floats
 
-logger = logging.get_logger(__name__)
 
 HEAD_FILE = "head.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
@@ -42,8 +41,6 @@ METADATA_KEY = "kadapter"
 FORMAT_VERSION = 1
 # A fingerprint samples this many blocks of this many elements from each tensor; smaller tensors are read completely.
 _BLOCKS, _BLOCK = 3, 512
-_FLOAT_TAG = "__float__"
-_SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 # One path-safe segment: it names a file and is one component of a dotted tensor name.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -59,6 +56,11 @@ class KAdapterLoadError(OSError):
 
 class BackboneMismatchError(KAdapterLoadError):
     """The backbone is not the one that the K-Adapter or the knowledge adapter was trained on."""
+
+
+def damaged(path: Any, problem: str, advice: str | None = None) -> KAdapterLoadError:
+    """The error about a file that does not hold what was saved."""
+    return KAdapterLoadError(f"'{path}' {problem.rstrip('.')}. {advice or 'Download or save it again.'}")
 
 
 # ---- Names ----------------------------------------------------------------------------------------------------------
@@ -89,16 +91,13 @@ def file_of(tensor: str) -> str:
     The file of a repository that holds the tensor of this name.
 
     Raises:
-        KAdapterLoadError: the name belongs to an adapter with an impossible name.
+        KAdapterConfigError: the tensor belongs to an adapter with an impossible name.
     """
     part, _, rest = tensor.partition(".")
     if part == "backbone":
         return BACKBONE_FILE
     if part == "adapters":
-        try:
-            return adapter_path(check_adapter_name(rest.partition(".")[0]))
-        except KAdapterConfigError as error:
-            raise KAdapterLoadError(f"tensor '{tensor[:100]}': {error}") from error
+        return adapter_path(check_adapter_name(rest.partition(".")[0]))
     return HEAD_FILE
 
 
@@ -152,31 +151,6 @@ def obsolete_files(staging: Path) -> list[str]:
         return []
 
 
-# ---- JSON -----------------------------------------------------------------------------------------------------------
-
-
-def encode_floats(value: Any) -> Any:
-    """Replaces NaN and infinities, which JSON lacks, by tagged strings, as transformers does in config.json."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {_FLOAT_TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
-    if isinstance(value, dict):
-        return {key: encode_floats(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [encode_floats(item) for item in value]
-    return value
-
-
-def decode_floats(value: Any) -> Any:
-    """The inverse of `encode_floats`."""
-    if isinstance(value, dict):
-        if value.keys() == {_FLOAT_TAG} and isinstance(value[_FLOAT_TAG], str):
-            return _SPECIAL_FLOATS.get(value[_FLOAT_TAG], value)
-        return {key: decode_floats(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [decode_floats(item) for item in value]
-    return value
-
-
 # ---- Metadata of adapter files --------------------------------------------------------------------------------------
 
 
@@ -193,36 +167,10 @@ def adapter_metadata(name: str, config: dict[str, Any], tensors: Mapping[str, to
         "config": encode_floats(config),
         "fingerprint": fingerprint(tensors.values()),
     }
-    return {METADATA_KEY: json.dumps(content | {"checksum": _checksum(content)}, sort_keys=True)}
+    return {METADATA_KEY: json.dumps(content | {"checksum": metadata_checksum(content)}, sort_keys=True)}
 
 
-def parse_adapter_metadata(metadata: Mapping[str, str], path: Any) -> tuple[str, dict[str, Any], str]:
-    """
-    The name, configuration and fingerprint of an adapter, from the header of the file `path`.
-
-    Raises:
-        KAdapterLoadError: the metadata are missing, damaged, or changed since they were saved.
-    """
-    if METADATA_KEY not in metadata:
-        raise KAdapterLoadError(
-            f"'{path}' has no '{METADATA_KEY}' metadata: it is not the file of a knowledge adapter, or it was rewritten by a "
-            "tool that drops metadata. Save it with save_knowledge_adapter."
-        )
-    try:
-        content = json.loads(metadata[METADATA_KEY])
-        checksum = content.pop("checksum")
-        if content["format_version"] > FORMAT_VERSION:
-            logger.warning(f"'{path}' was written by a newer version of kadapter-hf; upgrade if it does not load.")
-        if checksum != _checksum(content):
-            raise KAdapterLoadError(f"'{path}': its metadata were changed or damaged; download or save it again.")
-        return content["name"], decode_floats(content["config"]), content["fingerprint"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise KAdapterLoadError(
-            f"'{path}': its '{METADATA_KEY}' metadata are damaged ({error}); download or save it again."
-        ) from error
-
-
-def _checksum(content: dict[str, Any]) -> str:
+def metadata_checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

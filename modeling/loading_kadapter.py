@@ -15,6 +15,7 @@ from .backbone_kadapter import (
     add_lm_head,
     check_is_encoder,
     check_same_kind,
+    check_trained_on,
     drop_pooler,
     is_opaque,
     load_backbone,
@@ -22,7 +23,6 @@ from .backbone_kadapter import (
 )
 from .compat_kadapter import (
     attn_implementation_of,
-    set_attn_implementation,
     take_auto_arguments,
     without_initialization,
 )
@@ -31,7 +31,6 @@ from .format_kadapter import (
     BACKBONE_FILE,
     HEAD_FILE,
     PEFT_CONFIG,
-    BackboneMismatchError,
     KAdapterConfigError,
     KAdapterLoadError,
     fingerprint,
@@ -42,9 +41,9 @@ from .origins_kadapter import Origins
 from .peft_kadapter import check_is_no_peft_model, peft_hub_kwargs, plain_state_dict
 from .reading_kadapter import (
     SavedAdapter,
-    bad_config,
     check_peft_settled,
     check_tensors,
+    read_config,
     read_config_dict,
     read_file,
     read_index,
@@ -65,8 +64,6 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
     """What `KAdapterPreTrainedModel.from_backbone` does."""
     fields = KAdapterConfig.known_fields() - {"dtype", "attn_implementation"}
     config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
-    if "torch_dtype" in kwargs:  # the former name
-        kwargs["dtype"] = kwargs.pop("torch_dtype")
     hub_kwargs = hub_arguments(kwargs)
     _check_arguments(kwargs)
     if isinstance(backbone, PreTrainedModel):
@@ -138,7 +135,10 @@ def _place(backbone: Any) -> str:
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuses, of the arguments that every `from_pretrained` has, those that would replace the backbone's own files."""
+    """Refuses arguments of `from_pretrained` that would replace the backbone's own files, and renames `torch_dtype`."""
+    former = kwargs.pop("torch_dtype", None)
+    if former is not None:
+        kwargs["dtype"] = former
     for name in ("state_dict", "gguf_file"):
         if kwargs.get(name) is not None:
             raise KAdapterConfigError(
@@ -166,10 +166,8 @@ def load_repository(
     _check_arguments(kwargs)
     source, folder, peft_source = _find(source, take_auto_arguments(kwargs), hub_kwargs)
     check_peft_settled(folder)
-    torch_dtype = kwargs.pop("torch_dtype", None)
-    dtype = kwargs.pop("dtype", None) or torch_dtype
-    config, saved_class, in_config, kwargs = _read_config(model_class, folder, config, kwargs)
-    dtype = in_config if dtype is None else dtype
+    config, saved_class, kwargs = _read_config(model_class, folder, config, kwargs)
+    dtype = kwargs.get("dtype")
     config.name_or_path = os.fspath(source)
     files, fingerprints = read_index(folder)
     adapters = read_repository_adapters(folder, config, files, fingerprints)
@@ -182,7 +180,7 @@ def load_repository(
     if BACKBONE_FILE in files:
         stored = read_file(folder, BACKBONE_FILE, files[BACKBONE_FILE], fingerprints.get(BACKBONE_FILE))
     loaded, now = _load_its_backbone(
-        config, backbone, stored, lm_head_from_backbone, ignore_backbone_mismatch, dtype, hub_kwargs, kwargs
+        config, backbone, stored, lm_head_from_backbone, ignore_backbone_mismatch, hub_kwargs, kwargs
     )
     with without_initialization():  # allocates memory without touching it; the tensors of the files replace it
         model = model_class(config, loaded, *model_args)
@@ -240,39 +238,29 @@ def _find(
 
 def _read_config(
     model_class: Any, folder: Path, config: Any, kwargs: dict[str, Any]
-) -> tuple[KAdapterConfig, str | None, Any, dict[str, Any]]:
-    """The configuration, the class that was saved, a dtype asked for in it, and the arguments that are not its own."""
+) -> tuple[KAdapterConfig, str | None, dict[str, Any]]:
+    """The configuration, the class that was saved, and the arguments that are not the configuration's own."""
     config_class = model_class.config_class
     saved = read_config_dict(folder)
-    if saved.get("model_type") != config_class.model_type:
-        raise KAdapterLoadError(
-            f"'{folder}' holds a {saved.get('model_type')!r} model, not a K-Adapter. To put knowledge adapters on it, use "
-            f"{model_class.__name__}.from_backbone."
-        )
-    architectures = saved.get("architectures")
-    saved_class = architectures[0] if isinstance(architectures, list) and architectures else None
+    dtype = kwargs.pop("dtype", None)
     if isinstance(config, config_class):
         config = copy.deepcopy(config)
     elif isinstance(config, PreTrainedConfig):  # the same class, from the code of a repository
-        attn_implementation = attn_implementation_of(config)
-        config = config_class.from_dict(config.to_dict())
-        set_attn_implementation(config, attn_implementation)
+        config = config_class.from_dict(config.to_dict(), attn_implementation=attn_implementation_of(config))
     elif config is not None:
         config = config_class.from_pretrained(config)
     else:
-        try:
-            config = config_class.from_dict(saved)
-            if kwargs:
-                of_backbone = own_fields(config.backbone_config) - config_class.__dataclass_fields__.keys()
-                given = {key: value for key, value in kwargs.items() if key not in of_backbone}
-                config, unused = config_class.from_dict(saved, return_unused_kwargs=True, **given)
-                kwargs = unused | {key: value for key, value in kwargs.items() if key in of_backbone}
-        except KAdapterConfigError as error:
-            raise bad_config(folder, error) from error
-    in_config = None
-    if config.dtype is not None and str(config.dtype).removeprefix("torch.") != saved.get("dtype"):
-        in_config = config.dtype  # the Auto classes of transformers 5.5 move the argument there
-    return config, saved_class, in_config, kwargs
+        config = read_config(folder)
+        of_backbone = own_fields(config.backbone_config) - config_class.__dataclass_fields__.keys()
+        given = {key: kwargs.pop(key) for key in kwargs.keys() - of_backbone}
+        if given:
+            config, unused = config_class.from_dict(saved, return_unused_kwargs=True, **given)
+            kwargs |= unused
+    if dtype is None and config.dtype is not None and str(config.dtype).removeprefix("torch.") != saved.get("dtype"):
+        dtype = config.dtype  # the Auto classes of transformers 5.5 move the argument there
+    architectures = saved.get("architectures")
+    saved_class = architectures[0] if isinstance(architectures, list) and architectures else None
+    return config, saved_class, kwargs | {"dtype": dtype}
 
 
 def _load_its_backbone(
@@ -281,34 +269,32 @@ def _load_its_backbone(
     stored: dict[str, torch.Tensor] | None,
     with_lm_head: bool,
     ignore_backbone_mismatch: bool,
-    dtype: Any,
     hub_kwargs: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, str | None]:
     """The backbone of a repository, after checking that it is the right one, and its fingerprint as loaded."""
-    kwargs = dict(kwargs)
     attn_implementation = kwargs.pop("attn_implementation", None) or attn_implementation_of(config)
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    kwargs["dtype"] = dtype if dtype not in (None, "auto") else config.backbone_config.dtype or "auto"
-    name, expected = config.backbone_name_or_path, config.backbone_fingerprint
+    if kwargs.get("dtype") in (None, "auto"):
+        kwargs["dtype"] = config.backbone_config.dtype or "auto"
+    trained_on = config.backbone_name_or_path
     if isinstance(given, PreTrainedModel):
         check_same_kind(given.config, config.backbone_config, given.config.name_or_path)
         drop_pooler(given)
         loaded: Any = given if with_lm_head else given.base_model
     elif given is None and stored is not None:
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "use_safetensors")}
-        loaded = stored_backbone(config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **kwargs)
-    elif given is None and name is None:
+        options = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "use_safetensors")}
+        loaded = stored_backbone(config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **options)
+    elif given is None and trained_on is None:
         raise KAdapterLoadError(
             f"'{config.name_or_path}' names no backbone and has none. Pass it with backbone=<folder or model>."
         )
     else:
         if given is not None:
-            name = _place(given)
-            config.backbone_name_or_path, config.backbone_revision = name, None
+            config.backbone_name_or_path, config.backbone_revision = _place(given), None
         loaded = load_backbone(
-            name,
+            config.backbone_name_or_path,
             expected=config.backbone_config,
             with_lm_head=with_lm_head,
             revision=config.backbone_revision,
@@ -317,53 +303,24 @@ def _load_its_backbone(
         )
     now = None if is_opaque(loaded.base_model) else fingerprint(loaded.base_model.state_dict().values())
     found = now if given is not None or stored is None else fingerprint(stored.values())
-    backbone_kwargs = hub_kwargs | {key: kwargs[key] for key in ("use_safetensors",) if key in kwargs}
-    config.backbone_fingerprint = _checked_fingerprint(
-        config, expected, found, loaded.base_model, name, backbone_kwargs, ignore_backbone_mismatch
-    )
-    if with_lm_head:
-        loaded = add_lm_head(loaded, name, revision=config.backbone_revision, **backbone_kwargs)
-    return loaded, now
-
-
-def _checked_fingerprint(
-    config: KAdapterConfig,
-    expected: str | None,
-    found: str | None,
-    backbone: PreTrainedModel,
-    name: str | None,
-    backbone_kwargs: dict[str, Any],
-    ignore_backbone_mismatch: bool,
-) -> str | None:
-    """
-    The fingerprint of the backbone as it is stored, after comparing it with the expected one.
-
-    Raises:
-        BackboneMismatchError: they differ, and the mismatch is not to be ignored.
-    """
-    if expected is None:
-        logger.warning(
-            f"'{config.name_or_path}' does not record the fingerprint of its backbone: that '{name}' is the one it was "
-            "trained on could not be verified."
-        )
-        return found
-    if found != expected:
-        state = {f"backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
+    hub_kwargs |= {key: kwargs[key] for key in ("use_safetensors",) if key in kwargs}
+    expected = config.backbone_fingerprint
+    if expected is not None and found != expected:  # it may have been cast
         origins = Origins()
-        origins.backbone_kwargs = backbone_kwargs
-        found = origins.fingerprint_if_as_named(backbone, state, config) or found
-    if found != expected:
-        message = (
-            f"'{config.name_or_path}' was trained on the backbone '{name}' with fingerprint {expected[:12]}…; the "
-            f"one found has {(found or 'none')[:12]}…: the same kind of model, but other weights"
-        )
-        if not ignore_backbone_mismatch:
-            raise BackboneMismatchError(
-                f"{message}. Pass the right one with backbone=<folder or model>, or continue nevertheless with "
-                "ignore_backbone_mismatch=True."
-            )
-        logger.warning(f"{message}; it is used nevertheless.")
-    return found
+        origins.backbone_kwargs = hub_kwargs
+        state = {f"backbone.{key}": tensor for key, tensor in loaded.base_model.state_dict().items()}
+        found = origins.fingerprint_if_as_named(loaded.base_model, state, config) or found
+    check_trained_on(
+        f"'{config.name_or_path}'",
+        (trained_on, expected),
+        (config.backbone_name_or_path, found),
+        "pass the right one with backbone=<folder or model>",
+        ignore_backbone_mismatch,
+    )
+    config.backbone_fingerprint = found
+    if with_lm_head:
+        loaded = add_lm_head(loaded, config.backbone_name_or_path, revision=config.backbone_revision, **hub_kwargs)
+    return loaded, now
 
 
 # ---- Filling a model with what was read -----------------------------------------------------------------------------
@@ -395,7 +352,7 @@ def _load_head(
 
     Args:
         without_lm_head: the language-model head is there already.
-        ignore_sizes: initialise those tensors whose shapes differ.
+        ignore_sizes: initialise the tensors whose shapes differ.
 
     Returns:
         The names of new tensors, and of tensors that were not used, as they belong to another class.
@@ -408,26 +365,29 @@ def _load_head(
     unused: set[str] = set()
     # A user-defined subclass keeps its parent's saved head.
     if saved_class not in {kind.__name__ for kind in type(model).__mro__}:
-        _check_may_drop(model, head, wanted, path, saved_class)
+        if head and wanted and saved_class not in (None, "KAdapterModel", *HEADS):
+            raise KAdapterLoadError(
+                f"'{path.parent}' has the head of a class {saved_class!r}, which is not known here, and "
+                f"{type(model).__name__} would replace it by an untrained one. Import the module that defines it and use "
+                f"{saved_class}.from_pretrained or register_head; or pass trust_remote_code=True to an Auto class if the "
+                "repository has its code. For the knowledge without the head, load it with KAdapterModel."
+            )
         unused, head = set(head), {}
     if ignore_sizes:
         head = {name: tensor for name, tensor in head.items() if wanted.get(name, tensor).shape == tensor.shape}
     # Load the head completely or not at all, except tensors skipped above.
     expected = {name: own for name, own in wanted.items() if name in head or (head and not ignore_sizes)}
-    fits = all(name in expected and expected[name].shape == tensor.shape for name, tensor in head.items())
-    advice = "Download or save the model again."
-    if not fits:
-        advice = (
-            "Download or save the model again; or, for a head of another size (another num_labels, say), pass "
-            "ignore_mismatched_sizes=True, which initialises what differs."
-        )
+    advice = (
+        "Download or save the model again; or, for a head of another size (another num_labels, say), pass "
+        "ignore_mismatched_sizes=True, which initialises what differs."
+    )
     check_tensors(expected, head, path, advice)
     if head:
         model.load_state_dict(head, strict=False, assign=True)
     model.tie_weights()
     new = [name for name in wanted if name not in head]
     children = dict(model.named_children())
-    for part in dict.fromkeys(name.partition(".")[0] for name in new):
+    for part in {name.partition(".")[0]: None for name in new}:
         if part in children:  # other tensors have the value that the head's constructor gave them
             children[part].to(model.own_dtype()).apply(model._init_weights)
     if new:
@@ -436,22 +396,6 @@ def _load_head(
             "them on a downstream task before you predict with them."
         )
     return set(new), unused
-
-
-def _check_may_drop(
-    model: Any, head: Mapping[str, Any], wanted: Mapping[str, Any], path: Path, saved_class: str | None
-) -> None:
-    """
-    Raises:
-        KAdapterLoadError: another head would take the place of one whose class is not known here.
-    """
-    if head and wanted and saved_class not in (None, "KAdapterModel", *HEADS):
-        raise KAdapterLoadError(
-            f"'{path.parent}' has the head of a class {saved_class!r}, which is not known here, and {type(model).__name__} "
-            f"would replace it by an untrained one. Import the module that defines it and use {saved_class}.from_pretrained "
-            "or register_head; or pass trust_remote_code=True to an Auto class if the repository has its code. For the "
-            "knowledge without the head, load it with KAdapterModel."
-        )
 
 
 def _settle(model: Any, kwargs: dict[str, Any], dtype: Any) -> None:

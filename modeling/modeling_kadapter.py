@@ -10,17 +10,16 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer
-from .backbone_kadapter import drop_pooler, new_backbone
-from .compat_kadapter import LOADING, attn_implementation_of, mark_initialized, no_split_modules, parameters_of
+from .backbone_kadapter import check_trained_on, drop_pooler, new_backbone
+from .compat_kadapter import LOADING, mark_initialized, no_split_modules, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .encoding_kadapter import Encoded, EncodingMixin, encodes_inputs
 from .format_kadapter import (
     CARD_FILE,
     HEAD_FILE,
-    BackboneMismatchError,
     KAdapterConfigError,
     adapter_metadata,
     adapter_path,
@@ -39,7 +38,6 @@ from .saving_kadapter import save_repository
 from .sources_kadapter import adapter_file
 
 
-logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound="KAdapterPreTrainedModel")
 
 
@@ -106,7 +104,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         self.fusion = new_fusion(config.fusion, config.knowledge_adapters, width, config.fusion_config)
 
     def _new_adapter(self, config: KnowledgeAdapterConfig) -> KnowledgeAdapter:
-        return KnowledgeAdapter(config, self.backbone.config.hidden_size, attn_implementation_of(self.config))
+        return KnowledgeAdapter(config, self.backbone.config.hidden_size, self.config)
 
     def post_init(self) -> None:
         super().post_init()
@@ -146,11 +144,6 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
-
-    def set_attn_implementation(self, *args, **kwargs) -> None:
-        super().set_attn_implementation(*args, **kwargs)
-        for adapter in self.adapters.values():
-            adapter.set_attn_implementation(attn_implementation_of(self.config))
 
     # ---- Loading and saving -----------------------------------------------------------------------------------------
 
@@ -368,7 +361,13 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         path = adapter_file(source, name, **hub_kwargs)
         saved = read_adapter(path)
         name = saved.name if name is None else name
-        self._check_trained_on_this(saved.config, path, ignore_backbone_mismatch)
+        check_trained_on(
+            f"the knowledge adapter in '{path}'",
+            (saved.config.backbone_name_or_path, saved.config.backbone_fingerprint),
+            (self.config.backbone_name_or_path, self.backbone_fingerprint()),
+            "load it into a model on that backbone",
+            ignore_backbone_mismatch,
+        )
         config = saved.config.for_backbone(self.backbone.config, check_adapter_name(name))
         with torch.device("meta"):
             adapter = self._new_adapter(config)
@@ -441,24 +440,6 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
             if name not in self.adapters:
                 raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
         return names
-
-    def _check_trained_on_this(self, config: KnowledgeAdapterConfig, path: Path, ignore: bool) -> None:
-        wanted, here = config.backbone_fingerprint, self.backbone_fingerprint()
-        if wanted is None:
-            logger.warning(
-                f"the knowledge adapter in '{path}' does not record the fingerprint of its backbone: that it was trained on "
-                f"'{self.config.backbone_name_or_path}' could not be verified."
-            )
-        if wanted in (None, here):
-            return
-        message = (
-            f"the knowledge adapter in '{path}' was trained on the backbone '{config.backbone_name_or_path}' with "
-            f"fingerprint {wanted[:12]}…, and this model's backbone '{self.config.backbone_name_or_path}' has "
-            f"{here[:12]}…"
-        )
-        if not ignore:
-            raise BackboneMismatchError(f"{message}; to load it nevertheless, pass ignore_backbone_mismatch=True.")
-        logger.warning(f"{message}; it is loaded nevertheless.")
 
     # ---- The task head, and what else is beside the backbone --------------------------------------------------------
 

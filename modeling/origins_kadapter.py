@@ -161,12 +161,6 @@ def summary_table(model: Any) -> str:
         total, trainable = total + count, trainable + training
     rows.append(("total", f"{total:,}", f"{trainable:,}", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column in (1, 2) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    rows.insert(1, tuple("-" * width for width in widths))
+    line = "  ".join(f"{{:{'>' if column in (1, 2) else '<'}{width}}}" for column, width in enumerate(widths))
+    return "\n".join(line.format(*row).rstrip() for row in rows)

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -118,7 +117,7 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
         folder = patiently(snapshot_download, source, allow_patterns=wanted, **kwargs)
     except (OSError, HFValidationError, ValueError) as error:
         raise KAdapterLoadError(
-            f"'{source}' is neither a folder here nor a repository that can be loaded from the Hub or its cache: {error}"
+            f"'{source}' is neither a local file or folder nor a repository on the Hub that can be loaded: {error}"
         ) from error
     check_downloads(Path(folder), source, started)
     return Path(folder, subfolder)
@@ -165,14 +164,9 @@ def snapshot_of(name: str | os.PathLike, **hub_kwargs) -> Path | None:
     """The folder in the Hub's cache of a backbone that was just loaded; None for a local folder."""
     if os.path.isdir(name):
         return None
-    kwargs = hub_arguments(hub_kwargs, ("force_download", "local_files_only", "proxies", "subfolder"))
+    given = {key: value for key in ("cache_dir", "revision", "token") if (value := hub_kwargs.get(key)) is not None}
     try:
-        path = cached_file(
-            name,
-            CONFIG_NAME,
-            local_files_only=True,
-            **{key: value for key, value in kwargs.items() if value is not None},
-        )
+        path = cached_file(name, CONFIG_NAME, local_files_only=True, **given)
     except OSError:
         return None
     return Path(path).parent if path else None
@@ -180,5 +174,5 @@ def snapshot_of(name: str | os.PathLike, **hub_kwargs) -> Path | None:
 
 def commit_of(name: str | os.PathLike, **hub_kwargs) -> str | None:
     """The commit of the Hub repository that a backbone was just loaded from; None for a local folder."""
-    match = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})$", str(snapshot_of(name, **hub_kwargs)))
-    return match.group(1) if match else None
+    snapshot = snapshot_of(name, **hub_kwargs)
+    return snapshot.name if snapshot else None

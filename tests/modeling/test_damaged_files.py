@@ -118,7 +118,7 @@ def test_a_missing_config_is_named(folder):
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(KAdapterLoadError, match="nowhere' is neither a folder here nor a repository"):
+    with pytest.raises(KAdapterLoadError, match="nowhere' is neither a local file or folder nor a repository"):
         KAdapterForSequenceClassification.from_pretrained(tmp_path / "nowhere")
 
 

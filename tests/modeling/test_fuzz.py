@@ -22,7 +22,8 @@ from kadapter_hf import (
     KAdapterModel,
     KnowledgeAdapterConfig,
 )
-from kadapter_hf.modeling.format_kadapter import _checksum, decode_floats
+from kadapter_hf.modeling.compat_kadapter import decode_floats
+from kadapter_hf.modeling.format_kadapter import metadata_checksum
 
 
 # BackboneMismatchError is a KAdapterLoadError.
@@ -264,7 +265,7 @@ def test_changed_metadata_gives_an_adapter_or_a_documented_error(scratch, backbo
     content = data.draw(mutations(saved), label="metadata")
     if forged:
         content.pop("checksum", None)
-        content["checksum"] = _checksum(content)
+        content["checksum"] = metadata_checksum(content)
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
     save_file(tensors, path, metadata={"kadapter": json.dumps(content)})
     model = KAdapterModel(KAdapterConfig(backbone_config=trained.config.backbone_config), trained.backbone)
