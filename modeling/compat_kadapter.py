@@ -9,7 +9,7 @@ import contextlib
 import copy
 import logging as std_logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -116,6 +116,19 @@ LOADING = threading.RLock()
 
 
 @contextlib.contextmanager
+def _filtered(
+    targets: Iterable[std_logging.Filterer], keep: Callable[[std_logging.LogRecord], bool]
+) -> Iterator[None]:
+    for target in targets:
+        target.addFilter(keep)
+    try:
+        yield
+    finally:
+        for target in targets:
+            target.removeFilter(keep)
+
+
+@contextlib.contextmanager
 def without_initialization() -> Iterator[None]:
     """As transformers' `no_init_weights`, but safe in threads."""
     with LOADING, init.no_init_weights():
@@ -135,16 +148,12 @@ def quiet() -> Iterator[None]:
     def keep(record: std_logging.LogRecord) -> bool:
         return record.thread != thread or not record.name.startswith("transformers.")
 
-    with LOADING:
+    with LOADING, _filtered(handlers, keep):
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
-        for handler in handlers:
-            handler.addFilter(keep)
         try:
             yield
         finally:
-            for handler in handlers:
-                handler.removeFilter(keep)
             if bars:
                 logging.enable_progress_bar()
 
@@ -159,17 +168,8 @@ def without_load_report() -> Iterator[None]:
     """
     names = ("transformers.modeling_utils", "transformers.integrations.peft")
     logs = [logging.get_logger(name) for name in names]
-
-    def keep(record):
-        return "LOAD REPORT" not in record.getMessage()
-
-    for log in logs:
-        log.addFilter(keep)
-    try:
+    with _filtered(logs, lambda record: "LOAD REPORT" not in record.getMessage()):
         yield
-    finally:
-        for log in logs:
-            log.removeFilter(keep)
 
 
 def mark_initialized(model: nn.Module) -> None:

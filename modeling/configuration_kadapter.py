@@ -289,8 +289,7 @@ class KAdapterConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.backbone_config = self._build_backbone_config(self.backbone_config)
         self.knowledge_adapters = {
-            name: self._build_adapter_config(name, adapter)
-            for name, adapter in (self.knowledge_adapters or {}).items()
+            name: self.adapter_config(name, adapter) for name, adapter in (self.knowledge_adapters or {}).items()
         }
         if self.active_knowledge_adapters is None:
             self.active_knowledge_adapters = list(self.knowledge_adapters)
@@ -331,7 +330,8 @@ class KAdapterConfig(PreTrainedConfig):
         except Exception as error:  # a foreign configuration class may raise anything
             raise KAdapterConfigError(f"backbone_config ({model_type}): {error}") from error
 
-    def _build_adapter_config(self, name: Any, config: Any) -> KnowledgeAdapterConfig:
+    def adapter_config(self, name: Any, config: Any) -> KnowledgeAdapterConfig:
+        """The configuration of an adapter of this model, from one that may be a dict or None."""
         check_adapter_name(name)
         if type(config).__name__ == "KnowledgeAdapterConfig" and not isinstance(config, KnowledgeAdapterConfig):
             config = config.to_dict()  # the same class, from the code of a repository

@@ -137,7 +137,7 @@ class FreezingMixin(nn.Module):
 
     def _warn_of_new_head(self) -> None:
         """PEFT freezes a head unless it finds or is told its name."""
-        if self.config.freeze_head or not self.origins.is_new("head"):
+        if self.config.freeze_head or "head" in self.origins.sources:
             return
         heads, frozen = set(self.head_modules()), []
         for name, child in self.named_children():

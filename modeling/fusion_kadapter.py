@@ -5,7 +5,7 @@ To add one, derive a class from `KnowledgeFusion` and register it; a model with 
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,16 +37,6 @@ def check_fusion(kind: str, values: Mapping[str, Any]) -> None:
     unknown = sorted(values.keys() - parameters.keys())
     if unknown:
         raise KAdapterConfigError(f"fusion_config: the fusion '{kind}' has no {unknown}.")
-
-
-def new_fusion(
-    kind: str, names: Iterable[str], width: int, values: Mapping[str, Any] | None = None
-) -> "KnowledgeFusion":
-    """A fusion of this kind for adapters of these names; `width` is the backbone's."""
-    fusion = FUSIONS[kind](width, **(values or {}))
-    for name in names:
-        fusion.add(name)
-    return fusion
 
 
 def to_layer(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:

@@ -330,7 +330,7 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
             with_head = backbone
         super().__init__(config, with_head)
         if backbone is None:
-            self.origins.forget("backbone")
+            del self.origins.sources["backbone"]
         self._take_head(with_head)
         self.post_init()
 

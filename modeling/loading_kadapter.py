@@ -21,11 +21,7 @@ from .backbone_kadapter import (
     load_backbone,
     stored_backbone,
 )
-from .compat_kadapter import (
-    attn_implementation_of,
-    take_auto_arguments,
-    without_initialization,
-)
+from .compat_kadapter import attn_implementation_of, take_auto_arguments, without_initialization
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig, own_fields
 from .format_kadapter import (
     BACKBONE_FILE,
@@ -89,7 +85,7 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
     )
     model = model_class(config, loaded)
     for part in ("backbone", "head") if model_class.needs_lm_head else ("backbone",):
-        model.origins.set_source(part, name or "a loaded model")
+        model.origins.sources[part] = name or "a loaded model"
     _settle(model, kwargs, kwargs.get("dtype"))
     state = plain_state_dict(model)
     model.origins.note_weights(state, "backbone")
@@ -109,13 +105,8 @@ def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
         return []
     if isinstance(adapters, dict):
         return list(adapters.items())
-    if isinstance(adapters, (str, os.PathLike)):
+    if isinstance(adapters, (str, os.PathLike)) or not isinstance(adapters, Iterable):
         return [(None, adapters)]
-    if not isinstance(adapters, Iterable):
-        raise KAdapterConfigError(
-            "adapters must be a repository, a folder or a file, a list of them, or a dict from names to them or to "
-            f"configurations of new adapters; not {type(adapters).__name__}."
-        )
     return [(None, source) for source in adapters]
 
 
@@ -186,39 +177,34 @@ def load_repository(
         model = model_class(config, loaded, *model_args)
     origins = model.origins
     if now is not None:
-        origins.note_fingerprint("backbone", now)
+        origins.fingerprints["backbone"] = now
     origins.backbone_stored = stored is not None
     in_repository = backbone is None and stored is not None
-    origins.set_source("backbone", source if in_repository else config.backbone_name_or_path or "a loaded model")
+    origins.sources["backbone"] = source if in_repository else config.backbone_name_or_path or "a loaded model"
     for file, saved in adapters.items():
         fill_adapter(model.adapters[saved.name], saved, locate(folder, file))
-        origins.note_fingerprint(f"adapters.{saved.name}", saved.fingerprint)
-        origins.set_source(f"adapters.{saved.name}", source)
+        origins.fingerprints[f"adapters.{saved.name}"] = saved.fingerprint
+        origins.sources[f"adapters.{saved.name}"] = source
     found: dict[str, torch.Tensor] = {}
     if HEAD_FILE in files:
         found = read_file(folder, HEAD_FILE, files[HEAD_FILE], fingerprints.get(HEAD_FILE))
     path = locate(folder, HEAD_FILE)
     check_tensors(model.fusion.state_dict(prefix="fusion."), part_of(found, "fusion"), path)
     model.load_state_dict(part_of(found, "fusion"), strict=False, assign=True)
-    origins.set_source("fusion", source)
+    origins.sources["fusion"] = source
     head = {name: tensor for name, tensor in found.items() if not name.startswith("fusion.")}
     missing, unexpected = _load_head(
         model, head, path, saved_class, without_lm_head=lm_head_from_backbone, ignore_sizes=ignore_mismatched_sizes
     )
     if lm_head_from_backbone:
-        origins.set_source("head", origins.source("backbone"))
+        origins.sources["head"] = origins.sources["backbone"]
     elif not missing:
-        origins.set_source("head", source)
+        origins.sources["head"] = source
     _settle(model, hub_kwargs | kwargs, dtype)
     model.eval()
     if peft_source is not None:
         model.load_adapter(peft_source, use_safetensors=True, **peft_hub_kwargs(hub_kwargs))
-    return model, {
-        "missing_keys": missing,
-        "unexpected_keys": unexpected,
-        "mismatched_keys": set(),
-        "error_msgs": [],
-    }
+    return model, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": set(), "error_msgs": []}
 
 
 def _find(

@@ -28,7 +28,7 @@ from .format_kadapter import (
     part_of,
 )
 from .freezing_kadapter import FreezingMixin
-from .fusion_kadapter import KnowledgeFusion, new_fusion
+from .fusion_kadapter import FUSIONS, KnowledgeFusion
 from .loading_kadapter import fill_adapter, load_on_backbone, load_repository
 from .origins_kadapter import Origins, summary_table
 from .peft_kadapter import check_says_of_peft, load_peft_adapter, plain_state_dict, warn_of_peft_in
@@ -92,7 +92,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         if backbone is None:
             backbone = new_backbone(config.backbone_config)
         else:
-            self.origins.set_source("backbone", "a loaded model")
+            self.origins.sources["backbone"] = "a loaded model"
             mark_initialized(backbone)
         drop_pooler(backbone)
         self.backbone = backbone.base_model
@@ -101,7 +101,9 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         self.adapters = nn.ModuleDict(
             {name: self._new_adapter(adapter) for name, adapter in config.knowledge_adapters.items()}
         )
-        self.fusion = new_fusion(config.fusion, config.knowledge_adapters, width, config.fusion_config)
+        self.fusion = FUSIONS[config.fusion](width, **(config.fusion_config or {}))
+        for name in config.knowledge_adapters:
+            self.fusion.add(name)
 
     def _new_adapter(self, config: KnowledgeAdapterConfig) -> KnowledgeAdapter:
         return KnowledgeAdapter(config, self.backbone.config.hidden_size, self.config)
@@ -315,14 +317,9 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         Raises:
             KAdapterConfigError: the name is taken or impossible, or the configuration does not fit the backbone.
         """
-        if config is None or isinstance(config, dict):
-            config = KnowledgeAdapterConfig(**(config or {}))
-        elif type(config).__name__ != "KnowledgeAdapterConfig":  # it may be from the code of a repository
-            raise KAdapterConfigError(
-                f"the configuration of the knowledge adapter '{name}' must be a KnowledgeAdapterConfig or a dict of its "
-                f"fields, not {type(config).__name__}."
-            )
-        config = config.for_backbone(self.backbone.config, check_adapter_name(name))
+        if isinstance(config, dict):
+            config = KnowledgeAdapterConfig(**config)
+        config = self.config.adapter_config(name, config)
         config.backbone_name_or_path = self.config.backbone_name_or_path
         config.backbone_fingerprint = self.backbone_fingerprint()
         adapter = self._new_adapter(config).to(self.own_device(), self.own_dtype())
@@ -373,7 +370,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
             adapter = self._new_adapter(config)
         fill_adapter(adapter, saved, path)
         self._insert_adapter(name, config, adapter.to(self.own_device()))
-        self.origins.set_source(f"adapters.{name}", os.fspath(source))
+        self.origins.sources[f"adapters.{name}"] = os.fspath(source)
         self.origins.note_weights(plain_state_dict(self), f"adapters.{name}")
         self.config.frozen_knowledge_adapters += [] if trainable else [name]
         self._update_trainable()
@@ -405,7 +402,8 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         for names in (self.config.active_knowledge_adapters, self.config.frozen_knowledge_adapters):
             if name in names:
                 names.remove(name)
-        self.origins.forget(f"adapters.{name}")
+        for known in (self.origins.sources, self.origins.fingerprints):
+            known.pop(f"adapters.{name}", None)
         self._update_trainable(thaw=False)
 
     def knowledge_summary(self) -> str:

@@ -22,34 +22,21 @@ class Origins:
     State dicts that are passed to its methods have the full names of the model's tensors, without PEFT's.
 
     Attributes:
+        sources: the repository, folder or file that each part came from, unless it is new.
+        fingerprints: of the weights that each part had when it came or was last saved.
         backbone_trained: whether the backbone was set to train at any time. A save then stores it.
         backbone_stored: whether the last save or load had the backbone in the repository itself.
         backbone_kwargs: arguments of `from_pretrained` with which the named backbone is loaded again.
     """
 
     def __init__(self):
-        self._sources: dict[str, str] = {}
-        self._fingerprints: dict[str, str] = {}
+        self.sources: dict[str, Any] = {}
+        self.fingerprints: dict[str, str] = {}
         # What was compared with the named backbone, and the fingerprint of that if they are the same.
         self._as_named: tuple[Any, str | None] | None = None
         self.backbone_trained = False
         self.backbone_stored = False
         self.backbone_kwargs: dict[str, Any] = {}
-
-    def set_source(self, part: str, source: Any) -> None:
-        self._sources[part] = str(source)
-
-    def source(self, part: str) -> str:
-        """A repository, folder or file, or `"new"`."""
-        return self._sources.get(part, "new")
-
-    def is_new(self, part: str) -> bool:
-        """Whether a part was made here, not loaded."""
-        return part not in self._sources
-
-    def forget(self, part: str) -> None:
-        self._sources.pop(part, None)
-        self._fingerprints.pop(part, None)
 
     # ---- Changes ----------------------------------------------------------------------------------------------------
 
@@ -58,16 +45,12 @@ class Origins:
         for part in parts:
             now = _fingerprint(state_dict, part)
             if now is not None:
-                self._fingerprints[part] = now
-
-    def note_fingerprint(self, part: str, fingerprint: str) -> None:
-        """As `note_weights`, if the fingerprint is known."""
-        self._fingerprints[part] = fingerprint
+                self.fingerprints[part] = now
 
     def is_changed(self, state_dict: Mapping[str, torch.Tensor], part: str) -> bool:
         """Whether a part's weights differ from those that were noted. Weights on the meta device count as unchanged."""
         now = _fingerprint(state_dict, part)
-        return now is not None and now != self._fingerprints.get(part)
+        return now is not None and now != self.fingerprints.get(part)
 
     # ---- The backbone -----------------------------------------------------------------------------------------------
 
@@ -86,7 +69,7 @@ class Origins:
         for name, adapter in config.knowledge_adapters.items():
             part = f"adapters.{name}"
             # An adapter that was loaded without a fingerprint keeps none: which backbone it was trained on is unknown.
-            never_set = adapter.backbone_fingerprint is None and self.is_new(part)
+            never_set = adapter.backbone_fingerprint is None and part not in self.sources
             if never_set or self.is_changed(state_dict, part):
                 adapter.backbone_fingerprint = self.backbone_fingerprint(model, state_dict)
                 adapter.backbone_name_or_path = config.backbone_name_or_path
@@ -156,7 +139,7 @@ def summary_table(model: Any) -> str:
         training = sum(parameter.numel() for parameter in own if parameter.requires_grad)
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in own})
         devices = sorted({str(parameter.device) for parameter in own})
-        source = model.origins.source(part)
+        source = str(model.origins.sources.get(part, "new"))
         rows.append((label, f"{count:,}", f"{training:,}", ", ".join(dtypes), ", ".join(devices), source))
         total, trainable = total + count, trainable + training
     rows.append(("total", f"{total:,}", f"{trainable:,}", "", "", ""))

@@ -169,22 +169,13 @@ def check_peft_is_saved(model: Any) -> None:
                 "first, or save what merge_and_unload returns."
             )
         unknown = sorted(_adapters_in(module) - known)
-        if not unknown:
-            continue
-        if is_wrapped_by_peft(model):
-            way = (
-                "The model that get_peft_model returned saves them with its own save_pretrained, into another folder; save "
-                "the K-Adapter before you wrap it. To save both in one folder, use add_adapter of the K-Adapter instead of "
-                "get_peft_model; to make the weights the K-Adapter's own, save what merge_and_unload returns."
+        if unknown:
+            raise KAdapterConfigError(
+                f"save_pretrained would leave out the weights of the PEFT adapter '{unknown[0]}' in '{name}'. To save both in "
+                "one folder, use add_adapter of the K-Adapter, not of its backbone, and not get_peft_model. The model that "
+                "get_peft_model returned saves its own weights, in another folder; the model that merge_and_unload returns "
+                "contains them."
             )
-        else:
-            way = (
-                "Use add_adapter of the K-Adapter instead of its backbone's, or give from_backbone a backbone that PEFT's "
-                "merge_and_unload returned."
-            )
-        raise KAdapterConfigError(
-            f"save_pretrained would leave out the weights of the PEFT adapter '{unknown[0]}' in '{name}'. {way}"
-        )
     left_out = sorted(known - set(model.active_adapters())) if known else []
     if left_out:
         logger.warning(
@@ -277,7 +268,7 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
     weights |= {key: given.get(own[key].data_ptr(), own[key]) for key in missing}
     new = [
         key for key in missing if own[key].data_ptr() not in given
-    ]  # the others share their memory with one that is there
+    ]  # the others share memory with one that is there
     if new:
         logger.warning(f"{label} has no weights for {new}: they are new and untrained.")
     peft.set_peft_model_state_dict(model, weights, name)

@@ -76,10 +76,7 @@ def _check_target(folder: Path, backbone: str | None) -> None:
 
 
 def write_repository(
-    model: Any,
-    folder: Path,
-    state: Mapping[str, torch.Tensor],
-    peft_state: dict[str, torch.Tensor] | None = None,
+    model: Any, folder: Path, state: Mapping[str, torch.Tensor], peft_state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """
     Replaces the files of the repository in `folder` by those for these tensors.
