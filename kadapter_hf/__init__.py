@@ -28,6 +28,7 @@ from .modeling.heads_kadapter import (
 )
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .modeling.registry_kadapter import register_head
+from .summary import knowledge_summary
 
 
 try:
@@ -37,8 +38,8 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 _AutoConfig.register(KAdapterConfig.model_type, KAdapterConfig, exist_ok=True)
 _AutoModel.register(KAdapterConfig, KAdapterModel, exist_ok=True)
-# Methods that code loaded from a repository lacks: model cards, and Hub pushes with checks.
-for _method in (write_model_card, push_to_hub, push_saved, push_knowledge_adapter_to_hub):
+# Methods that code loaded from a repository lacks: the summary, model cards, and Hub pushes with checks.
+for _method in (knowledge_summary, write_model_card, push_to_hub, push_saved, push_knowledge_adapter_to_hub):
     setattr(KAdapterPreTrainedModel, _method.__name__, _method)
 
 # Imported when they are first used, as some take seconds.

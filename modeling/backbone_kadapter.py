@@ -230,8 +230,6 @@ def is_opaque(backbone: PreTrainedModel) -> bool:
 
 def load_quietly(config: KAdapterConfig, **kwargs) -> PreTrainedModel:
     """The backbone that `config` names, from this machine and without progress bars, for comparison with another."""
-    if config.backbone_name_or_path is None:
-        raise KAdapterLoadError("no backbone is named")
     kwargs = {key: value for key, value in kwargs.items() if key not in ("force_download", "subfolder")}
     kwargs |= {"local_files_only": True, "revision": config.backbone_revision}
     with quiet():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -42,8 +42,6 @@ class EncodingMixin(nn.Module):
     """The methods of `KAdapterPreTrainedModel` that run its backbone and adapters."""
 
     config: KAdapterConfig
-    backbone: PreTrainedModel
-    adapters: nn.ModuleDict
 
     def encode(
         self,
@@ -72,12 +70,8 @@ class EncodingMixin(nn.Module):
         if given is not None:
             states, output = self._given_states(given, read)
         else:
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-            inputs |= {
-                "position_ids": position_ids,
-                "inputs_embeds": inputs_embeds,
-                "past_key_values": past_key_values,
-            }
+            inputs = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+            inputs |= dict(position_ids=position_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values)
             inputs = {name: value for name, value in inputs.items() if value is not None}
             states, output = self._run_backbone(read, inputs | kwargs)
         last = output["last_hidden_state"]

@@ -1,7 +1,5 @@
 """
-The format of a K-Adapter repository: file names, tensor names, metadata, fingerprints, and the package's errors.
-
-A Hub repository, a local folder and a Trainer checkpoint share one layout:
+The format of a K-Adapter repository, folder or Trainer checkpoint, and the package's errors.
 
     config.json                    the configuration
     model.safetensors.index.json   the standard shard index, with a fingerprint for each file
@@ -30,7 +28,7 @@ HEAD_FILE = "head.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
 ADAPTER_FOLDER = "adapters"
 CARD_FILE = "README.md"
-# Files that PEFT adds to the repository of a model with a PEFT adapter.
+# PEFT's files, in the repository of a model with a PEFT adapter.
 PEFT_CONFIG = "adapter_config.json"
 PEFT_FILES = (PEFT_CONFIG, "adapter_model.safetensors")
 # The folder in which a save prepares its files (see replacing_kadapter.py), and its list of files to delete.
@@ -39,7 +37,7 @@ OBSOLETE = "obsolete.json"
 
 METADATA_KEY = "kadapter"
 FORMAT_VERSION = 1
-# A fingerprint samples this many blocks of this many elements from each tensor; smaller tensors are read completely.
+# The number and size of the blocks of elements that a fingerprint samples from each tensor.
 _BLOCKS, _BLOCK = 3, 512
 
 # One path-safe segment: it names a file and is one component of a dotted tensor name.
@@ -51,7 +49,7 @@ class KAdapterConfigError(ValueError):
 
 
 class KAdapterLoadError(OSError):
-    """A repository or file is missing, damaged or not what was asked for; the message names it and the way out."""
+    """A repository or file is missing, damaged or not what was expected; the message names it and a solution."""
 
 
 class BackboneMismatchError(KAdapterLoadError):
@@ -87,12 +85,7 @@ def adapter_path(name: str) -> str:
 
 
 def file_of(tensor: str) -> str:
-    """
-    The file of a repository that holds the tensor of this name.
-
-    Raises:
-        KAdapterConfigError: the tensor belongs to an adapter with an impossible name.
-    """
+    """The file for the tensor of this name. Raises `KAdapterConfigError` if it is of an adapter with an impossible name."""
     part, _, rest = tensor.partition(".")
     if part == "backbone":
         return BACKBONE_FILE
@@ -128,10 +121,8 @@ def is_own_class(model_class: type) -> bool:
 
 def locate(folder: Path, name: str) -> Path:
     """
-    The path of a repository's file, also if the process that was replacing the files was killed.
-
-    `replace_files` writes all files to a staging folder, then moves config.json, then the others. A staging folder that
-    still has its config.json was never moved and is ignored; in one without, each remaining file is the newer one.
+    The path of a repository's file, also if `replace_files` was interrupted: it writes all files to a staging folder, then
+    moves config.json, then the others. So the files that remain in a staging folder without config.json are the newer ones.
     """
     staging = folder / STAGING
     return staging / name if is_moving(staging) and (staging / name).exists() else folder / name
@@ -143,7 +134,7 @@ def is_moving(staging: Path) -> bool:
 
 
 def obsolete_files(staging: Path) -> list[str]:
-    """Files of the previous model, weights and code, that the new one, in this staging folder, does not have."""
+    """Files of the previous model that the new one, in this staging folder, does not have."""
     try:
         names = json.loads((staging / OBSOLETE).read_text(encoding="utf-8"))
         return [name for name in names if is_own_file(name)]
@@ -155,12 +146,7 @@ def obsolete_files(staging: Path) -> list[str]:
 
 
 def adapter_metadata(name: str, config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """
-    The metadata that make an adapter file self-contained, under a single key: safetensors does not order several.
-
-    Args:
-        config: of the adapter, as `KnowledgeAdapterConfig.to_dict` returns it.
-    """
+    """The metadata of an adapter file, under a single key, as safetensors does not keep the order of several."""
     content = {
         "format_version": FORMAT_VERSION,
         "name": name,
@@ -179,11 +165,9 @@ def metadata_checksum(content: dict[str, Any]) -> str:
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     """
-    Identifies a set of weights: SHA-256 over each tensor's dtype, shape and a fixed sample of its values.
-
-    Tensors of up to 1,536 elements count completely, larger ones with their first, middle and last 512, so that it takes
-    milliseconds even for weights that are only mapped into memory. Names don't count, as transformers renames parameters
-    between versions. It distinguishes weights that were trained differently; it is not a checksum.
+    Identifies a set of weights: SHA-256 over each tensor's dtype, shape and values, of which tensors with more than 1,536
+    count the first, middle and last 512. It takes milliseconds, also for memory-mapped weights, and distinguishes weights
+    that were trained differently. Names don't count, as transformers renames parameters between versions.
     """
     digests = []
     for tensor in tensors:
@@ -203,7 +187,7 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def equal_bits(tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> bool:
-    """Whether both hold the same tensors, bit for bit, after casting `reference` to the dtypes of `tensors`."""
+    """Whether both hold the same tensors, bit for bit, after casting `reference` to the dtypes in `tensors`."""
     if tensors.keys() != reference.keys():
         return False
     for name, tensor in tensors.items():

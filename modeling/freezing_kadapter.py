@@ -4,12 +4,9 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_kadapter import KAdapterConfig
-from .fusion_kadapter import KnowledgeFusion
-from .origins_kadapter import Origins
 from .peft_kadapter import check_trains_what_runs, is_wrapped_by_peft, peft_parameters
 
 
@@ -21,10 +18,6 @@ class FreezingMixin(nn.Module):
     """The methods of `KAdapterPreTrainedModel` that freeze and unfreeze its parts."""
 
     config: KAdapterConfig
-    backbone: PreTrainedModel
-    adapters: nn.ModuleDict
-    fusion: KnowledgeFusion
-    origins: Origins
 
     def freeze_backbone(self) -> None:
         """The backbone does not train: no gradients, no dropout."""

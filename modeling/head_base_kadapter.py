@@ -51,13 +51,31 @@ def can_be_checked(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_range(name: str, positions: torch.Tensor, encoded: Encoded, lowest: int = 0) -> None:
-    """Raises `ValueError` if a position is outside the text."""
-    length = encoded.backbone_state.shape[1] - encoded.virtual_tokens
+def checked_positions(name: str, positions: torch.Tensor | None, encoded: Encoded, per_row: str = "") -> torch.Tensor:
+    """
+    The positions of tokens in a text, `(batch,)`, as positions among the states, where PEFT's virtual tokens come first.
+
+    Args:
+        per_row: what there are several of in each row, for positions of shape `(batch, number)`; -1 fills the rows.
+
+    Raises:
+        ValueError: positions are missing, of another shape, or outside the text.
+    """
+    batch, length = encoded.backbone_state.shape[:2]
+    length -= encoded.virtual_tokens
+    end = f", {per_row})" if per_row else ",)"
+    if positions is None:
+        raise ValueError(f"{name} is missing: the positions of tokens, of shape (batch{end}.")
+    if positions.dim() != 1 + bool(per_row) or len(positions) != batch or positions.is_floating_point():
+        raise ValueError(
+            f"{name} must be a LongTensor of shape ({batch}{end}, not {positions.dtype} of {tuple(positions.shape)}."
+        )
     if can_be_checked(positions):
-        outside = positions[(positions < lowest) | (positions >= length)]
+        outside = positions[(positions < -bool(per_row)) | (positions >= length)]
         if outside.numel():
             raise ValueError(f"{name} has {outside[0].item()}, but the rows are {length} tokens long.")
+    positions = positions.to(encoded.backbone_state.device)
+    return torch.where(positions < 0, positions, positions + encoded.virtual_tokens)
 
 
 class HeadModel(KAdapterPreTrainedModel):

@@ -25,7 +25,7 @@ from .encoding_kadapter import Encoded, encodes_inputs
 from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
 from .freezing_kadapter import FreezingMixin
 from .fusion_kadapter import KnowledgeFusion, register_fusion
-from .head_base_kadapter import HeadModel, ItemCount, check_range, cross_entropy, first_position, loss_of
+from .head_base_kadapter import HeadModel, ItemCount, checked_positions, cross_entropy, first_position, loss_of
 from .layers_kadapter import TransformerLayer
 from .loading_kadapter import load_repository
 from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
@@ -60,21 +60,6 @@ def _classification_loss(
     else:
         total = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
     return loss_of(total, labels.numel(), num_items_in_batch)
-
-
-def _check_marker(name: str, positions: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
-    """The positions of the markers among those of the states, after checking them."""
-    batch = len(encoded.backbone_state)
-    if positions is None:
-        raise ValueError(
-            f"{name} is missing: the position of the marker before the entity in each row, shape (batch,)."
-        )
-    if positions.shape != (batch,) or positions.is_floating_point():
-        raise ValueError(
-            f"{name} must be a LongTensor of shape ({batch},), not {positions.dtype} of {tuple(positions.shape)}."
-        )
-    check_range(name, positions, encoded)
-    return positions + encoded.virtual_tokens
 
 
 @register_head("AutoModelForSequenceClassification")
@@ -195,7 +180,7 @@ class KAdapterForMultipleChoice(HeadModel):
             None if tensor is None else tensor.flatten(0, 1)
             for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
-        encoded = self.encode(*flat, past_key_values=past_key_values, **kwargs)
+        encoded = self.encode(*flat, past_key_values, **kwargs)
         fused = self.fused(encoded, first_position(encoded))
         logits = self.classifier(self.dropout(fused)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
@@ -235,7 +220,7 @@ class KAdapterForEntityTyping(HeadModel):
         Raises:
             ValueError: `entity_start` is missing, of another shape, or outside the text.
         """
-        fused = self.fused(encoded, _check_marker("entity_start", entity_start, encoded))
+        fused = self.fused(encoded, checked_positions("entity_start", entity_start, encoded))
         logits = self.out_proj(self.dropout(self.dense(fused)))
         loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
@@ -274,8 +259,8 @@ class KAdapterForRelationClassification(HeadModel):
             ValueError: a marker position is missing, of another shape, or outside the text.
         """
         markers = (
-            _check_marker("subject_start", subject_start, encoded),
-            _check_marker("object_start", object_start, encoded),
+            checked_positions("subject_start", subject_start, encoded),
+            checked_positions("object_start", object_start, encoded),
         )
         pair = torch.cat([self.fused(encoded, marker) for marker in markers], dim=-1)
         logits = self.out_proj(self.dropout(self.dense(pair)))

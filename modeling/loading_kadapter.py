@@ -34,7 +34,7 @@ from .format_kadapter import (
     part_of,
 )
 from .origins_kadapter import Origins
-from .peft_kadapter import check_is_no_peft_model, peft_hub_kwargs, plain_state_dict
+from .peft_kadapter import peft_hub_kwargs, plain_state_dict
 from .reading_kadapter import (
     SavedAdapter,
     check_peft_settled,
@@ -111,13 +111,12 @@ def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
 
 
 def _place(backbone: Any) -> str:
-    """
-    A repository id, or the whole path of a folder.
-
-    Raises:
-        KAdapterConfigError: it is neither.
-    """
-    check_is_no_peft_model(backbone)
+    """A repository id, or the whole path of a folder."""
+    if type(backbone).__module__.startswith("peft."):
+        raise KAdapterConfigError(
+            "a model that PEFT has wrapped can't be a backbone. Pass the result of its merge_and_unload(), which contains "
+            "PEFT's weights; or that of its unload(), and call add_adapter of the K-Adapter."
+        )
     if not isinstance(backbone, (str, os.PathLike)):
         raise KAdapterConfigError(
             f"a backbone is a repository, a folder or a loaded model of transformers, not {type(backbone).__name__}."

@@ -30,7 +30,7 @@ from .format_kadapter import (
 from .freezing_kadapter import FreezingMixin
 from .fusion_kadapter import FUSIONS, KnowledgeFusion
 from .loading_kadapter import fill_adapter, load_on_backbone, load_repository
-from .origins_kadapter import Origins, summary_table
+from .origins_kadapter import Origins
 from .peft_kadapter import check_says_of_peft, load_peft_adapter, plain_state_dict, warn_of_peft_in
 from .reading_kadapter import read_adapter
 from .replacing_kadapter import write_tensors
@@ -406,13 +406,6 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
             known.pop(f"adapters.{name}", None)
         self._update_trainable(thaw=False)
 
-    def knowledge_summary(self) -> str:
-        """
-        A table of the model's parts: their parameters, how many of them train, dtype, device, and source (a repository, a
-        folder, a file, or `new`).
-        """
-        return summary_table(self)
-
     def backbone_fingerprint(self) -> str:
         """Identifies the backbone's weights as they are stored; see `fingerprint` in `format_kadapter.py`."""
         return self.origins.backbone_fingerprint(self, plain_state_dict(self))
@@ -461,11 +454,9 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
 
     def own_dtype(self) -> torch.dtype:
         """The dtype of the parts beside the backbone, in which new ones are made."""
-        for module in (self.fusion, self.adapters, *self.head_modules()):
-            for parameter in parameters_of(module):
-                if parameter.is_floating_point():
-                    return parameter.dtype
-        return torch.get_default_dtype()
+        modules = (self.fusion, self.adapters, *self.head_modules())
+        dtypes = (parameter.dtype for module in modules for parameter in parameters_of(module))
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
 
     def own_device(self) -> torch.device:
         """The device of the parts beside the backbone: that of the backbone's last weights."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .backbone_kadapter import is_opaque, load_quietly
@@ -104,46 +103,11 @@ def _fingerprint(state_dict: Mapping[str, torch.Tensor], part: str) -> str | Non
     return None if any(tensor.is_meta for tensor in tensors) else fingerprint(tensors)
 
 
-def _files_of_backbone(config: KAdapterConfig, backbone_kwargs: dict[str, Any]) -> list[tuple[str, int, int]] | None:
-    """Names, sizes and times of the files of the named backbone, which tell whether it was replaced; None if not found."""
+def _files_of_backbone(config: KAdapterConfig, backbone_kwargs: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of the named backbone, which tell whether it was replaced."""
     name = config.backbone_name_or_path
     if name is None:
-        return None
-    folder = (
-        Path(name) if os.path.isdir(name) else snapshot_of(name, revision=config.backbone_revision, **backbone_kwargs)
-    )
-    if folder is None:
-        return None
-    files = [(path.name, path.stat()) for path in folder.iterdir() if path.is_file()]
+        return []
+    folder = name if os.path.isdir(name) else snapshot_of(name, revision=config.backbone_revision, **backbone_kwargs)
+    files = [(path.name, path.stat()) for path in Path(folder).iterdir() if path.is_file()] if folder else []
     return sorted((name, found.st_size, found.st_mtime_ns) for name, found in files)
-
-
-def summary_table(model: Any) -> str:
-    """The text of `KAdapterPreTrainedModel.knowledge_summary`."""
-    config = model.config
-    parts = {"backbone": ("backbone", model.backbone.parameters())}
-    for name, adapter in model.adapters.items():
-        state = "" if name in config.active_knowledge_adapters else " (inactive)"
-        parts[f"adapters.{name}"] = (f"adapter {name}{state}", adapter.parameters())
-    parts["fusion"] = (f"fusion ({config.fusion})", model.fusion.parameters())
-    parts["head"] = ("head", model.head_parameters())
-    rows = [("part", "parameters", "trainable", "dtype", "device", "source")]
-    seen: set[nn.Parameter] = set()  # tied weights count once, as the backbone's
-    total = trainable = 0
-    for part, (label, parameters) in parts.items():
-        own = set(parameters) - seen
-        if not own:
-            continue
-        seen |= own
-        count = sum(parameter.numel() for parameter in own)
-        training = sum(parameter.numel() for parameter in own if parameter.requires_grad)
-        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in own})
-        devices = sorted({str(parameter.device) for parameter in own})
-        source = str(model.origins.sources.get(part, "new"))
-        rows.append((label, f"{count:,}", f"{training:,}", ", ".join(dtypes), ", ".join(devices), source))
-        total, trainable = total + count, trainable + training
-    rows.append(("total", f"{total:,}", f"{trainable:,}", "", "", ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    line = "  ".join(f"{{:{'>' if column in (1, 2) else '<'}{width}}}" for column, width in enumerate(widths))
-    return "\n".join(line.format(*row).rstrip() for row in rows)

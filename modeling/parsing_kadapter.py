@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_kadapter import KAdapterConfig
 from .encoding_kadapter import Encoded, encodes_inputs
-from .head_base_kadapter import HeadModel, ItemCount, can_be_checked, check_range, cross_entropy, first_position
+from .head_base_kadapter import HeadModel, ItemCount, can_be_checked, checked_positions, cross_entropy, first_position
 from .registry_kadapter import register_head
 
 
@@ -32,13 +32,6 @@ class DependencyParserOutput(ModelOutput):
     relation_logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-def words_in(arc_logits: torch.Tensor) -> list[int]:
-    """The number of words in each row of a parser's `arc_logits`: words that are not padding can have the root as head."""
-    # Scores above the lowest number of float16, which has the smallest range.
-    is_word = arc_logits[:, : arc_logits.shape[2] - 1, 0] > torch.finfo(torch.float16).min / 2
-    return is_word.sum(1).tolist()
 
 
 def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[int]:
@@ -120,23 +113,6 @@ def decode_parse(arc_logits: torch.Tensor, relation_logits: torch.Tensor) -> tup
     """
     heads = decode_tree(arc_logits)
     return heads, relation_logits[range(len(heads)), heads].argmax(-1).tolist()
-
-
-def _check_word_starts(word_starts: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
-    """The positions of the words among those of the states, after checking them."""
-    batch = len(encoded.backbone_state)
-    if word_starts is None:
-        raise ValueError("word_starts is missing: the position of each word's first token, shape (batch, words).")
-    if word_starts.dim() != 2 or word_starts.shape[0] != batch or word_starts.is_floating_point():
-        raise ValueError(
-            f"word_starts must be a LongTensor of shape ({batch}, words), not {word_starts.dtype} of "
-            f"{tuple(word_starts.shape)}."
-        )
-    check_range("word_starts", word_starts, encoded, lowest=-1)
-    if can_be_checked(word_starts) and ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
-        raise ValueError("word_starts has a word after a -1; -1 fills the end of a row with fewer words.")
-    word_starts = word_starts.to(encoded.backbone_state.device)
-    return torch.where(word_starts < 0, word_starts, word_starts + encoded.virtual_tokens)
 
 
 def _check_labels(
@@ -221,7 +197,9 @@ class KAdapterForDependencyParsing(HeadModel):
             ValueError: `word_starts` is missing, of another shape, or outside the text; labels are of another shape, or
                 a head is not another word of the row.
         """
-        word_starts = _check_word_starts(word_starts, encoded)
+        word_starts = checked_positions("word_starts", word_starts, encoded, per_row="words")
+        if can_be_checked(word_starts) and ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
+            raise ValueError("word_starts has a word after a -1; -1 fills the end of a row with fewer words.")
         positions = torch.cat([first_position(encoded)[:, None], word_starts.clamp(min=0)], dim=1)
         heads = self.fused(encoded, positions)
         words = heads[:, 1:]

@@ -53,12 +53,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_config_dict(folder: Path, source: Any = None) -> dict[str, Any]:
-    """
-    The content of a K-Adapter's config.json; `source` is the name of the repository in errors.
-
-    Raises:
-        KAdapterLoadError: config.json is missing or damaged, or describes another kind of model.
-    """
+    """The content of a K-Adapter's config.json; `source` is the name of the repository in errors."""
     config = read_json(locate(folder, CONFIG_NAME))
     if not isinstance(config, dict):
         raise damaged(folder / CONFIG_NAME, "is not a JSON object")
@@ -71,13 +66,7 @@ def read_config_dict(folder: Path, source: Any = None) -> dict[str, Any]:
 
 
 def read_config(folder: Path, source: Any = None) -> KAdapterConfig:
-    """
-    The configuration of a K-Adapter repository; `source` is its name in errors.
-
-    Raises:
-        KAdapterLoadError: as `read_config_dict`.
-        KAdapterConfigError: a field has an impossible value.
-    """
+    """As `read_config_dict`, as an object. Raises `KAdapterConfigError` if a field has an impossible value."""
     config = read_config_dict(folder, source)
     try:
         return KAdapterConfig.from_dict(config)
@@ -87,12 +76,7 @@ def read_config(folder: Path, source: Any = None) -> KAdapterConfig:
 
 
 def read_index(folder: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """
-    The shard index: `{file: [tensor names]}` and `{file: fingerprint}`.
-
-    Raises:
-        KAdapterLoadError: it is missing or damaged, or names a file that no K-Adapter repository has.
-    """
+    """The shard index, `{file: [tensor names]}`, and `{file: fingerprint}`."""
     path = locate(folder, SAFE_WEIGHTS_INDEX_NAME)
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -115,12 +99,7 @@ def read_index(folder: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """
-    All tensors of a safetensors file, memory-mapped, and its metadata.
-
-    Raises:
-        KAdapterLoadError: the file is missing or damaged.
-    """
+    """All tensors of a safetensors file, memory-mapped, and its metadata."""
     if not path.is_file():
         raise damaged(path, "is missing")
     try:
@@ -133,16 +112,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def read_file(folder: Path, file: str, names: list[str], expected: str | None) -> dict[str, torch.Tensor]:
-    """
-    The tensors of one file of a repository, after checking them against the index.
-
-    Args:
-        names: the tensors that the index lists for the file.
-        expected: the fingerprint in the index, if any.
-
-    Raises:
-        KAdapterLoadError: the file is missing or damaged, or a tensor is missing, extra or changed.
-    """
+    """The tensors of one file of a repository, after checking their names and fingerprint against those in the index."""
     path = locate(folder, file)
     tensors, _ = read_tensors(path)
     check_names(path, tensors, names)
@@ -171,13 +141,8 @@ def check_tensors(
     expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: Path, advice: str | None = None
 ) -> None:
     """
-    Args:
-        expected: the tensors of a model, which may be on the meta device.
-        tensors: those of the file `path`.
-        advice: the last sentence of the error, if not the usual one.
-
-    Raises:
-        KAdapterLoadError: tensors are missing, unexpected, or of another shape or kind of dtype; the message names them all.
+    Raises `KAdapterLoadError` unless the `tensors` of the file `path` have the names, shapes and kinds of dtype of the
+    `expected` ones, which may be on the meta device. The message ends with `advice`.
     """
     problems = []
     for name in sorted(expected.keys() | tensors.keys()):
@@ -193,7 +158,8 @@ def check_tensors(
             kind = "a floating-point" if expected[name].is_floating_point() else "an integer"
             problems.append(f"tensor '{name}' has dtype {tensors[name].dtype}, and the model needs {kind} one")
     if problems:
-        raise damaged(path, f"does not fit: {'; '.join(problems)}", advice)
+        more = [f"{len(problems) - 20} more"] if len(problems) > 20 else []
+        raise damaged(path, f"does not fit: {'; '.join(problems[:20] + more)}", advice)
 
 
 # ---- Adapter files --------------------------------------------------------------------------------------------------
@@ -209,12 +175,7 @@ class SavedAdapter(NamedTuple):
 
 
 def read_adapter_metadata(metadata: Mapping[str, str], path: Any) -> tuple[str, KnowledgeAdapterConfig, str]:
-    """
-    The name, configuration and fingerprint of an adapter, from the header of the file `path`.
-
-    Raises:
-        KAdapterLoadError: the metadata is missing, damaged, or changed since it was saved.
-    """
+    """The name, configuration and fingerprint of an adapter, from the header of the file `path`."""
     if METADATA_KEY not in metadata:
         raise KAdapterLoadError(
             f"'{path}' has no '{METADATA_KEY}' metadata: it is not the file of a knowledge adapter, or it was rewritten by a "
@@ -230,16 +191,11 @@ def read_adapter_metadata(metadata: Mapping[str, str], path: Any) -> tuple[str, 
         config = KnowledgeAdapterConfig.from_dict(decode_floats(content["config"]))
         return content["name"], config, content["fingerprint"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(path, f"has damaged '{METADATA_KEY}' metadata ({error})") from error
+        raise damaged(path, f"has '{METADATA_KEY}' metadata that was changed or damaged ({error})") from error
 
 
 def read_adapter(path: Path) -> SavedAdapter:
-    """
-    Reads an adapter file.
-
-    Raises:
-        KAdapterLoadError: missing, damaged, changed since it was saved, or without a K-Adapter's metadata.
-    """
+    """Reads an adapter file. Raises `KAdapterLoadError` if it is missing, damaged or changed, or of another kind."""
     tensors, metadata = read_tensors(path)
     name, config, expected = read_adapter_metadata(metadata, path)
     # Checked before anything of that size is built.
@@ -258,12 +214,8 @@ def read_repository_adapters(
     folder: Path, config: KAdapterConfig, files: dict[str, list[str]], fingerprints: dict[str, str]
 ) -> dict[str, SavedAdapter]:
     """
-    The adapters of a repository by file, after checking that files, index and config.json agree.
-
-    To be called before a model is built, as config.json alone decides how much memory that takes.
-
-    Raises:
-        KAdapterLoadError: a file is missing or damaged, or does not agree with the other two.
+    The adapters of a repository by file, after checking that files, index and config.json agree. Call it before building
+    a model: config.json alone could ask for any amount of memory.
     """
     adapters = {}
     for file in {adapter_path(name): None for name in config.knowledge_adapters} | files:
@@ -285,7 +237,7 @@ def read_repository_adapters(
 
 
 def adapter_names(folder: Path) -> list[str]:
-    """The adapters that a folder has files of, also if replacing them was interrupted."""
+    """The names of the adapters in a folder, also if replacing them was interrupted."""
     places = [folder, folder / STAGING] if is_moving(folder / STAGING) else [folder]
     names = {path.stem for place in places for path in place.glob(adapter_path("*"))}
     obsolete = obsolete_files(places[-1])
@@ -293,12 +245,7 @@ def adapter_names(folder: Path) -> list[str]:
 
 
 def check_peft_settled(folder: Path) -> None:
-    """
-    PEFT reads its files directly, without `locate`, and would mix the files of two saves.
-
-    Raises:
-        KAdapterLoadError: a save was interrupted while PEFT's files were being replaced.
-    """
+    """Refuses a folder whose PEFT files an interrupted save was replacing: PEFT reads them without `locate`."""
     staging = folder / STAGING
     obsolete = obsolete_files(staging)
     if is_moving(staging) and any((staging / file).exists() or file in obsolete for file in PEFT_FILES):

@@ -55,7 +55,10 @@ def replace_files(folder: Path) -> Iterator[Path]:
     rather than a mixed one. Files that only the old model had are deleted at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    # One process and thread of this machine at a time; the others wait.
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    with WeakFileLock(Path(tempfile.gettempdir(), f"kadapter-{user}-{name}.lock")):
         yield from _replace_files(folder)
 
 
@@ -86,13 +89,6 @@ def _replace_files(folder: Path) -> Iterator[Path]:
         raise
     os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
     finish_replacing(folder)
-
-
-def _lock(folder: Path) -> Any:
-    """Lets one process and thread of this machine at a time replace the files of a folder; the others wait."""
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    return WeakFileLock(Path(tempfile.gettempdir(), f"kadapter-{user}-{name}.lock"))
 
 
 def finish_replacing(folder: Path) -> None:

@@ -12,6 +12,7 @@ from ..modeling.fusion_kadapter import check_fusion
 from ..modeling.heads_kadapter import KAdapterModel
 from ..modeling.reading_kadapter import read_adapter
 from ..modeling.sources_kadapter import adapter_file
+from ..summary import knowledge_summary
 from ._common import AsJson, check_new, plain_errors, print_json
 
 
@@ -78,7 +79,7 @@ def combine(
         names = model.active_knowledge_adapters
         print_json({"output": str(output), "backbone": model.config.backbone_name_or_path, "adapters": names})
         return
-    typer.echo(model.knowledge_summary())
+    typer.echo(knowledge_summary(model))
     if fusion == "concat":
         typer.echo(
             "Until it is fine-tuned, its output is that of the backbone, as a new concat fusion passes it on. With --fusion "

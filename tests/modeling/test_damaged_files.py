@@ -399,7 +399,7 @@ def test_changed_metadata_is_refused(folder, plain_model, field):
         metadata["kadapter"] = json.dumps(content, sort_keys=True)
 
     rewrite(folder / FACTUAL, change)
-    assert_adapter_refused(plain_model, folder / FACTUAL, "metadata were changed or damaged")
+    assert_adapter_refused(plain_model, folder / FACTUAL, "metadata that was changed or damaged")
 
 
 def test_a_file_that_is_not_an_adapter_is_refused(folder, plain_model):

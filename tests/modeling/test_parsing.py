@@ -15,8 +15,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from kadapter_hf import KAdapterForDependencyParsing
 from kadapter_hf.collators import DataCollatorForDependencyParsing
-from kadapter_hf.metrics import decode_for_metrics, dependency_metrics
-from kadapter_hf.modeling.parsing_kadapter import decode_tree, words_in
+from kadapter_hf.metrics import decode_for_metrics, dependency_metrics, words_in
+from kadapter_hf.modeling.parsing_kadapter import decode_tree
 
 
 RELATIONS = ["det", "nsubj", "obj", "punct", "root"]
