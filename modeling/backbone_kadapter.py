@@ -1,4 +1,4 @@
-"""Finding, loading and checking the backbone that a K-Adapter stands on."""
+"""Finding, loading and checking the backbone."""
 
 import inspect
 import os
@@ -36,7 +36,7 @@ from .sources_kadapter import HUB_ARGUMENTS, check_downloads, hub_arguments, sna
 
 logger = logging.get_logger(__name__)
 
-# What two configurations of the same kind of backbone agree in.
+# The fields that are equal in configurations of the same kind of backbone.
 KIND = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -80,7 +80,7 @@ def _class_of(config: PreTrainedConfig) -> Any:
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
-    """Arguments that leave out the pooler: it is not used, and would be random if a checkpoint lacks it."""
+    """Arguments that leave out the pooler, which is not used and is random if the checkpoint lacks it."""
     model_class = _class_of(config)
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         return {"add_pooling_layer": False}
@@ -88,7 +88,7 @@ def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
 
 
 def drop_pooler(backbone: PreTrainedModel) -> None:
-    """Removes the pooler of a model that the user loaded; `load_backbone` does not load one either."""
+    """Removes the pooler of a model that the user loaded."""
     encoder = backbone.base_model
     if _without_pooler(encoder.config) and getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
@@ -107,14 +107,12 @@ def load_backbone(
     Loads a backbone through its own `from_pretrained`.
 
     Args:
-        name: repository or folder.
-        expected: the configuration that it must agree with in type, sizes and vocabulary.
-        with_lm_head: load it inside its `AutoModelForMaskedLM` class and return that.
-        kwargs: arguments of `from_pretrained`.
+        expected: the configuration whose type, sizes and vocabulary it must have.
+        with_lm_head: load and return its `AutoModelForMaskedLM` class.
 
     Raises:
-        KAdapterLoadError: it can't be found or reached, or its checkpoint lacks some of its weights.
-        BackboneMismatchError: it is of another type, size or vocabulary than `expected`.
+        KAdapterLoadError: it can't be loaded, or its checkpoint lacks some of its weights.
+        BackboneMismatchError: it is not like `expected`.
         KAdapterConfigError: it can't be a backbone.
     """
     hub_kwargs, started = hub_arguments(kwargs), time.time()
@@ -156,7 +154,7 @@ def load_backbone(
     if missing:
         raise KAdapterLoadError(
             f"the backbone '{name}' has no weights for '{missing[0]}' (and {len(missing) - 1} more): they would be "
-            "random. Is it the repository of this model? If not, say where it is with backbone=<folder or model>."
+            "random. If it is the wrong repository, pass the right one with backbone=<folder or model>."
         )
     new = sorted(set(info["missing_keys"]) - set(missing))
     if new:
@@ -165,13 +163,13 @@ def load_backbone(
 
 
 def take_fields(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
-    """Moves the arguments that are fields of the backbone's configuration there, unless its weights would not fit."""
+    """Moves arguments that are fields of the backbone's configuration there."""
     for field in kwargs.keys() & own_fields(config):
         value = kwargs.pop(field)
         if field in KIND and value != getattr(config, field):
             raise KAdapterConfigError(
                 f"{field} of a backbone can't be changed when it is loaded ({getattr(config, field)} to {value}): its weights "
-                "would be others. Load it with AutoModel.from_pretrained and pass the model to from_backbone."
+                "would not fit. Load it with AutoModel.from_pretrained and pass the model to from_backbone."
             )
         setattr(config, field, value)
 
@@ -179,9 +177,9 @@ def take_fields(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
 def _not_loaded(name: Any, error: Exception, variant: str | None = None) -> KAdapterLoadError:
     hint = "Check the name and the network"
     if variant is not None:
-        hint = f"variant={variant!r} asks for files of the backbone that are called so: leave it out if it has none"
+        hint = f"variant={variant!r} applies to the backbone's files: leave it out if there are none of that name"
     return KAdapterLoadError(
-        f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. {hint}, or say where it is with "
+        f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. {hint}, or pass "
         f"backbone=<folder or model>. The reason: {error}"
     )
 
@@ -192,8 +190,8 @@ def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: 
         found, wanted = getattr(config, field, None), getattr(expected, field, None)
         if found != wanted:
             raise BackboneMismatchError(
-                f"the backbone '{name}' has {field} {found!r}, and this K-Adapter was made for {wanted!r}. Give the "
-                "backbone that it was made for with backbone=<repository, folder or model>."
+                f"the backbone '{name}' has {field} {found!r}, and this K-Adapter was made for {wanted!r}. Pass the right one "
+                "with backbone=<repository, folder or model>."
             )
 
 
@@ -201,11 +199,8 @@ def check_trained_on(
     what: str, then: tuple[str | None, str | None], now: tuple[str | None, str | None], way_out: str, ignore: bool
 ) -> None:
     """
-    Raises `BackboneMismatchError` or, with `ignore`, warns if `what` was trained on another backbone.
-
-    Args:
-        then, now: name and fingerprint of the backbone that it was trained on, and of the one here.
-        way_out: from the error, besides `ignore_backbone_mismatch`.
+    Raises `BackboneMismatchError` or, with `ignore`, warns if `what` was trained on another backbone. `then` and `now` are
+    the names and fingerprints of that backbone and of the present one.
     """
     wanted, found = then[1], now[1]
     if wanted is None:
@@ -223,13 +218,13 @@ def check_trained_on(
 
 
 def is_opaque(backbone: PreTrainedModel) -> bool:
-    """Whether the weights are quantised or offloaded, and so differ from those that are stored."""
+    """Whether the weights are quantised or offloaded, and so differ from the stored ones."""
     quantised = getattr(backbone.config, "quantization_config", None) is not None
     return quantised or any(parameter.is_meta for parameter in backbone.parameters())
 
 
 def load_quietly(config: KAdapterConfig, **kwargs) -> PreTrainedModel:
-    """The backbone that `config` names, from this machine and without progress bars, for comparison with another."""
+    """Loads the backbone that `config` names from this machine, without progress bars, to compare it with another."""
     kwargs = {key: value for key, value in kwargs.items() if key not in ("force_download", "subfolder")}
     kwargs |= {"local_files_only": True, "revision": config.backbone_revision}
     with quiet():
@@ -251,12 +246,7 @@ def add_lm_head(backbone: PreTrainedModel, name: str | None, **hub_kwargs) -> Pr
 def stored_backbone(
     config: PreTrainedConfig, tensors: dict[str, torch.Tensor], path: Any, **kwargs
 ) -> PreTrainedModel:
-    """
-    A backbone from the tensors of a K-Adapter repository that stores its own.
-
-    Raises:
-        KAdapterLoadError: the tensors are not those of the backbone that `config` describes.
-    """
+    """The backbone of a K-Adapter repository that stores its own. Raises `KAdapterLoadError` if `tensors` don't fit."""
     check_is_encoder(config)
     take_fields(config, kwargs)
     tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}

@@ -70,8 +70,9 @@ class EncodingMixin(nn.Module):
         if given is not None:
             states, output = self._given_states(given, read)
         else:
-            inputs = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-            inputs |= dict(position_ids=position_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values)
+            inputs: dict[str, Any] = dict(input_ids=input_ids, attention_mask=attention_mask)
+            inputs |= dict(token_type_ids=token_type_ids, position_ids=position_ids)
+            inputs |= dict(inputs_embeds=inputs_embeds, past_key_values=past_key_values)
             inputs = {name: value for name, value in inputs.items() if value is not None}
             states, output = self._run_backbone(read, inputs | kwargs)
         last = output["last_hidden_state"]

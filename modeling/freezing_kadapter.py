@@ -20,36 +20,36 @@ class FreezingMixin(nn.Module):
     config: KAdapterConfig
 
     def freeze_backbone(self) -> None:
-        """The backbone does not train: no gradients, no dropout."""
+        """Freezes the backbone: no gradients, no dropout."""
         self.config.freeze_backbone = True
         self._update_trainable(thaw=False)
 
     def unfreeze_backbone(self) -> None:
-        """The backbone trains. Saving then stores it, as it is no longer the one that it was loaded from."""
+        """Trains the backbone. Saving then stores it."""
         self.config.freeze_backbone = False
         self._update_trainable()
 
     def freeze_knowledge_adapters(self, names: str | Iterable[str] | None = None) -> None:
-        """These adapters (by default all) don't train."""
+        """Freezes these adapters, by default all."""
         names = self._checked_names(self.adapters if names is None else names)
         frozen = self.config.frozen_knowledge_adapters
         self.config.frozen_knowledge_adapters = [name for name in frozen if name not in names] + names
         self._update_trainable(thaw=False)
 
     def unfreeze_knowledge_adapters(self, names: str | Iterable[str] | None = None) -> None:
-        """These adapters (by default all) train if they are active."""
+        """Trains these adapters, by default all, if they are active."""
         names = self._checked_names(self.adapters if names is None else names)
         frozen = self.config.frozen_knowledge_adapters
         self.config.frozen_knowledge_adapters = [name for name in frozen if name not in names]
         self._update_trainable()
 
     def freeze_head(self) -> None:
-        """The fusion and the task head don't train."""
+        """Freezes the fusion and the task head."""
         self.config.freeze_head = True
         self._update_trainable(thaw=False)
 
     def unfreeze_head(self) -> None:
-        """The fusion and the task head train."""
+        """Trains the fusion and the task head."""
         self.config.freeze_head = False
         self._update_trainable()
 
@@ -58,8 +58,8 @@ class FreezingMixin(nn.Module):
         Trains this adapter and freezes everything else.
 
         Args:
-            train_head: also train the fusion and the task head. Pre-training an adapter needs that if they are new; they
-                are discarded afterwards (paper, section 3.3).
+            train_head: also train the fusion and the task head, as pre-training does, which discards them afterwards
+                (paper, section 3.3).
         """
         self._checked_names(name)
         if name not in self.config.active_knowledge_adapters:
@@ -88,7 +88,7 @@ class FreezingMixin(nn.Module):
         return trained - peft_parameters(self)
 
     def _is_frozen_from_outside(self) -> bool:
-        """Whether something such as PEFT has frozen all that trains according to the configuration."""
+        """Whether something such as PEFT has frozen all that should train."""
         trained = self._to_train()
         return bool(trained) and not any(parameter.requires_grad for parameter in trained)
 
@@ -100,7 +100,7 @@ class FreezingMixin(nn.Module):
             if thaw:
                 logger.warning(
                     "PEFT decides what trains in a model that get_peft_model has wrapped, and saves nothing else: the rest "
-                    "stays frozen. Name what is to train in modules_to_save of PEFT's configuration."
+                    "stays frozen. To train more, list it in modules_to_save of PEFT's configuration."
                 )
         peft = peft_parameters(self)
         for parameter in self.parameters():
@@ -129,7 +129,7 @@ class FreezingMixin(nn.Module):
                     module.train(mode)
 
     def _warn_of_new_head(self) -> None:
-        """PEFT freezes a head unless it finds or is told its name."""
+        """PEFT freezes a head unless it finds or is given its name."""
         if self.config.freeze_head or "head" in self.origins.sources:
             return
         heads, frozen = set(self.head_modules()), []

@@ -10,15 +10,12 @@ from .encoding_kadapter import Encoded
 from .modeling_kadapter import KAdapterPreTrainedModel
 
 
-# The number of labels in all micro-batches of a step, which Trainer passes when it accumulates gradients.
+# The number of labels in all micro-batches of a step, passed by Trainer.
 ItemCount = torch.Tensor | int | None
 
 
 def loss_of(total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: ItemCount) -> torch.Tensor:
-    """
-    The mean of `count` losses, or this micro-batch's share of the mean over `num_items_in_batch`: Trainer adds up the
-    shares. 0 without any label.
-    """
+    """The mean of `count` losses, or this micro-batch's share of the mean of `num_items_in_batch`; 0 without labels."""
     count = count if num_items_in_batch is None else num_items_in_batch
     if torch.is_tensor(count):
         count = count.to(total.device).clamp(min=1)
@@ -47,19 +44,14 @@ def first_position(encoded: Encoded) -> torch.Tensor:
 
 
 def can_be_checked(tensor: torch.Tensor) -> bool:
-    """Reading values from a GPU would wait for it."""
+    """Reading values on a GPU would wait for it."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def checked_positions(name: str, positions: torch.Tensor | None, encoded: Encoded, per_row: str = "") -> torch.Tensor:
     """
-    The positions of tokens in a text, `(batch,)`, as positions among the states, where PEFT's virtual tokens come first.
-
-    Args:
-        per_row: what there are several of in each row, for positions of shape `(batch, number)`; -1 fills the rows.
-
-    Raises:
-        ValueError: positions are missing, of another shape, or outside the text.
+    Checks the positions of tokens in a text, `(batch,)`, and returns their positions among the states, in which PEFT's
+    virtual tokens come first. `per_row` names the second dimension, if there is one; -1 then fills the rows.
     """
     batch, length = encoded.backbone_state.shape[:2]
     length -= encoded.virtual_tokens
@@ -80,9 +72,7 @@ def checked_positions(name: str, positions: torch.Tensor | None, encoded: Encode
 
 class HeadModel(KAdapterPreTrainedModel):
     """
-    Base class of task heads.
-
-    A head overrides `add_head`, which makes its layers, and `forward`, which reads the fused states and returns a
+    Base class of task heads. A head overrides `add_head`, which creates its layers, and `forward`, which returns a
     `ModelOutput`. `register_head` makes it known to the Auto classes:
 
         @register_head("AutoModelForSequenceClassification")
@@ -93,7 +83,7 @@ class HeadModel(KAdapterPreTrainedModel):
                 loss = None if labels is None else cross_entropy(logits, labels)
                 return SequenceClassifierOutput(loss, logits)
 
-    A `forward` without the decorator, which may change the inputs first, calls `encode` itself.
+    A `forward` without the decorator calls `encode` itself, e.g. with other inputs.
     """
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
@@ -103,23 +93,13 @@ class HeadModel(KAdapterPreTrainedModel):
         self.post_init()
 
     def add_head(self, config: KAdapterConfig, width: int) -> None:
-        """
-        Makes the layers of the head as attributes of the model; by default one linear layer, `classifier`.
-
-        Args:
-            width: of the fused states.
-        """
+        """Creates the layers of the head, by default one linear layer; `width` is that of the fused states."""
         self.classifier = nn.Linear(width, config.num_labels)
 
     def fused(self, encoded: Encoded, positions: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The fused states, in the head's dtype.
-
-        Args:
-            positions: those that the head reads, `(batch,)` or `(batch, number)`; the others are not fused.
-
-        Returns:
-            `(batch, length, width)`; with `positions`, `(batch, width)` or `(batch, number, width)`.
+        The fused states, `(batch, length, width)`, in the head's dtype. With `positions`, of shape `(batch,)` or
+        `(batch, number)`, only those are fused, to `(batch, width)` or `(batch, number, width)`.
         """
         state, knowledge = encoded.backbone_state, encoded.knowledge
         if positions is not None:

@@ -15,8 +15,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-# transformers 5.5 only copies, of a repository's code, the modules that its entry module itself imports: so this one
-# imports something from each of its siblings. A user's own head imports from here what it imports from kadapter_hf elsewhere.
+# This module imports something from each of the others, as transformers 5.5 only copies the modules that the entry module
+# imports itself; and all public names, for users' own heads in repositories.
 from .adapters_kadapter import KnowledgeAdapter
 from .backbone_kadapter import check_is_encoder, masked_lm_class
 from .compat_kadapter import new_model, parameters_of
@@ -42,7 +42,7 @@ from .sources_kadapter import repository_folder
 def _classification_loss(
     logits: torch.Tensor, labels: torch.Tensor | None, config: KAdapterConfig, num_items_in_batch: ItemCount
 ) -> torch.Tensor | None:
-    """The loss of `(batch, num_labels)` logits for `config.problem_type`, which the labels decide if it is not set."""
+    """The loss of `(batch, num_labels)` logits for `config.problem_type`, which is set from the labels if it is None."""
     if labels is None:
         return None
     if config.problem_type is None:
@@ -72,8 +72,8 @@ class KAdapterForSequenceClassification(HeadModel):
     ) -> SequenceClassifierOutput:
         """
         Args:
-            labels: `(batch,)` class indices, `(batch,)` or `(batch, num_labels)` floats to regress on, or
-                `(batch, num_labels)` of 0.0 and 1.0 where several labels may hold; see `config.problem_type`.
+            labels: `(batch,)` class indices; `(batch,)` or `(batch, num_labels)` floats for regression; or
+                `(batch, num_labels)` of 0.0 and 1.0 for several labels per text; see `config.problem_type`.
 
         Returns:
             `logits` of shape `(batch, num_labels)`.
@@ -93,7 +93,7 @@ class KAdapterForTokenClassification(HeadModel):
     ) -> TokenClassifierOutput:
         """
         Args:
-            labels: `(batch, length)` class indices; -100 where a token has none.
+            labels: `(batch, length)` class indices; -100 is ignored.
 
         Returns:
             `logits` of shape `(batch, length, num_labels)`.
@@ -120,7 +120,7 @@ class KAdapterForQuestionAnswering(HeadModel):
         """
         Args:
             start_positions, end_positions: `(batch,)`; a position outside the text adds nothing to the loss, which is
-                the mean over all rows, so that accumulating gradients over micro-batches does not change it.
+                the mean over all rows, so that gradient accumulation does not change it.
 
         Returns:
             `start_logits` and `end_logits` of shape `(batch, length)`.
@@ -269,18 +269,14 @@ class KAdapterForRelationClassification(HeadModel):
 
 
 class _StatesGiven(nn.Module):
-    """
-    Takes the place of the encoder in a masked-language-model class, and returns the states that it is given.
-
-    So the class of each model type applies its own head, and no head has to be implemented again here.
-    """
+    """Replaces the encoder in a masked-language model, whose head then reads the states that are passed."""
 
     def __init__(self, backbone: PreTrainedModel):
         super().__init__()
-        self.__dict__["backbone"] = backbone  # not a submodule here, as it is already one of the K-Adapter
+        self.__dict__["backbone"] = backbone  # not a submodule, as it is already one of the K-Adapter
 
     def __deepcopy__(self, memo: dict) -> "_StatesGiven":
-        """Belongs to the same backbone, unless that is copied too: PEFT copies heads that are to train (`modules_to_save`)."""
+        """Keeps the backbone, unless that is copied too: PEFT copies the heads in `modules_to_save`."""
         return type(self)(memo.get(id(self.backbone), self.backbone))
 
     def __getattr__(self, name: str):
@@ -296,16 +292,14 @@ class _StatesGiven(nn.Module):
 @register_head("AutoModelForMaskedLM")
 class KAdapterForMaskedLM(KAdapterPreTrainedModel):
     """
-    The backbone's own masked-language-model head on the fused states.
-
-    Without an active adapter it predicts exactly what the backbone does. The head's weights come from the backbone's
-    repository, and its output layer is tied to the backbone's embeddings if the backbone's own class ties them.
+    The backbone's own masked-language-model head on the fused states. Its weights come from the backbone's repository, and
+    are tied to the backbone's embeddings if the backbone's own class ties them.
     """
 
     needs_lm_head = True
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
-        """`backbone` may be a masked-language model, whose head is then used, or an encoder; then the head is new."""
+        """`backbone` may be a masked-language model, whose head is used, or an encoder, which gets a new head."""
         if backbone is None or backbone.base_model is backbone:
             check_is_encoder(config.backbone_config)
             with_head = new_model(masked_lm_class(config.backbone_config), config.backbone_config)
@@ -344,7 +338,7 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
     ) -> MaskedLMOutput:
         """
         Args:
-            labels: `(batch, length)` token ids; -100 where nothing is to be predicted.
+            labels: `(batch, length)` token ids; -100 is ignored.
 
         Returns:
             `logits` of shape `(batch, length, vocab_size)`.

@@ -209,7 +209,7 @@ def load_repository(
 def _find(
     source: str | os.PathLike, peft_source: Any, hub_kwargs: dict[str, Any]
 ) -> tuple[str | os.PathLike, Path, str | os.PathLike | None]:
-    """The K-Adapter to load, its folder and, if `source` holds a PEFT adapter for it, where that is."""
+    """The K-Adapter to load, its folder and, if `source` holds a PEFT adapter, the place of that."""
     folder = repository_folder(source, **hub_kwargs)
     if peft_source is not None or not is_peft_available() or not (folder / PEFT_CONFIG).is_file():
         return source, folder, peft_source
@@ -312,12 +312,7 @@ def _load_its_backbone(
 
 
 def fill_adapter(adapter: KnowledgeAdapter, saved: SavedAdapter, path: Path) -> None:
-    """
-    Makes the tensors of an adapter file the adapter's own.
-
-    Raises:
-        KAdapterLoadError: a tensor is missing, unexpected or of another shape.
-    """
+    """Makes the tensors of an adapter file the adapter's own, after checking that they fit."""
     prefix = f"adapters.{saved.name}."
     check_tensors(adapter.state_dict(prefix=prefix), saved.tensors, path)
     adapter.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in saved.tensors.items()}, assign=True)
@@ -333,14 +328,12 @@ def _load_head(
     ignore_sizes: bool,
 ) -> tuple[set[str], set[str]]:
     """
-    Loads the task head from the tensors of a repository, or initialises a new one.
+    Loads the task head from the tensors of a repository, or initialises a new one. Returns the names of new tensors, and
+    of unused ones, which belong to another class.
 
     Args:
-        without_lm_head: the language-model head is there already.
+        without_lm_head: the language-model head has been loaded from the backbone's repository.
         ignore_sizes: initialise the tensors whose shapes differ.
-
-    Returns:
-        The names of new tensors, and of tensors that were not used, as they belong to another class.
     """
     wanted = {
         name: tensor
@@ -384,7 +377,7 @@ def _load_head(
 
 
 def _settle(model: Any, kwargs: dict[str, Any], dtype: Any) -> None:
-    """Puts all parts on the right device, casts them, and notes how the named backbone is loaded again."""
+    """Moves and casts all parts, and records how to load the named backbone again."""
     model.origins.backbone_kwargs = {
         key: kwargs[key] for key in ("cache_dir", "token", "use_safetensors") if key in kwargs
     }
@@ -396,7 +389,7 @@ def _settle(model: Any, kwargs: dict[str, Any], dtype: Any) -> None:
 
 
 def _cast_own_parts(model: Any, dtype: Any) -> None:
-    """Casts everything beside the backbone to the dtype that `from_pretrained` or `from_backbone` was asked for."""
+    """Casts everything but the backbone to the requested dtype."""
     if dtype in (None, "auto"):
         model.config.dtype = model.own_dtype()
         return

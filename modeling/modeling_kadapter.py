@@ -46,9 +46,9 @@ class KAdapterModelOutput(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the fused states.
-        backbone_last_hidden_state (`torch.FloatTensor` of that shape): the backbone's last.
-        knowledge_states (`ModelOutput`): each active adapter's output by name, of that shape.
-        hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
+        backbone_last_hidden_state (`torch.FloatTensor` of the same shape): the backbone's last hidden state.
+        knowledge_states (`ModelOutput`): the output of each active adapter by name, of the same shape.
+        hidden_states, attentions (`tuple`, *optional*): the backbone's, if requested.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -60,10 +60,8 @@ class KAdapterModelOutput(ModelOutput):
 
 class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
     """
-    Base class of all K-Adapter models: construction, knowledge adapters by name, freezing, saving and loading.
-
-    `backbone`, `adapters` and `fusion` have the same names in every class, so that a repository saved from one loads into
-    any other.
+    Base class of all K-Adapter models. Each has `backbone`, `adapters` and `fusion`, so that a repository that was saved
+    from one class loads into any other.
     """
 
     config: KAdapterConfig
@@ -83,9 +81,8 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
         """
         Args:
-            config: what to build.
-            backbone: a loaded backbone to build on; without one, it is built from `config` with random weights, as by
-                every transformers class. Use `from_backbone` or `from_pretrained` for trained weights.
+            backbone: a loaded backbone; by default, one with random weights. Use `from_backbone` or `from_pretrained` for
+                trained weights.
         """
         super().__init__(config)
         self.origins = Origins()
@@ -115,7 +112,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
-        """The tensors that a checkpoint lacks: Trainer warns of all others that are missing."""
+        """The tensors that a checkpoint may lack; Trainer warns about others."""
         tied = set(getattr(self, "all_tied_weights_keys", ()))
         if self.origins.backbone_stored or any(parameter.requires_grad for parameter in self.backbone.parameters()):
             return tied
@@ -123,7 +120,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
 
     @_keys_to_ignore_on_save.setter
     def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
-        """Ignored: transformers sets the keys that it collects from submodules."""
+        """Ignores the keys that transformers collects from submodules."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -161,18 +158,16 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         Builds a K-Adapter on a trained backbone.
 
         Args:
-            backbone: a repository id, a folder, or a loaded model, which becomes part of the K-Adapter except for its
-                pooler, which is not used.
-            adapters: trained ones to load (a repository, folder or file, or a list of them), or a dict from names to
-                such sources or to `KnowledgeAdapterConfig`s of new ones, or dicts of their fields. Loaded adapters are
-                frozen, new ones train.
+            backbone: a repository id, a folder, or a loaded model, which becomes part of the K-Adapter, without its pooler.
+            adapters: trained adapters (a repository, folder or file, or a list of them), or a dict from names to such
+                sources or to the `KnowledgeAdapterConfig`s of new adapters. Loaded adapters are frozen, new ones train.
             fusion: `"concat"`, `"add"` or one of your own; see `register_fusion`.
-            kwargs: fields of `KAdapterConfig` (and `num_labels`); the rest goes to the backbone's own `from_pretrained`
+            kwargs: fields of `KAdapterConfig`, `num_labels`, and arguments of the backbone's own `from_pretrained`
                 (`dtype`, `device_map`, `quantization_config`, `revision`, `token`, `attn_implementation`, …).
 
         Raises:
             KAdapterLoadError: the backbone or an adapter can't be found or loaded.
-            KAdapterConfigError: the model can't be a backbone, or a field is impossible.
+            KAdapterConfigError: the model can't be a backbone, or a field has an impossible value.
             BackboneMismatchError: an adapter was trained on another backbone.
         """
         with LOADING:
@@ -191,34 +186,32 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         **kwargs,
     ) -> Model:
         """
-        Loads a K-Adapter: its adapters, fusion and head from its repository or folder, its backbone from where
-        config.json says, unless the repository stores one of its own.
+        Loads the adapters, fusion and head of a K-Adapter from its repository or folder, and its backbone from the place
+        in config.json, unless the repository stores the backbone too.
 
-        A head that the repository lacks, or has for another class, is new, with a warning. Anything else that does not
-        come from a file is an error.
+        If the repository has no head, or that of another class, a new one is initialised, with a warning.
 
         Args:
-            backbone: where the backbone is, if not where config.json says, or a loaded one.
-            ignore_backbone_mismatch: continue although the backbone's weights are not those that config.json identifies.
-            ignore_mismatched_sizes: initialise those parts of the head whose shapes differ (another number of labels).
-            kwargs: as in `PreTrainedModel.from_pretrained`: where to find the repository (`revision`, `token`, …),
-                fields of the configuration (`num_labels`, `freeze_backbone`, …), and arguments for the backbone
-                (`dtype`, `device_map`, `quantization_config`, …).
+            backbone: another place of the backbone, or a loaded backbone.
+            ignore_backbone_mismatch: use the backbone even if its weights are not those that config.json identifies.
+            ignore_mismatched_sizes: initialise the parts of the head whose shapes differ (another number of labels).
+            kwargs: as in `PreTrainedModel.from_pretrained`: the place of the repository (`revision`, `token`, …), fields of
+                the configuration (`num_labels`, `freeze_backbone`, …), and arguments for the backbone (`dtype`,
+                `device_map`, `quantization_config`, …).
 
         Raises:
-            KAdapterLoadError: something is missing or damaged; the message names it.
+            KAdapterLoadError: something is missing or damaged.
             BackboneMismatchError: the backbone is not the one that this K-Adapter was trained on.
-            KAdapterConfigError: config.json is impossible.
-            RuntimeError: the default device is "meta", which holds no weights.
+            KAdapterConfigError: a field of the configuration has an impossible value.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(
                 None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
             )
-        if torch.empty(0).device.type == "meta":  # as PreTrainedModel.from_pretrained
+        if torch.empty(0).device.type == "meta":
             raise RuntimeError(
                 "You are using `from_pretrained` with a meta device context manager or default device, which would drop "
-                "the weights that it loads. To build a model without weights, use `from_config` or the class itself."
+                "the loaded weights. To build a model without weights, use `from_config` or the class itself."
             )
         with LOADING:
             model, info = load_repository(
@@ -243,17 +236,14 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
     ) -> None:
         """
         Saves the adapters, the fusion, the head and the configuration; the backbone only if it is not, bit for bit, the
-        one that the configuration names.
-
-        A save that is killed, or that fills the disk, leaves the previous content of the folder loadable.
+        one that the configuration names. An interrupted save leaves the previous content of the folder loadable.
 
         Args:
-            save_directory: a folder; created if needed. Files of an earlier save are replaced.
-            is_main_process: other processes than the main one do nothing.
-            state_dict: what to save instead of the model's own, as gathered by sharded training.
-            push_to_hub: also upload the folder, to `repo_id` (by default the folder's name) and with the other arguments
-                of `push_to_hub`, from `kwargs`.
-            kwargs: those of `push_to_hub`; `max_shard_size`, `variant` and the like don't apply.
+            save_directory: a folder. Files of an earlier save are replaced.
+            is_main_process: whether this is the main process; others do nothing.
+            state_dict: the tensors to save instead of the model's own, as gathered by sharded training.
+            push_to_hub: also upload the folder, by default to a repository with its name.
+            kwargs: arguments of `push_to_hub`, and `repo_id`; `max_shard_size`, `variant` and the like don't apply.
 
         Raises:
             OSError: the folder can't be written.
@@ -269,26 +259,20 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
             self.push_saved(folder, kwargs.get("repo_id") or folder.name, **kwargs_of_push)
 
     def push_saved(self, folder: Path, repo_id: str, **kwargs) -> None:
-        """Uploads what `save_pretrained` has saved; the package kadapter_hf replaces this method."""
+        """Uploads a folder that `save_pretrained` has written; kadapter_hf replaces this method."""
         self.push_to_hub(repo_id, **kwargs)
 
     def write_model_card(self, staging: Path, folder: Path, *, backbone_stored: bool) -> None:
         """
-        Writes the model card of a repository that is being saved; the package kadapter_hf replaces this method.
-
-        Code that was loaded from a repository keeps the card that the model came with.
-
-        Args:
-            staging: where to write it.
-            folder: the repository, as it was before the save.
-            backbone_stored: whether the repository stores the backbone.
+        Writes the model card of the repository in `folder` to `staging`, where it is being saved. kadapter_hf replaces this
+        method; code that was loaded from a repository keeps the card of that repository.
         """
         card = Path(self.name_or_path, CARD_FILE)
         if card.is_file() and not (folder / CARD_FILE).exists():
             shutil.copyfile(card, staging / CARD_FILE)
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs) -> Any:
-        """Loads a PEFT adapter, as `PreTrainedModel.load_adapter`; for knowledge adapters see `load_knowledge_adapter`."""
+        """Loads a PEFT adapter, as `PreTrainedModel.load_adapter`; see `load_knowledge_adapter` for knowledge adapters."""
         return load_peft_adapter(self, super().load_adapter, peft_model_id, adapter_name, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
@@ -300,11 +284,11 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
 
     @property
     def active_knowledge_adapters(self) -> list[str]:
-        """The names of the adapters that take part in the forward pass, in the order of their fusion."""
+        """The names of the adapters in use, in the order of their fusion."""
         return list(self.config.active_knowledge_adapters)
 
     def set_active_knowledge_adapters(self, names: str | Iterable[str] | None) -> None:
-        """Activates exactly these adapters; with None or an empty list, the model computes what the backbone does."""
+        """Activates exactly these adapters. Without any, the model's output is the backbone's."""
         names = self._checked_names(names or [])
         thaw = not self._is_frozen_from_outside()
         self.config.active_knowledge_adapters = names
@@ -312,7 +296,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
 
     def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | dict[str, Any] | None = None) -> None:
         """
-        Adds a new, untrained knowledge adapter and activates it; `config` may be a dict of a configuration's fields.
+        Adds a new, untrained knowledge adapter and activates it; `config` may be a dict of fields.
 
         Raises:
             KAdapterConfigError: the name is taken or impossible, or the configuration does not fit the backbone.
@@ -341,10 +325,10 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
 
         Args:
             source: a K-Adapter repository or folder, or the `.safetensors` file of an adapter.
-            name: which adapter, if the source has several; if it has one, the name to give it here (by default the one
-                that it was saved with).
+            name: one of several adapters in the source; or, if it has a single one, its name in this model (by default the
+                name that it was saved with).
             trainable: whether it trains; by default it is frozen.
-            ignore_backbone_mismatch: load it although it was trained on another backbone of the same width.
+            ignore_backbone_mismatch: load it even if it was trained on another backbone of the same width.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`.
 
         Returns:
@@ -378,12 +362,8 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
 
     def save_knowledge_adapter(self, path: str | os.PathLike, name: str) -> Path:
         """
-        Saves one adapter: to `path` if it ends in `.safetensors`, else to `adapters/<name>.safetensors` in that folder.
-
-        The bytes are the same from every class.
-
-        Returns:
-            The file.
+        Saves one adapter to `path`, or to `adapters/<name>.safetensors` in it if it does not end in `.safetensors`. Returns
+        the file, whose bytes don't depend on the model class.
         """
         self._checked_names(name)
         path = Path(path) if Path(path).suffix == ".safetensors" else Path(path, adapter_path(name))
@@ -395,7 +375,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         return path
 
     def delete_knowledge_adapter(self, name: str) -> None:
-        """Removes an adapter and its part of the fusion; the others' weights stay as they are."""
+        """Removes an adapter and its part of the fusion. The weights of the others don't change."""
         self._checked_names(name)
         del self.adapters[name], self.config.knowledge_adapters[name]
         self.fusion.remove(name)
@@ -407,7 +387,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         self._update_trainable(thaw=False)
 
     def backbone_fingerprint(self) -> str:
-        """Identifies the backbone's weights as they are stored; see `fingerprint` in `format_kadapter.py`."""
+        """Identifies the backbone's stored weights; see `fingerprint` in `format_kadapter.py`."""
         return self.origins.backbone_fingerprint(self, plain_state_dict(self))
 
     def _insert_adapter(self, name: str, config: KnowledgeAdapterConfig, adapter: KnowledgeAdapter) -> None:
@@ -432,7 +412,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
                 raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
         return names
 
-    # ---- The task head, and what else is beside the backbone --------------------------------------------------------
+    # ---- The task head and the other parts beside the backbone ------------------------------------------------------
 
     def head_modules(self) -> Iterator[nn.Module]:
         """The submodules that a subclass has added."""
@@ -453,13 +433,13 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         }
 
     def own_dtype(self) -> torch.dtype:
-        """The dtype of the parts beside the backbone, in which new ones are made."""
+        """The dtype of the parts beside the backbone."""
         modules = (self.fusion, self.adapters, *self.head_modules())
         dtypes = (parameter.dtype for module in modules for parameter in parameters_of(module))
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
 
     def own_device(self) -> torch.device:
-        """The device of the parts beside the backbone: that of the backbone's last weights."""
+        """The device of the parts beside the backbone, which is that of the backbone's last weights."""
         devices = [parameter.device for parameter in self.backbone.parameters() if not parameter.is_meta]
         return devices[-1] if devices else torch.device("cpu")
 

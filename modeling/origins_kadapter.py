@@ -1,4 +1,4 @@
-"""Where each part of a K-Adapter came from, and what its weights were when it came."""
+"""The source of each part of a K-Adapter, and whether its weights have changed since."""
 
 import os
 from collections.abc import Mapping
@@ -16,22 +16,21 @@ from .sources_kadapter import snapshot_of
 
 class Origins:
     """
-    The origins of a model's parts: `"backbone"`, `"adapters.<name>"`, `"fusion"` and `"head"`.
-
-    State dicts that are passed to its methods have the full names of the model's tensors, without PEFT's.
+    The origins of a model's parts: `"backbone"`, `"adapters.<name>"`, `"fusion"` and `"head"`. The state dicts that its
+    methods take are those of `plain_state_dict`.
 
     Attributes:
         sources: the repository, folder or file that each part came from, unless it is new.
-        fingerprints: of the weights that each part had when it came or was last saved.
-        backbone_trained: whether the backbone was set to train at any time. A save then stores it.
-        backbone_stored: whether the last save or load had the backbone in the repository itself.
-        backbone_kwargs: arguments of `from_pretrained` with which the named backbone is loaded again.
+        fingerprints: the fingerprint of each part when it was loaded or last saved.
+        backbone_trained: whether the backbone was ever set to train. A save then stores it.
+        backbone_stored: whether the repository of the last save or load stores the backbone.
+        backbone_kwargs: arguments of `from_pretrained` to load the named backbone again.
     """
 
     def __init__(self):
         self.sources: dict[str, Any] = {}
         self.fingerprints: dict[str, str] = {}
-        # What was compared with the named backbone, and the fingerprint of that if they are the same.
+        # Identifies a comparison with the named backbone, and the fingerprint of that if both are the same.
         self._as_named: tuple[Any, str | None] | None = None
         self.backbone_trained = False
         self.backbone_stored = False
@@ -47,14 +46,14 @@ class Origins:
                 self.fingerprints[part] = now
 
     def is_changed(self, state_dict: Mapping[str, torch.Tensor], part: str) -> bool:
-        """Whether a part's weights differ from those that were noted. Weights on the meta device count as unchanged."""
+        """Whether the weights of a part differ from those noted. Weights on the meta device count as unchanged."""
         now = _fingerprint(state_dict, part)
         return now is not None and now != self.fingerprints.get(part)
 
     # ---- The backbone -----------------------------------------------------------------------------------------------
 
     def backbone_fingerprint(self, model: Any, state_dict: Mapping[str, torch.Tensor]) -> str:
-        """The fingerprint of the backbone as it is stored; of a changed one, unless it was only cast, as it is now."""
+        """The fingerprint of the named backbone, if the present one is the same or was only cast; else of the present."""
         if model.config.backbone_fingerprint is not None and not self.is_changed(state_dict, "backbone"):
             return model.config.backbone_fingerprint
         named = (
@@ -63,11 +62,11 @@ class Origins:
         return named or _fingerprint(state_dict, "backbone") or ""
 
     def update_adapters(self, model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Sets the backbone that each adapter was trained on: for an adapter that has changed, the present one."""
+        """Records that the adapters that have changed were trained on the present backbone."""
         config = model.config
         for name, adapter in config.knowledge_adapters.items():
             part = f"adapters.{name}"
-            # An adapter that was loaded without a fingerprint keeps none: which backbone it was trained on is unknown.
+            # For an adapter that was loaded without a fingerprint, the backbone stays unknown.
             never_set = adapter.backbone_fingerprint is None and part not in self.sources
             if never_set or self.is_changed(state_dict, part):
                 adapter.backbone_fingerprint = self.backbone_fingerprint(model, state_dict)
@@ -77,10 +76,9 @@ class Origins:
         self, backbone: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], config: KAdapterConfig
     ) -> str | None:
         """
-        The fingerprint of the backbone that `config` names, if the one here is the same, bit for bit, after a cast.
-
-        The named one is read for the first comparison; later ones compare checksums. None if they differ, or if the named
-        one is not on this machine. Quantised and offloaded weights can't be compared, nor trained: they count as unchanged.
+        The fingerprint of the backbone that `config` names, if the present one is the same, bit for bit, after a cast; None
+        if they differ, or if the named one is not on this machine. Only the first comparison reads the named one.
+        Quantised and offloaded weights can't be compared, nor trained: they count as unchanged.
         """
         tensors = part_of(state_dict, "backbone")
         opaque = is_opaque(backbone)
@@ -89,7 +87,7 @@ class Origins:
             return self._as_named[1]
         try:
             reference = load_quietly(config, **self.backbone_kwargs).state_dict()
-        except Exception:  # for whatever reason: the weights that are here must not be lost
+        except Exception:  # for whatever reason: the present weights must not be lost
             return config.backbone_fingerprint if opaque else None
         same = opaque or equal_bits(tensors, {f"backbone.{name}": tensor for name, tensor in reference.items()})
         named = fingerprint(reference.values()) if same else None
