@@ -25,6 +25,7 @@ from .modeling.heads_kadapter import (
     KAdapterForTokenClassification,
     KAdapterModel,
     KAdapterModelOutput,
+    encodes_inputs,
 )
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .modeling.registry_kadapter import register_head
@@ -77,6 +78,7 @@ __all__ = [
     "KnowledgeAdapterConfig",
     "KnowledgeFusion",
     "cross_entropy",
+    "encodes_inputs",
     "register_fusion",
     "register_head",
 ]

@@ -57,9 +57,7 @@ def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
     if model_class is None:
         return
     if getattr(model_class, "main_input_name", "input_ids") != "input_ids":
-        raise KAdapterConfigError(
-            f"{name} reads '{model_class.main_input_name}', not the token ids of a text encoder."
-        )
+        raise KAdapterConfigError(f"{name} reads '{model_class.main_input_name}', not token ids.")
     takes_argument = "output_hidden_states" in inspect.signature(model_class.forward).parameters
     if not takes_argument and not records_hidden_states(model_class):
         raise KAdapterConfigError(f"{name} returns no hidden states, which knowledge adapters read.")
@@ -196,24 +194,27 @@ def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: 
 
 
 def check_trained_on(
-    what: str, then: tuple[str | None, str | None], now: tuple[str | None, str | None], way_out: str, ignore: bool
+    what: str, trained_on: tuple[str | None, str | None], here: tuple[str | None, str | None], ignore: bool
 ) -> None:
     """
-    Raises `BackboneMismatchError` or, with `ignore`, warns if `what` was trained on another backbone. `then` and `now` are
-    the names and fingerprints of that backbone and of the present one.
+    Raises `BackboneMismatchError` or, with `ignore`, warns if `what` was trained on another backbone. `trained_on` and
+    `here` are the names and fingerprints of that backbone and of the present one.
     """
-    wanted, found = then[1], now[1]
+    wanted, found = trained_on[1], here[1]
     if wanted is None:
         logger.warning(
-            f"{what} does not record the fingerprint of its backbone: that it was trained on '{now[0]}' could not be verified."
+            f"{what} does not record the fingerprint of its backbone: that it was trained on '{here[0]}' could not be verified."
         )
     elif wanted != found:
         message = (
-            f"{what} was trained on the backbone '{then[0]}' with fingerprint {wanted[:12]}…, and the one here, '{now[0]}', "
-            f"has {(found or 'none')[:12]}…: other weights"
+            f"{what} was trained on the backbone '{trained_on[0]}' with fingerprint {wanted[:12]}…; the present one, "
+            f"'{here[0]}', has other weights, with fingerprint {(found or 'none')[:12]}…"
         )
         if not ignore:
-            raise BackboneMismatchError(f"{message}. To continue, {way_out}, or ignore_backbone_mismatch=True.")
+            raise BackboneMismatchError(
+                f"{message}. Use the right one (from_pretrained takes backbone=<folder or model>), or pass "
+                "ignore_backbone_mismatch=True."
+            )
         logger.warning(f"{message}; it is used nevertheless.")
 
 
@@ -251,6 +252,7 @@ def stored_backbone(
     take_fields(config, kwargs)
     tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
     options = _without_pooler(config)
+    problem = "does not fit the backbone in config.json"
     try:
         # Shapes are compared before memory is allocated, as config.json may ask for any amount of it. Names are left to
         # transformers, which maps those of its older versions.
@@ -267,10 +269,8 @@ def stored_backbone(
     except KAdapterLoadError:
         raise
     except Exception as error:  # the model's own class may raise anything
-        raise damaged(path, f"does not fit the backbone that config.json describes ({error})") from error
-    for key, problem in (("missing_keys", "missing"), ("unexpected_keys", "not expected")):
+        raise damaged(path, f"{problem} ({error})") from error
+    for key in ("missing_keys", "unexpected_keys"):
         if info[key]:
-            raise damaged(
-                path, f"does not fit the backbone that config.json describes: '{min(info[key])}' is {problem}"
-            )
+            raise damaged(path, f"{problem}: the tensor '{min(info[key])}' is {key.removesuffix('_keys')}")
     return backbone

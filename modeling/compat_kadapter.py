@@ -21,9 +21,6 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 logger = logging.get_logger(__name__)
 
 
-# ---- Configurations -------------------------------------------------------------------------------------------------
-
-
 def dtypes_to_str(self: PreTrainedConfig, fields: dict[str, Any]) -> None:
     """
     Replaces `PreTrainedConfig.dict_dtype_to_str`, which takes anything called dtype for a torch.dtype: a configuration
@@ -55,17 +52,9 @@ def attn_implementation_of(config: PreTrainedConfig) -> str | None:
     return config._attn_implementation
 
 
-def encode_floats(value: Any) -> Any:
-    """Replaces NaN and infinities, which JSON lacks, as transformers does in config.json."""
-    return PreTrainedConfig._encode_special_floats(value)
-
-
-def decode_floats(value: Any) -> Any:
-    """The inverse of `encode_floats`."""
-    return PreTrainedConfig._decode_special_floats(value)
-
-
-# ---- Arguments of from_pretrained -----------------------------------------------------------------------------------
+# Replaces NaN and infinities, which JSON lacks, as transformers does in config.json; and the inverse.
+encode_floats = PreTrainedConfig._encode_special_floats
+decode_floats = PreTrainedConfig._decode_special_floats
 
 
 def take_auto_arguments(kwargs: dict[str, Any]) -> Any:
@@ -97,18 +86,13 @@ class SeveralClasses(tuple):
         return self[0].__name__
 
 
-# ---- Loading --------------------------------------------------------------------------------------------------------
-
-
 # Held while models are built and loaded: transformers replaces functions of torch meanwhile, and if two threads did so at
 # the same time, the replacements would stay in place.
 LOADING = threading.RLock()
 
 
 @contextlib.contextmanager
-def _filtered(
-    targets: Iterable[std_logging.Filterer], keep: Callable[[std_logging.LogRecord], bool]
-) -> Iterator[None]:
+def _filtered(targets: Iterable[std_logging.Filterer], keep: Callable[..., bool]) -> Iterator[None]:
     for target in targets:
         target.addFilter(keep)
     try:
@@ -191,9 +175,6 @@ def copy_with_own_modules(model: PreTrainedModel) -> PreTrainedModel:
     return duplicate
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
-
-
 def parameters_of(module: nn.Module) -> Iterator[torch.Tensor]:
     """
     The parameters of a module, also in a replica of `torch.nn.DataParallel`, whose `parameters()` is empty: a backbone that
@@ -226,9 +207,6 @@ def running_position_ids(backbone: nn.Module, inputs: torch.Tensor, past: int = 
         return None
     start = embeddings.padding_idx + 1 + past
     return torch.arange(start, start + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
-
-
-# ---- PEFT -----------------------------------------------------------------------------------------------------------
 
 
 def has_peft_adapter(model: PreTrainedModel) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, RobertaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .compat_kadapter import decode_floats, drop_colliding, dtypes_to_str, encode_floats
@@ -20,6 +20,13 @@ from .fusion_kadapter import check_fusion
 
 
 DEFAULT_BACKBONE = "FacebookAI/roberta-large"
+ROBERTA_LARGE = {"model_type": "roberta", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+ROBERTA_LARGE |= {
+    "intermediate_size": 4096,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+}
 # An argument that `from_dict` adds: unknown fields are then those of a newer version.
 _FROM_FILE = "_from_file"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -170,9 +177,7 @@ class KnowledgeAdapterConfig:
             if not self.backbone_layers:
                 raise KAdapterConfigError("backbone_layers is empty: an adapter reads at least one hidden state.")
             if any(isinstance(layer, bool) or layer < 0 for layer in self.backbone_layers):
-                raise KAdapterConfigError(
-                    f"backbone_layers counts from 0, the output of the embeddings; got {self.backbone_layers}."
-                )
+                raise KAdapterConfigError(f"backbone_layers must be numbers from 0, not {self.backbone_layers}.")
 
     def for_backbone(self, backbone_config: PreTrainedConfig, name: str) -> "KnowledgeAdapterConfig":
         """A copy with `backbone_layers` filled in, if missing, and checked against the depth of the backbone."""
@@ -208,18 +213,6 @@ class KnowledgeAdapterConfig:
     def to_json(self) -> str:
         """All fields as JSON, for comparison: NaN, which differs from itself, is a string there."""
         return json.dumps(encode_floats(self.to_dict()))
-
-
-def _roberta_large() -> RobertaConfig:
-    return RobertaConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-    )
 
 
 @_refuse_clearly
@@ -289,11 +282,9 @@ class KAdapterConfig(PreTrainedConfig):
                     f"backbone_config is missing for the backbone '{self.backbone_name_or_path}'. "
                     "Use KAdapterModel.from_backbone(...), which reads it, or pass backbone_config."
                 )
-            return _roberta_large()
+            config = ROBERTA_LARGE
         if not isinstance(config, dict):
-            raise KAdapterConfigError(
-                f"backbone_config must be a dict or a configuration, not {type(config).__name__}."
-            )
+            raise KAdapterConfigError(f"backbone_config must be a dict or configuration, not {type(config).__name__}.")
         config = dict(config)
         model_type = config.pop("model_type", None)
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == "kadapter":

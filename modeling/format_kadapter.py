@@ -1,14 +1,4 @@
-"""
-The format of a K-Adapter repository, folder or Trainer checkpoint, and the package's errors.
-
-    config.json                    the configuration
-    model.safetensors.index.json   the standard shard index, with a fingerprint for each file
-    adapters/<name>.safetensors    one knowledge adapter; self-contained through its metadata
-    head.safetensors               the fusion and the task head
-    backbone.safetensors           present only if the backbone differs from the one that config.json names
-    *.py                           the code of this folder
-    README.md                      the model card
-"""
+"""The repository format: names of files and tensors, metadata and fingerprints; and the package's errors."""
 
 import hashlib
 import json
@@ -24,9 +14,9 @@ from transformers.utils import CONFIG_NAME
 from .compat_kadapter import encode_floats
 
 
-HEAD_FILE = "head.safetensors"
-BACKBONE_FILE = "backbone.safetensors"
-ADAPTER_FOLDER = "adapters"
+HEAD_FILE = "head.safetensors"  # the fusion and the task head
+BACKBONE_FILE = "backbone.safetensors"  # only if it differs from the backbone that config.json names
+ADAPTER_FOLDER = "adapters"  # a file for each knowledge adapter
 CARD_FILE = "README.md"
 # PEFT's files, in the repository of a model with a PEFT adapter.
 PEFT_CONFIG = "adapter_config.json"
@@ -61,20 +51,13 @@ def damaged(path: Any, problem: str, advice: str | None = None) -> KAdapterLoadE
     return KAdapterLoadError(f"'{path}' {problem.rstrip('.')}. {advice or 'Download or save it again.'}")
 
 
-# ---- Names ----------------------------------------------------------------------------------------------------------
-
-
 def check_adapter_name(name: Any) -> str:
     """Returns `name` if a knowledge adapter can have it, else raises `KAdapterConfigError`."""
-    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
+    fits = isinstance(name, str) and _ADAPTER_NAME.fullmatch(name)
+    if not fits or hasattr(nn.ModuleDict, name) or name == "training":
         raise KAdapterConfigError(
-            f"{str(name)[:80]!r} can't name a knowledge adapter: a name has 1 to 64 letters, digits, '_' or '-' and "
-            "starts with a letter or digit."
-        )
-    if hasattr(nn.ModuleDict, name) or name == "training":
-        raise KAdapterConfigError(
-            f"{name!r} can't name a knowledge adapter: torch.nn.Module has an attribute of that name. "
-            f"Choose another, such as '{name}_knowledge'."
+            f"{str(name)[:80]!r} can't name a knowledge adapter: a name has 1 to 64 letters, digits, '_' or '-', starts with "
+            "a letter or digit, and is not that of an attribute of torch.nn.ModuleDict."
         )
     return name
 
@@ -116,9 +99,6 @@ def is_own_class(model_class: type) -> bool:
     return model_class.__module__.rpartition(".")[2] in {path.stem for path in code_files()}
 
 
-# ---- Interrupted saves ----------------------------------------------------------------------------------------------
-
-
 def locate(folder: Path, name: str) -> Path:
     """
     The path of a repository's file, also if `replace_files` was interrupted: it writes all files to a staging folder, then
@@ -142,9 +122,6 @@ def obsolete_files(staging: Path) -> list[str]:
         return []
 
 
-# ---- Metadata of adapter files --------------------------------------------------------------------------------------
-
-
 def adapter_metadata(name: str, config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The metadata of an adapter file, under a single key, as safetensors does not keep the order of several."""
     content = {
@@ -158,9 +135,6 @@ def adapter_metadata(name: str, config: dict[str, Any], tensors: Mapping[str, to
 
 def metadata_checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# ---- Fingerprints ---------------------------------------------------------------------------------------------------
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> str:

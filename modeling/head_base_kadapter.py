@@ -22,9 +22,7 @@ def loss_of(total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: 
     return total / count
 
 
-def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: ItemCount = None) -> torch.Tensor:
     """Of `(…, classes)` logits and `(…)` labels; labels of -100 are ignored."""
     labels = labels.reshape(-1).to(logits.device)
     total = F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), labels, reduction="sum")

@@ -74,9 +74,6 @@ class KAdapterForSequenceClassification(HeadModel):
         Args:
             labels: `(batch,)` class indices; `(batch,)` or `(batch, num_labels)` floats for regression; or
                 `(batch, num_labels)` of 0.0 and 1.0 for several labels per text; see `config.problem_type`.
-
-        Returns:
-            `logits` of shape `(batch, num_labels)`.
         """
         logits = self.classifier(self.dropout(self.fused(encoded, first_position(encoded))))
         loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
@@ -94,9 +91,6 @@ class KAdapterForTokenClassification(HeadModel):
         """
         Args:
             labels: `(batch, length)` class indices; -100 is ignored.
-
-        Returns:
-            `logits` of shape `(batch, length, num_labels)`.
         """
         logits = self.classifier(self.dropout(self.fused(encoded)))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
@@ -121,9 +115,6 @@ class KAdapterForQuestionAnswering(HeadModel):
         Args:
             start_positions, end_positions: `(batch,)`; a position outside the text adds nothing to the loss, which is
                 the mean over all rows, so that gradient accumulation does not change it.
-
-        Returns:
-            `start_logits` and `end_logits` of shape `(batch, length)`.
         """
         logits = self.qa_outputs(self.dropout(self.fused(encoded)))
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
@@ -168,9 +159,6 @@ class KAdapterForMultipleChoice(HeadModel):
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, choices, length)`.
             inputs_embeds: `(batch, choices, length, hidden_size)`.
             labels: `(batch,)` index of the right choice.
-
-        Returns:
-            `logits` of shape `(batch, choices)`.
         """
         first = input_ids if input_ids is not None else inputs_embeds
         if first is None or first.dim() < 3:
@@ -213,12 +201,6 @@ class KAdapterForEntityTyping(HeadModel):
         Args:
             entity_start: `(batch,)`, the position of the marker before the entity.
             labels: `(batch, num_labels)` of 0.0 and 1.0.
-
-        Returns:
-            `logits` of shape `(batch, num_labels)`.
-
-        Raises:
-            ValueError: `entity_start` is missing, of another shape, or outside the text.
         """
         fused = self.fused(encoded, checked_positions("entity_start", entity_start, encoded))
         logits = self.out_proj(self.dropout(self.dense(fused)))
@@ -251,12 +233,6 @@ class KAdapterForRelationClassification(HeadModel):
         Args:
             subject_start, object_start: `(batch,)`, the positions of the markers before the two entities.
             labels: `(batch,)` class indices.
-
-        Returns:
-            `logits` of shape `(batch, num_labels)`.
-
-        Raises:
-            ValueError: a marker position is missing, of another shape, or outside the text.
         """
         markers = (
             checked_positions("subject_start", subject_start, encoded),
@@ -339,9 +315,6 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         """
         Args:
             labels: `(batch, length)` token ids; -100 is ignored.
-
-        Returns:
-            `logits` of shape `(batch, length, vocab_size)`.
         """
         fused = self.fusion(encoded.backbone_state, encoded.knowledge).to(next(parameters_of(self.lm_head)).dtype)
         # input_ids=None by position, as the wrapper of PEFT 0.18 around heads that train needs an argument there.

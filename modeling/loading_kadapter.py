@@ -161,9 +161,8 @@ def load_repository(
     config.name_or_path = os.fspath(source)
     files, fingerprints = read_index(folder)
     adapters = read_repository_adapters(folder, config, files, fingerprints)
-    head_is_lm = saved_class == model_class.__name__ and any(
-        n.startswith("lm_head.") for n in files.get(HEAD_FILE, ())
-    )
+    stored_parts = {name.partition(".")[0] for name in files.get(HEAD_FILE, ())}
+    head_is_lm = saved_class == model_class.__name__ and "lm_head" in stored_parts
     lm_head_from_backbone = model_class.needs_lm_head and not head_is_lm
     hub_kwargs = hub_arguments(hub_kwargs, ("revision", "subfolder"))
     stored = None
@@ -295,20 +294,12 @@ def _load_its_backbone(
         origins.backbone_kwargs = hub_kwargs
         state = {f"backbone.{key}": tensor for key, tensor in loaded.base_model.state_dict().items()}
         found = origins.fingerprint_if_as_named(loaded.base_model, state, config) or found
-    check_trained_on(
-        f"'{config.name_or_path}'",
-        (trained_on, expected),
-        (config.backbone_name_or_path, found),
-        "pass the right one with backbone=<folder or model>",
-        ignore_backbone_mismatch,
-    )
+    here = (config.backbone_name_or_path, found)
+    check_trained_on(f"'{config.name_or_path}'", (trained_on, expected), here, ignore_backbone_mismatch)
     config.backbone_fingerprint = found
     if with_lm_head:
         loaded = add_lm_head(loaded, config.backbone_name_or_path, revision=config.backbone_revision, **hub_kwargs)
     return loaded, now
-
-
-# ---- Filling a model with what was read -----------------------------------------------------------------------------
 
 
 def fill_adapter(adapter: KnowledgeAdapter, saved: SavedAdapter, path: Path) -> None:

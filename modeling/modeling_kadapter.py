@@ -204,10 +204,10 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
             BackboneMismatchError: the backbone is not the one that this K-Adapter was trained on.
             KAdapterConfigError: a field of the configuration has an impossible value.
         """
-        if pretrained_model_name_or_path is None:
-            return super().from_pretrained(
-                None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
-            )
+        source = pretrained_model_name_or_path
+        if source is None:
+            options = {"config": config, "output_loading_info": output_loading_info}
+            return super().from_pretrained(None, *model_args, **options, **kwargs)
         if torch.empty(0).device.type == "meta":
             raise RuntimeError(
                 "You are using `from_pretrained` with a meta device context manager or default device, which would drop "
@@ -215,14 +215,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
             )
         with LOADING:
             model, info = load_repository(
-                cls,
-                pretrained_model_name_or_path,
-                model_args,
-                config,
-                backbone,
-                ignore_backbone_mismatch,
-                ignore_mismatched_sizes,
-                kwargs,
+                cls, source, model_args, config, backbone, ignore_backbone_mismatch, ignore_mismatched_sizes, kwargs
             )
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
@@ -342,13 +335,9 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         path = adapter_file(source, name, **hub_kwargs)
         saved = read_adapter(path)
         name = saved.name if name is None else name
-        check_trained_on(
-            f"the knowledge adapter in '{path}'",
-            (saved.config.backbone_name_or_path, saved.config.backbone_fingerprint),
-            (self.config.backbone_name_or_path, self.backbone_fingerprint()),
-            "load it into a model on that backbone",
-            ignore_backbone_mismatch,
-        )
+        trained_on = (saved.config.backbone_name_or_path, saved.config.backbone_fingerprint)
+        here = (self.config.backbone_name_or_path, self.backbone_fingerprint())
+        check_trained_on(f"the knowledge adapter in '{path}'", trained_on, here, ignore_backbone_mismatch)
         config = saved.config.for_backbone(self.backbone.config, check_adapter_name(name))
         with torch.device("meta"):
             adapter = self._new_adapter(config)

@@ -36,8 +36,6 @@ class Origins:
         self.backbone_stored = False
         self.backbone_kwargs: dict[str, Any] = {}
 
-    # ---- Changes ----------------------------------------------------------------------------------------------------
-
     def note_weights(self, state_dict: Mapping[str, torch.Tensor], *parts: str) -> None:
         """Remembers the weights that these parts have now."""
         for part in parts:
@@ -50,15 +48,13 @@ class Origins:
         now = _fingerprint(state_dict, part)
         return now is not None and now != self.fingerprints.get(part)
 
-    # ---- The backbone -----------------------------------------------------------------------------------------------
-
     def backbone_fingerprint(self, model: Any, state_dict: Mapping[str, torch.Tensor]) -> str:
         """The fingerprint of the named backbone, if the present one is the same or was only cast; else of the present."""
         if model.config.backbone_fingerprint is not None and not self.is_changed(state_dict, "backbone"):
             return model.config.backbone_fingerprint
-        named = (
-            None if self.backbone_trained else self.fingerprint_if_as_named(model.backbone, state_dict, model.config)
-        )
+        named = None
+        if not self.backbone_trained:
+            named = self.fingerprint_if_as_named(model.backbone, state_dict, model.config)
         return named or _fingerprint(state_dict, "backbone") or ""
 
     def update_adapters(self, model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:

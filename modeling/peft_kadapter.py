@@ -123,9 +123,6 @@ def virtual_tokens() -> int:
     return 0
 
 
-# ---- Saving ---------------------------------------------------------------------------------------------------------
-
-
 def check_peft_is_saved(model: Any) -> None:
     """Raises `KAdapterConfigError` if a save would leave out or double weights that PEFT has put into the model."""
     known = set(model.peft_config) if has_peft_adapter(model) else set()
@@ -182,9 +179,6 @@ def save_peft_adapter(model: Any, folder: Path, state_dict: Mapping[str, torch.T
         # The weights that it has changed are saved as they are now; loading must not change them again.
         config |= {"init_lora_weights": True, "corda_config": None, "loftq_config": {}, "lora_ga_config": None}
         write_json(folder / PEFT_CONFIG, config)
-
-
-# ---- Loading --------------------------------------------------------------------------------------------------------
 
 
 def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:

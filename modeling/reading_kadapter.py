@@ -162,9 +162,6 @@ def check_tensors(
         raise damaged(path, f"does not fit: {'; '.join(problems[:20] + more)}", advice)
 
 
-# ---- Adapter files --------------------------------------------------------------------------------------------------
-
-
 class SavedAdapter(NamedTuple):
     """The content of an adapter file; the names of `tensors` start with `adapters.<name>.`."""
 

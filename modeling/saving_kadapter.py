@@ -62,9 +62,7 @@ def _check_target(folder: Path, backbone: str | None) -> None:
     if folder.is_file():
         raise KAdapterLoadError(f"'{folder}' is a file; save_pretrained needs a folder.")
     if backbone and os.path.isdir(backbone) and folder.exists() and folder.samefile(backbone):
-        raise KAdapterLoadError(
-            f"'{folder}' holds the backbone, whose config.json the K-Adapter's would replace. Choose another folder."
-        )
+        raise KAdapterLoadError(f"'{folder}' holds the backbone, which has a config.json too. Choose another folder.")
 
 
 def write_repository(
@@ -79,17 +77,13 @@ def write_repository(
         (folder.parent / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
     with replace_files(folder) as staging:
         _write_files(model, staging, state)
-        _write_card(model, staging, folder, any(file_of(name) == BACKBONE_FILE for name in state))
+        try:
+            backbone_stored = any(file_of(name) == BACKBONE_FILE for name in state)
+            model.write_model_card(staging, folder, backbone_stored=backbone_stored)
+        except Exception as error:  # a card is rendered from whatever users record; the weights are saved in any case
+            logger.warning(f"the model card of '{folder}' could not be written, and stays as it was: {error!r}")
+            (staging / CARD_FILE).unlink(missing_ok=True)
         save_peft_adapter(model, staging, peft_state)
-
-
-def _write_card(model: Any, staging: Path, folder: Path, backbone_stored: bool) -> None:
-    """An error must not prevent saving the weights."""
-    try:
-        model.write_model_card(staging, folder, backbone_stored=backbone_stored)
-    except Exception as error:  # a card is rendered from whatever users record
-        logger.warning(f"the model card of '{folder}' could not be written, and stays as it was: {error!r}")
-        (staging / CARD_FILE).unlink(missing_ok=True)
 
 
 def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:

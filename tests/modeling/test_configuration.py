@@ -241,8 +241,8 @@ def test_adapter_name_that_is_not_one_safe_segment_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["train", "forward", "keys", "items", "training", "to"])
-def test_adapter_name_that_torch_would_refuse_is_refused_with_another(name):
-    with pytest.raises(KAdapterConfigError, match=f"'{name}_knowledge'"):
+def test_adapter_name_that_torch_would_refuse_is_refused(name):
+    with pytest.raises(KAdapterConfigError, match="can't name a knowledge adapter.*torch"):
         KAdapterConfig(knowledge_adapters={name: None})
 
 
