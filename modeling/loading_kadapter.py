@@ -105,8 +105,13 @@ def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
         return []
     if isinstance(adapters, dict):
         return list(adapters.items())
-    if isinstance(adapters, (str, os.PathLike)) or not isinstance(adapters, Iterable):
+    if isinstance(adapters, (str, os.PathLike)):
         return [(None, adapters)]
+    if not isinstance(adapters, Iterable):
+        raise KAdapterConfigError(
+            "adapters must be a repository, a folder or a file, a list of them, or a dict from names to them or to "
+            f"configurations of new adapters; not {type(adapters).__name__}."
+        )
     return [(None, source) for source in adapters]
 
 
