@@ -276,13 +276,12 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
         """`backbone` may be a masked-language model, whose head is used, or an encoder, which gets a new head."""
+        with_head = backbone
         if backbone is None or backbone.base_model is backbone:
             check_is_encoder(config.backbone_config)
             with_head = new_model(masked_lm_class(config.backbone_config), config.backbone_config)
             if backbone is not None:
                 setattr(with_head, with_head.base_model_prefix, backbone)
-        else:
-            with_head = backbone
         super().__init__(config, with_head)
         if backbone is None:
             del self.origins.sources["backbone"]

@@ -53,9 +53,6 @@ from .sources_kadapter import commit_of, hub_arguments, repository_folder
 logger = logging.get_logger(__name__)
 
 
-# ---- On a backbone --------------------------------------------------------------------------------------------------
-
-
 def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str, kwargs: dict[str, Any]) -> Any:
     """What `KAdapterPreTrainedModel.from_backbone` does."""
     fields = KAdapterConfig.known_fields() - {"dtype", "attn_implementation"}
@@ -140,9 +137,6 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
                 f"a K-Adapter can't be loaded with {name}=: its weights and its backbone's are in different files. Load the "
                 "backbone yourself and pass the model, or call load_state_dict of the loaded K-Adapter."
             )
-
-
-# ---- From a repository ----------------------------------------------------------------------------------------------
 
 
 def load_repository(
@@ -282,14 +276,8 @@ def _load_its_backbone(
     else:
         if given is not None:
             config.backbone_name_or_path, config.backbone_revision = _place(given), None
-        loaded = load_backbone(
-            config.backbone_name_or_path,
-            expected=config.backbone_config,
-            with_lm_head=with_lm_head,
-            revision=config.backbone_revision,
-            **hub_kwargs,
-            **kwargs,
-        )
+        options = {"expected": config.backbone_config, "with_lm_head": with_lm_head, "revision": config.backbone_revision}
+        loaded = load_backbone(config.backbone_name_or_path, **options, **hub_kwargs, **kwargs)
     now = None if is_opaque(loaded.base_model) else fingerprint(loaded.base_model.state_dict().values())
     found = now if given is not None or stored is None else fingerprint(stored.values())
     hub_kwargs |= {key: kwargs[key] for key in ("use_safetensors",) if key in kwargs}

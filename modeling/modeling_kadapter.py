@@ -132,8 +132,6 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
             for name in self.adapters:
                 module.init_adapter(name)
 
-    # ---- Embeddings and attention -----------------------------------------------------------------------------------
-
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 

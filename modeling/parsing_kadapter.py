@@ -177,10 +177,6 @@ class KAdapterForDependencyParsing(HeadModel):
 
         Returns:
             `arc_logits`, and `relation_logits` except in training with labels; `decode` returns the trees.
-
-        Raises:
-            ValueError: `word_starts` is missing, of another shape, or outside the text; labels are of another shape, or
-                a head is not another word of the row.
         """
         word_starts = checked_positions("word_starts", word_starts, encoded, per_row="words")
         if can_be_checked(word_starts) and ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():

@@ -207,21 +207,19 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
     weights = kwargs.get("adapter_state_dict")
     label = "adapter_state_dict" if weights is not None else f"'{source}'"
     if weights is None:
-        weights = peft.load_peft_weights(
-            source, "cpu", **peft_hub_kwargs(kwargs | (kwargs.get("adapter_kwargs") or {}))
-        )
+        hub_kwargs = peft_hub_kwargs(kwargs | (kwargs.get("adapter_kwargs") or {}))
+        weights = peft.load_peft_weights(source, "cpu", **hub_kwargs)
     own = model.get_adapter_state_dict(name)
     weights = {_without_adapter_name(key, name, own): tensor for key, tensor in weights.items()}
     if weights.keys() - own.keys():
         raise KAdapterLoadError(
             f"{label} holds a PEFT adapter for another model: this one has no tensor '{min(weights.keys() - own.keys())}'."
         )
-    missing = sorted(own.keys() - weights.keys())
+    # Tensors that share memory may be stored once.
     given = {own[key].data_ptr(): weights[key] for key in weights}
+    missing = sorted(own.keys() - weights.keys())
     weights |= {key: given.get(own[key].data_ptr(), own[key]) for key in missing}
-    new = [
-        key for key in missing if own[key].data_ptr() not in given
-    ]  # the others share memory with one that is there
+    new = [key for key in missing if own[key].data_ptr() not in given]
     if new:
         logger.warning(f"{label} has no weights for {new}: they are new and untrained.")
     peft.set_peft_model_state_dict(model, weights, name)
