@@ -276,7 +276,11 @@ def _load_its_backbone(
     else:
         if given is not None:
             config.backbone_name_or_path, config.backbone_revision = _place(given), None
-        options = {"expected": config.backbone_config, "with_lm_head": with_lm_head, "revision": config.backbone_revision}
+        options = {
+            "expected": config.backbone_config,
+            "with_lm_head": with_lm_head,
+            "revision": config.backbone_revision,
+        }
         loaded = load_backbone(config.backbone_name_or_path, **options, **hub_kwargs, **kwargs)
     now = None if is_opaque(loaded.base_model) else fingerprint(loaded.base_model.state_dict().values())
     found = now if given is not None or stored is None else fingerprint(stored.values())
