@@ -50,6 +50,7 @@ class EncodingMixin(nn.Module):
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        *,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> Encoded:
@@ -120,7 +121,7 @@ class EncodingMixin(nn.Module):
         wants = self.config.output_hidden_states if wants is None else wants
         if kwargs.get("output_attentions") is None and self.config.output_attentions:
             kwargs["output_attentions"] = True
-        # A frozen backbone builds no graph. With gradient checkpointing, the embeddings' output would require gradients.
+        # With gradient checkpointing, the embeddings' output requires gradients even if nothing in the backbone does.
         needs_graph = not self.training or past is not None or (embeds is not None and embeds.requires_grad)
         needs_graph = needs_graph or any(parameter.requires_grad for parameter in parameters_of(self.backbone))
         # Newer versions of transformers keep only the states with the given indices, older ones keep all.

@@ -168,7 +168,7 @@ class KAdapterForMultipleChoice(HeadModel):
             None if tensor is None else tensor.flatten(0, 1)
             for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
-        encoded = self.encode(*flat, past_key_values, **kwargs)
+        encoded = self.encode(*flat, past_key_values=past_key_values, **kwargs)
         fused = self.fused(encoded, first_position(encoded))
         logits = self.classifier(self.dropout(fused)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
