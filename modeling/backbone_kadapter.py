@@ -57,7 +57,7 @@ def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
     if model_class is None:
         return
     if getattr(model_class, "main_input_name", "input_ids") != "input_ids":
-        raise KAdapterConfigError(f"{name} reads '{model_class.main_input_name}', not token ids.")
+        raise KAdapterConfigError(f"{name} reads '{model_class.main_input_name}', not the token ids of a text.")
     takes_argument = "output_hidden_states" in inspect.signature(model_class.forward).parameters
     if not takes_argument and not records_hidden_states(model_class):
         raise KAdapterConfigError(f"{name} returns no hidden states, which knowledge adapters read.")
