@@ -204,7 +204,7 @@ def test_another_model_is_no_kadapter_nor_is_an_empty_folder(backbone, tmp_path)
 def test_changed_metadata_and_changed_weights_are_refused(file):
     shutil.copy(file, file.with_name("weights.safetensors"))
     rewrite(file, lambda metadata, tensors: metadata["config"].update(provenance={"corpus": "better"}))
-    assert "its metadata were changed" in refused("info", file)
+    assert "metadata that was changed" in refused("info", file)
     rewrite(file.with_name("weights.safetensors"), lambda metadata, tensors: next(iter(tensors.values())).zero_())
     assert "does not hold what was saved" in refused("info", file.with_name("weights.safetensors"))
 

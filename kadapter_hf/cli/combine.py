@@ -18,6 +18,7 @@ from ..modeling.fusion_kadapter import check_fusion
 from ..modeling.heads_kadapter import KAdapterModel
 from ..modeling.reading_kadapter import read_adapter
 from ..modeling.sources_kadapter import adapter_file, commit_of
+from ..summary import knowledge_summary
 from ._common import AsJson, check_new, plain_errors, print_json
 
 
@@ -88,7 +89,7 @@ def combine(
         names = model.active_knowledge_adapters
         print_json({"output": str(output), "backbone": model.config.backbone_name_or_path, "adapters": names})
         return
-    typer.echo(model.knowledge_summary())
+    typer.echo(knowledge_summary(model))
     if next(model.backbone.parameters()).is_meta:
         typer.echo(
             "Here, the weights of the backbone are not available. When the K-Adapter is loaded, they are compared with the "
@@ -139,7 +140,7 @@ def on_backbone(backbone: str, fingerprint: str | None, fusion: str) -> KAdapter
         fusion=fusion,
     )
     model = KAdapterModel(config, encoder)
-    model.origins.set_source("backbone", config.backbone_name_or_path)
+    model.origins.sources["backbone"] = config.backbone_name_or_path
     return model.eval()
 
 

@@ -239,7 +239,7 @@ def test_a_task_with_another_number_of_labels_is_refused(save, tmp_path, backbon
     weights = save(backbone_file(backbone), "pytorch_pretrained_model.bin")
     arguments = ("--output", tmp_path / "out", "--backbone", backbone, "--backbone-weights", weights)
     result = run(save(fine_tuned(labels=5)), *arguments, "--task", "open-entity")
-    assert result.exit_code == 1 and "the checkpoint has 5 labels, not 9" in words(result.output)
+    assert result.exit_code == 2 and "the checkpoint has 5 labels, not 9" in words(result.output)
 
 
 def test_a_backbone_that_was_not_changed_is_not_stored_twice(save, tmp_path, backbone):

@@ -1,4 +1,4 @@
-"""Arguments of from_backbone, from_pretrained and the configurations: applied, or refused by name; none is swallowed."""
+"""Arguments of from_backbone, from_pretrained and the configurations: each is applied, or refused by name."""
 
 import json
 import os

@@ -12,7 +12,7 @@ from kadapter_hf import KAdapterForSequenceClassification, KAdapterModel
 
 
 def at_once(*actions) -> None:
-    """Runs each action in a thread of its own, ten times; raises the first error of any."""
+    """Runs each action ten times in its own thread; raises the first error."""
     errors, barrier = [], threading.Barrier(len(actions))
 
     def repeat(action):
