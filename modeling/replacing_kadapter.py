@@ -55,8 +55,9 @@ def replace_files(folder: Path) -> Iterator[Path]:
     a mix. Files that only the old model had are deleted at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # One process and thread of this machine at a time; the others wait.
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    # One process and thread of this machine at a time; the others wait. Folders share 256 lock files, which can't be deleted
+    # safely and would otherwise pile up.
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:2]
     user = os.getuid() if hasattr(os, "getuid") else 0
     with WeakFileLock(Path(tempfile.gettempdir(), f"kadapter-{user}-{name}.lock")):
         yield from _replace_files(folder)
