@@ -22,11 +22,12 @@ from .figures import warn_without_matplotlib
 from .hub import push_folder
 from .messages import did_you_mean
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
-from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
+from .modeling.format_kadapter import KAdapterLoadError
 from .modeling.fusion_kadapter import check_fusion
 from .modeling.heads_kadapter import KAdapterPreTrainedModel
 from .modeling.reading_kadapter import read_adapter
 from .modeling.sources_kadapter import adapter_file
+from .named_adapters import named_adapters
 from .reports import write_report
 from .runs import Parser, StopOnInterrupt, check_report_to, checkpoint_to_resume, quality, remove_checkpoints, sample
 from .tasks import TASKS, Options, Task
@@ -112,30 +113,6 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"there is no task '{name}'; there are {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
     return TASKS[name]
-
-
-def named_adapters(sources: Sequence[str]) -> dict[str, tuple[str, KnowledgeAdapterConfig]]:
-    """
-    The source and the configuration of each adapter in arguments of the form SOURCE or NAME=SOURCE, by name.
-
-    Raises:
-        KAdapterLoadError: an adapter can't be found or read.
-        KAdapterConfigError: two have the same name.
-    """
-    found: dict[str, tuple[str, KnowledgeAdapterConfig]] = {}
-    for argument in sources:
-        name, equals, source = argument.partition("=")
-        if not equals or Path(argument).exists():
-            name, source = "", argument
-        saved = read_adapter(adapter_file(source, name or None))
-        name = name or saved.name
-        if name in found:
-            raise KAdapterConfigError(
-                f"'{found[name][0]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, e.g. "
-                f"{name}2={source}."
-            )
-        found[name] = (source, saved.config)
-    return found
 
 
 def combination(adapters: dict[str, KnowledgeAdapterConfig]) -> str:

@@ -15,11 +15,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .corpora.schema import read_json
 from .figures import new_figure, warn_without_matplotlib
-from .finetuning import combination, find_task, finetune, named_adapters, parser
+from .finetuning import combination, find_task, finetune, parser
+from .named_adapters import named_adapters
 from .runs import Parser
 from .tasks import TASKS
 
 
+COLUMNS = ("task", "metric", "model", "runs", "mean", "standard_deviation", "paper", "reproduced")
 BACKBONE, MULTITASK, UNTRAINED = "backbone", "multitask", "untrained"
 
 
@@ -179,17 +181,20 @@ def write_tables(runs: Sequence[Run], arguments: ReproductionArguments) -> None:
                         "mean": round(statistics.fmean(values), 2),
                         "standard_deviation": round(statistics.stdev(values), 2) if len(values) > 1 else "",
                         "paper": TASKS[task].published.get(published[model], ""),
+                        "reproduced": TASKS[task].reproduced.get(published[model], ""),
                     }
                 )
     with open(output / "results.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["task", "metric", "model", "runs", "mean", "standard_deviation", "paper"])
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    lines = ["| task | metric | model | runs | here | paper (roberta-large) |", "|---|---|---|---|---|---|"]
+    lines = ["| task | metric | model | runs | here | paper | reproductions |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         spread = f" ± {row['standard_deviation']}" if row["standard_deviation"] != "" else ""
         cells = (row["task"], row["metric"].replace("_", " "), row["model"], row["runs"])
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['mean']:.1f}{spread} | {row['paper'] or '–'} |")
+        lines.append(
+            f"| {' | '.join(map(str, cells))} | {row['mean']:.1f}{spread} | {row['paper'] or '–'} | {row['reproduced'] or '–'} |"
+        )
     (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(tasks, models, found, output / "results.png")
 

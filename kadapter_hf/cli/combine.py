@@ -1,7 +1,6 @@
 """`kadapter combine`: combines separately trained adapters in one K-Adapter."""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +15,8 @@ from ..modeling.configuration_kadapter import KAdapterConfig
 from ..modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
 from ..modeling.fusion_kadapter import check_fusion
 from ..modeling.heads_kadapter import KAdapterModel
-from ..modeling.reading_kadapter import read_adapter
-from ..modeling.sources_kadapter import adapter_file, commit_of
+from ..modeling.sources_kadapter import commit_of
+from ..named_adapters import named_adapters
 from ..summary import knowledge_summary
 from ._common import AsJson, check_new, plain_errors, print_json
 
@@ -64,24 +63,14 @@ def combine(
     """
     with plain_errors():
         check_new(output)
-        adapters: dict[str, str] = {}
-        fingerprint = None
-        for argument in sources:
-            name, source = split_name(argument)
-            saved = read_adapter(adapter_file(source, name))
-            name = name or saved.name
-            if name in adapters:
-                raise KAdapterConfigError(
-                    f"'{adapters[name]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, "
-                    f"e.g. {name}2={source}."
-                )
-            adapters[name] = source
-            fingerprint = fingerprint or saved.config.backbone_fingerprint
-            backbone = backbone or saved.config.backbone_name_or_path
+        adapters = named_adapters(sources)
+        configs = [config for _, config in adapters.values()]
+        fingerprint = next((config.backbone_fingerprint for config in configs if config.backbone_fingerprint), None)
+        backbone = backbone or next((name for config in configs if (name := config.backbone_name_or_path)), None)
         if backbone is None:
             raise KAdapterLoadError(f"'{sources[0]}' does not name its backbone: specify it with --backbone.")
         model = on_backbone(backbone, fingerprint, fusion)
-        for name, source in adapters.items():
+        for name, (source, _) in adapters.items():
             model.load_knowledge_adapter(source, name)
         model.save_pretrained(output)
         has_tokenizer = save_tokenizer(backbone, output)
@@ -102,12 +91,6 @@ def combine(
         )
     if not has_tokenizer:
         typer.echo(f"The backbone '{backbone}' has no tokenizer that could be saved with it.")
-
-
-def split_name(argument: str) -> tuple[str | None, str]:
-    """The name, if there is one, and the source of `NAME=SOURCE`."""
-    found = re.fullmatch(r"([\w-]+)=(.+)", argument)
-    return (found[1], found[2]) if found and not Path(argument).exists() else (None, argument)
 
 
 def on_backbone(backbone: str, fingerprint: str | None, fusion: str) -> KAdapterModel:

@@ -1,0 +1,38 @@
+"""Adapters as they are named on the command line: SOURCE or NAME=SOURCE."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .modeling.configuration_kadapter import KnowledgeAdapterConfig
+from .modeling.format_kadapter import KAdapterConfigError
+from .modeling.reading_kadapter import read_adapter
+from .modeling.sources_kadapter import adapter_file
+
+
+def named_adapters(arguments: Sequence[str]) -> dict[str, tuple[str, KnowledgeAdapterConfig]]:
+    """
+    The source and the configuration of each adapter, by name.
+
+    Raises:
+        KAdapterLoadError: an adapter can't be found or read.
+        KAdapterConfigError: two have the same name.
+    """
+    found: dict[str, tuple[str, KnowledgeAdapterConfig]] = {}
+    for argument in arguments:
+        name, source = split_name(argument)
+        saved = read_adapter(adapter_file(source, name))
+        name = name or saved.name
+        if name in found:
+            raise KAdapterConfigError(
+                f"'{found[name][0]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, "
+                f"e.g. {name}2={source}."
+            )
+        found[name] = (source, saved.config)
+    return found
+
+
+def split_name(argument: str) -> tuple[str | None, str]:
+    """The name, if there is one, and the source of `NAME=SOURCE`."""
+    found = re.fullmatch(r"([\w-]+)=(.+)", argument)
+    return (found[1], found[2]) if found and not Path(argument).exists() else (None, argument)
