@@ -191,10 +191,10 @@ def write_tables(runs: Sequence[Run], arguments: ReproductionArguments) -> None:
     lines = ["| task | metric | model | runs | here | paper | reproductions |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         spread = f" ± {row['standard_deviation']}" if row["standard_deviation"] != "" else ""
-        cells = (row["task"], row["metric"].replace("_", " "), row["model"], row["runs"])
-        lines.append(
-            f"| {' | '.join(map(str, cells))} | {row['mean']:.1f}{spread} | {row['paper'] or '–'} | {row['reproduced'] or '–'} |"
-        )
+        measured = f"{row['mean']:.1f}{spread}"
+        cells = [row["task"], row["metric"].replace("_", " "), row["model"], row["runs"], measured]
+        cells += [row["paper"] or "–", row["reproduced"] or "–"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(tasks, models, found, output / "results.png")
 
