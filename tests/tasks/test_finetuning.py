@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -135,6 +136,16 @@ def test_the_card_has_the_results(trained):
     _, folder, metrics = trained("open-entity")
     card = (folder / "README.md").read_text()
     assert "open-entity" in card and f"{metrics['test']['micro_f1']:.4f}" in card
+
+
+@pytest.mark.parametrize("task", ["open-entity", "tacred"])
+def test_the_card_shows_how_to_predict(task, trained, capsys, monkeypatch):
+    _, folder, _ = trained(task)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(folder)
+    capsys.readouterr()  # the training's
+    exec(snippet, {})
+    assert capsys.readouterr().out.startswith("[")
 
 
 def test_a_question_is_answered_by_a_function(trained):
