@@ -127,7 +127,7 @@ def test_unusable_semeval_records_are_counted_and_named(write_file):
         "does not consist of a number, a sentence and a relation": ["cut"],
         "not UTF-8": ["record 5"],
     }
-    with pytest.raises(ValueError, match="2: a tag is missing"):
+    with pytest.raises(ValueError, match="5: relation is not a name"):
         read_semeval(path, strict=True)
 
 
