@@ -100,10 +100,11 @@ $(VENV)/.ray: $(VENV)/.installed
 	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet "datatrove[ray]"
 	@touch $@
 
+# PYTEST_ARGS is for the slow tests: what they select may be nothing among those of conformance.
 slow: $(VENV)/.ray
 	$(TEST_ENV) FUZZ_EXAMPLES=400 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not cuda" \
 		$(PYTEST_ARGS)
-	$(MAKE) conformance
+	$(MAKE) conformance PYTEST_ARGS=
 
 # The tests of the installed version of transformers, which are downloaded once.
 $(VENV)/.conformance: $(VENV)/.installed tests/conformance/prepare.py

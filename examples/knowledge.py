@@ -101,6 +101,7 @@ def pretrain_adapter(objective: str, data: str, args: Arguments, folder: Path) -
         backbone=str(args.backbone),
         cache_activations=str(folder / "activations"),
         activations_dtype="bfloat16",
+        overwrite_output_dir=True,
         adapter_hidden_size=args.adapter_size,
         adapter_intermediate_size=4 * args.adapter_size,
         adapter_num_attention_heads=args.adapter_size // 64,

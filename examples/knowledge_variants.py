@@ -103,6 +103,7 @@ def train_adapter(change: dict[str, Any], facts: Path, args: Arguments, folder: 
         "backbone": args.backbone,
         "cache_activations": f"{args.output_dir}/activations",
         "activations_dtype": "bfloat16",
+        "overwrite_output_dir": True,
         "adapter_hidden_size": 192,
         "adapter_num_hidden_layers": 1,
     }

@@ -30,10 +30,12 @@ from .modeling.heads_kadapter import (
     KAdapterForTokenClassification,
     KAdapterModel,
     KAdapterModelOutput,
+    encodes_inputs,
 )
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .modeling.pipelines_kadapter import PIPELINES as _PIPELINES, EntityTypingPipeline, RelationClassificationPipeline
 from .modeling.registry_kadapter import register_head
+from .summary import knowledge_summary
 from .trees import DependencyParsingPipeline, draw_tree
 
 
@@ -49,8 +51,8 @@ _PIPELINE_REGISTRY.register_pipeline(
 )
 for _task, _pipeline in _PIPELINES.values():
     _PIPELINE_REGISTRY.register_pipeline(_task, _pipeline, pt_model=_AutoModelForSequenceClassification)
-# Methods that code loaded from a repository lacks: model cards, and Hub pushes with checks.
-for _method in (write_model_card, push_to_hub, push_saved, push_knowledge_adapter_to_hub):
+# Methods that code loaded from a repository lacks: the summary, model cards, and Hub pushes with checks.
+for _method in (knowledge_summary, write_model_card, push_to_hub, push_saved, push_knowledge_adapter_to_hub):
     setattr(KAdapterPreTrainedModel, _method.__name__, _method)
 
 # Imported when they are first used, as some take seconds.
@@ -104,6 +106,7 @@ __all__ = [
     "RelationClassificationPipeline",
     "cross_entropy",
     "draw_tree",
+    "encodes_inputs",
     "register_fusion",
     "register_head",
 ]

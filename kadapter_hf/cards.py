@@ -23,6 +23,7 @@ from .messages import is_repo_id
 from .modeling.configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import CARD_FILE
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+from .modeling.pipelines_kadapter import PIPELINES
 
 
 logger = logging.get_logger(__name__)
@@ -200,6 +201,9 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
         eval_results=[*results, *_eval_results(task, config, task_results)] or None,
     )
     architecture = (config.architectures or ["KAdapterModel"])[0]
+    snippet = _snippet(architecture, source, list(adapters), backbone if on_hub else None, backbone_stored)
+    if config.task and architecture in PIPELINES:
+        snippet = _pipeline_snippet(architecture, source)
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -208,7 +212,7 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
         adapters=adapters,
         backbone_link=f"[{backbone}](https://huggingface.co/{backbone})" if on_hub else f"`{shown}`",
         backbone_stored=backbone_stored,
-        snippet=_snippet(architecture, source, list(adapters), backbone if on_hub else None, backbone_stored),
+        snippet=snippet,
         facts={adapter: _facts(provenance) for adapter, provenance in told.items()},
         epochs={adapter: _epochs(provenance) for adapter, provenance in told.items()},
         results=results,
@@ -244,6 +248,18 @@ def _snippet(architecture: str, source: str, adapters: list[str], backbone: str 
         f"model = KAdapterModel.from_backbone(backbone, {{{sources}}})\n"
         'inputs = tokenizer("The Danube flows through Vienna.", return_tensors="pt")\n'
         "print(model(**inputs).last_hidden_state.shape)"
+    )
+
+
+def _pipeline_snippet(architecture: str, source: str) -> str:
+    """The code under "Use" of a model that was fine-tuned on marked entities."""
+    task, _ = PIPELINES[architecture]
+    spans = '"entity": [13, 17]' if task == "entity-typing" else '"subject": [0, 3], "object": [13, 17]'
+    return (
+        "import kadapter_hf\n"
+        "from transformers import pipeline\n\n"
+        f'predict = pipeline("{task}", model="{source}")\n'
+        f'print(predict({{"text": "She moved to Rome in May.", {spans}}}))'
     )
 
 

@@ -236,7 +236,7 @@ def logits_at(model: KAdapterForMaskedLM, input_ids: torch.Tensor, positions: to
         `(batch, number, vocab_size)`.
     """
     input_ids = input_ids.to(model.device)
-    encoded = model.encode(input_ids, torch.ones_like(input_ids))
+    encoded = model.encode(input_ids, torch.ones_like(input_ids))  # type: ignore[arg-type]
     fused = states_at(model.fusion(encoded.backbone_state, encoded.knowledge), positions)
     return model.lm_head(None, inputs_embeds=fused, return_dict=True).logits
 

@@ -24,13 +24,14 @@ from .figures import warn_without_matplotlib
 from .hub import push_folder
 from .messages import did_you_mean, shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
-from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
+from .modeling.format_kadapter import KAdapterLoadError
 from .modeling.fusion_kadapter import check_fusion
 from .modeling.heads_kadapter import KAdapterPreTrainedModel
-from .modeling.reading_kadapter import adapter_names, read_adapter
-from .modeling.sources_kadapter import adapter_file, repository_folder
-from .pretraining import Parser, StopOnInterrupt, check_report_to, checkpoint_to_resume, quality, sample
+from .modeling.reading_kadapter import read_adapter
+from .modeling.sources_kadapter import adapter_file
+from .named_adapters import named_adapters
 from .reports import write_report
+from .runs import Parser, StopOnInterrupt, check_report_to, checkpoint_to_resume, quality, remove_checkpoints, sample
 from .tasks import TASKS, Options, Task
 from .tasks.task import warn_of_dropped
 
@@ -84,6 +85,9 @@ class FinetuningArguments:
     eval_size: float = _help(0.1, "Fraction of the rows to hold out if the data has no split for validation.")
     max_train_samples: int | None = _help(None, "Train on at most this many rows, chosen at random.")
     max_eval_samples: int | None = _help(None, "Evaluate on at most this many rows of each split, chosen at random.")
+    overwrite_output_dir: bool = _help(
+        False, "Replace the model and the checkpoints of an earlier run in --output_dir."
+    )
     skip_bad_rows: bool = _help(False, "Skip and count rows that can't be used, instead of stopping at the first one.")
 
     def __post_init__(self):
@@ -116,52 +120,18 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def named_adapters(sources: Sequence[str]) -> dict[str, tuple[str, KnowledgeAdapterConfig]]:
-    """
-    The source and the configuration of each adapter in arguments of the form SOURCE or NAME=SOURCE, by name; a SOURCE with
-    several adapters stands for all of them.
-
-    Raises:
-        KAdapterLoadError: an adapter can't be found or read.
-        KAdapterConfigError: two have the same name.
-    """
-    found: dict[str, tuple[str, KnowledgeAdapterConfig]] = {}
-    for argument in sources:
-        name, equals, source = argument.partition("=")
-        if not equals or Path(argument).exists():
-            name, source = "", argument
-        for chosen in [name] if name else _names_in(source):
-            saved = read_adapter(adapter_file(source, chosen))
-            name = chosen or saved.name
-            if name in found:
-                raise KAdapterConfigError(
-                    f"'{found[name][0]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, "
-                    f"e.g. {name}2={source}."
-                )
-            found[name] = (source, saved.config)
-    return found
-
-
-def _names_in(source: str) -> Sequence[str | None]:
-    """The names of the adapters in a folder or repository; None for the one in a file."""
-    path = Path(source)
-    if path.is_file() or path.suffix == ".safetensors":
-        return [None]
-    return adapter_names(repository_folder(source)) or [None]
-
-
 def combination(adapters: dict[str, KnowledgeAdapterConfig]) -> str:
     """The paper's name for a set of adapters: `F` (factual), `L` (linguistic), `F+L`, or the empty string without any."""
     kinds = {(config.provenance or {}).get("objective", name) for name, config in adapters.items()}
     return "+".join(letter for kind, letter in LETTERS.items() if kind in kinds)
 
 
-def defaults(task: Task, arguments: FinetuningArguments) -> dict[str, Any]:
+def defaults(task: Task, adapters: Sequence[str], freeze_backbone: bool) -> dict[str, Any]:
     """The values of TrainingArguments for a task: the paper's for these adapters, and the choice of the best checkpoint."""
-    adapters = named_adapters(arguments.adapters or [])
-    settings = task.settings(combination({name: config for name, (_, config) in adapters.items()}))
+    configs = {name: config for name, (_, config) in named_adapters(adapters).items()}
+    settings = task.settings(combination(configs))
     settings.pop("max_length", None)
-    if arguments.freeze_backbone:
+    if freeze_backbone:
         # The paper always trains the backbone. A new fusion and a new head alone need larger steps; see docs/knowledge.md.
         settings |= {"learning_rate": 1e-3, "warmup_steps": 0.1}
     return settings | {
@@ -194,9 +164,7 @@ def finetune(
     warn_without_matplotlib("confusion_matrix.png")
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
-    if Path(str(training.output_dir)).is_file():
-        raise ValueError(f"--output_dir is a folder, but '{training.output_dir}' is a file.")
-    checkpoint = checkpoint_to_resume(training)
+    checkpoint = checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
     everything = _splits(task, arguments, training.seed)
     labels = task.labels_in(everything)
@@ -221,6 +189,8 @@ def finetune(
         compute_metrics=task.metrics_on(splits["validation"], data["validation"], labels, options),
         callbacks=[stop],
     )
+    if checkpoint is None and trainer.is_world_process_zero():
+        remove_checkpoints(Path(str(training.output_dir)))
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
         raise KeyboardInterrupt(
@@ -509,44 +479,34 @@ def parser(name: str) -> Parser:
     """The parser of the flags of `kadapter finetune` for a task."""
     task = find_task(name)
     made = Parser(
-        (FinetuningArguments, task.options, TrainingArguments),  # type: ignore[arg-type]
+        (FinetuningArguments, task.options, TrainingArguments),
         prog=f"kadapter finetune {name}",
         usage=f"kadapter finetune {name} --data DATA [--adapters ADAPTER ...] --output_dir FOLDER [more flags]",
         description=f"Fine-tunes a K-Adapter on {name}. Example: kadapter finetune {name} --data {name} --adapters "
         f"factual-adapter linguistic-adapter --output_dir {name}-model",
-        allow_abbrev=False,
+        defaults=lambda flags: {
+            **defaults(task, flags.adapters or [], flags.freeze_backbone),
+            # The best checkpoint is known only if each is evaluated.
+            "load_best_model_at_end": flags.save_strategy in ("best", flags.eval_strategy),
+        },
     )
-    for action in made._actions:
-        if action.dest == "output_dir":  # transformers' default is a folder in the current one
-            action.required, action.help = True, "The output folder for the model, its results and checkpoints."
+    made.set_defaults(**defaults(task, [], False))  # as --help shows them
     return made
 
 
-def parse(name: str, flags: Sequence[str]) -> tuple[FinetuningArguments, Options, TrainingArguments]:
-    """The arguments for a task; exits with code 2 if they are wrong."""
-    task, made = find_task(name), parser(name)
-    # The defaults depend on the adapters. Errors in these flags are reported below, with all others.
-    arguments = made.first(FinetuningArguments, flags)
-    made.set_defaults(**defaults(task, arguments or FinetuningArguments(data="")))
-    strategies, _ = made.parse_known_args(list(flags))
-    if strategies.save_strategy not in ("best", strategies.eval_strategy):
-        made.set_defaults(load_best_model_at_end=False)  # which needs an evaluation of each checkpoint
-    return made.parse(flags)
-
-
-def described_settings(arguments: FinetuningArguments, training: TrainingArguments) -> str:
-    """The settings of a run in one line, for its output."""
-    names = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps")
-    shown = [f"{name} {getattr(training, name):g}" for name in names]
-    limit = "max_steps" if training.max_steps > 0 else "num_train_epochs"
-    shown.append(f"{limit} {getattr(training, limit):g}")
-    trained = ["head", *(["backbone"] if not arguments.freeze_backbone else [])]
-    if not arguments.freeze_adapters and (arguments.adapters or arguments.untrained_adapters):
-        trained.append("adapters")
-    return f"{', '.join(shown)}; trains {' and '.join(trained)}."
+def trained_parts(arguments: FinetuningArguments) -> str:
+    """What trains, in words."""
+    has_adapters = bool(arguments.adapters or arguments.untrained_adapters)
+    parts = {
+        "the backbone": not arguments.freeze_backbone,
+        "the adapters": has_adapters and not arguments.freeze_adapters,
+        "the fusion": has_adapters,
+        "the head": True,
+    }
+    return ", ".join(name for name, trains in parts.items() if trains)
 
 
 def main(arguments: Sequence[str]) -> dict[str, dict[str, float]]:
     """`kadapter finetune`: the name of the task, then the flags of the arguments, the task's options and Trainer."""
     name, *flags = arguments
-    return finetune(find_task(name), *parse(name, flags))
+    return finetune(find_task(name), *parser(name).parse(flags))

@@ -82,7 +82,7 @@ def push_knowledge_adapter_to_hub(self: KAdapterPreTrainedModel, name: str, repo
             model with `push_to_hub`, which includes the backbone.
         HfHubHTTPError: the Hub refused the push.
     """
-    self._check_known(name)
+    self._checked_names(name)
     origins, state = self.origins, plain_state_dict(self)
     origins.update_adapters(self, state)
     trained_on = (self.config.knowledge_adapters or {})[name].backbone_fingerprint

@@ -26,7 +26,7 @@ from .features import encode
 from .modeling.backbone_kadapter import masked_lm_class
 from .modeling.compat_kadapter import without_load_report
 from .modeling.configuration_kadapter import KAdapterConfig
-from .modeling.fusion_kadapter import check_fusion, new_fusion
+from .modeling.fusion_kadapter import FUSIONS, check_fusion
 from .modeling.head_base_kadapter import cross_entropy
 from .modeling.heads_kadapter import KAdapterForMaskedLM
 
@@ -104,10 +104,11 @@ def load_kadapter(name: str, backbone: str | None = None, fusion: str | None = N
     if fusion is not None and fusion != model.config.fusion:
         check_fusion(fusion, {})
         set_seed(0)
-        model.fusion = new_fusion(fusion, model.adapters, model.config.backbone_config.hidden_size)
+        model.fusion = FUSIONS[fusion](model.config.backbone_config.hidden_size)
         model.config.fusion, model.config.fusion_config = fusion, {}
         model.fusion.init_shared()
         for adapter in model.adapters:
+            model.fusion.add(adapter)
             model.fusion.init_adapter(adapter)
     return model
 
@@ -200,7 +201,7 @@ class LossAtMasks(nn.Module):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
-        encoded = self.model.encode(input_ids, attention_mask)
+        encoded = self.model.encode(input_ids, attention_mask)  # type: ignore[arg-type]
         masked = labels != -100
         fused = self.model.fusion(encoded.backbone_state, encoded.knowledge)[masked]
         logits = self.model.lm_head(None, inputs_embeds=fused[None], return_dict=True).logits[0]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from .modeling.parsing_kadapter import decode_parse, words_in
+from .modeling.parsing_kadapter import decode_parse
 
 
 Metrics = dict[str, float]
@@ -167,6 +167,13 @@ def decode_for_metrics(
         parse = decode_parse(arc_logits[row, :words, : words + 1], relation_logits[row, :words])
         heads[row, :words], relations[row, :words] = (torch.tensor(part, device=heads.device) for part in parse)
     return heads, relations
+
+
+def words_in(arc_logits: torch.Tensor) -> list[int]:
+    """The number of words in each row of a parser's `arc_logits`: words that are not padding can have the root as head."""
+    # Scores above the lowest number of float16, which has the smallest range.
+    is_word = arc_logits[:, : arc_logits.shape[2] - 1, 0] > torch.finfo(torch.float16).min / 2
+    return is_word.sum(1).tolist()
 
 
 def attachment_scores(prediction: EvalPrediction, punctuation: int | None = None) -> Metrics:

@@ -22,7 +22,8 @@ from .messages import did_you_mean
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .objectives import OBJECTIVES
-from .pretraining import Parser, checkpoint_to_resume, known_labels, quality, sample, split_rows
+from .pretraining import known_labels, split_rows
+from .runs import Parser, checkpoint_to_resume, quality, sample
 
 
 @dataclass
@@ -44,6 +45,8 @@ class MultitaskArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Maximum number of tokens. Default: the backbone's."}
     )
+
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the results of an earlier run."})
 
     def __post_init__(self):
         for name, source in self.sources().items():
@@ -119,7 +122,7 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
     """
     if training.world_size > 1:
         raise ValueError("training on several objectives at once runs in a single process.")
-    checkpoint = checkpoint_to_resume(training)
+    checkpoint = checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.backbone)
     backbone = AutoModel.from_pretrained(arguments.backbone)
@@ -189,15 +192,11 @@ def _metrics(
 def parse(flags: Sequence[str]) -> tuple[MultitaskArguments, TrainingArguments]:
     """The arguments of `kadapter pretrain multitask`; exits with code 2 if they are wrong."""
     parser = Parser(
-        (MultitaskArguments, TrainingArguments),  # type: ignore[arg-type]
+        (MultitaskArguments, TrainingArguments),
         prog="kadapter pretrain multitask",
         description="Trains a backbone itself on several objectives at once: the paper's RoBERTa + multitask. Example: "
         "kadapter pretrain multitask --data factual=fewrel linguistic=trees --output_dir multitask-backbone",
-        allow_abbrev=False,
     )
     parser.set_defaults(learning_rate=1e-5, per_device_train_batch_size=32, warmup_steps=0.1, logging_steps=0.02)
-    for action in parser._actions:
-        if action.dest == "output_dir":
-            action.required, action.help = True, "The output folder for the backbone and checkpoints."
     arguments, training = parser.parse(flags)
     return arguments, training

@@ -6,25 +6,17 @@ An objective defines what the adapter learns; see `kadapter_hf.objectives`.
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import (
-    HfArgumentParser,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -33,18 +25,17 @@ from .corpora import Schema
 from .features import encode, load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .hub import push_folder
-from .messages import did_you_mean, one_line, shortened
-from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
+from .messages import did_you_mean, shortened
+from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import check_adapter_name
 from .modeling.fusion_kadapter import check_fusion
 from .objectives import OBJECTIVES, Objective
-from .objectives.objective import label_set, row_labels
+from .objectives.objective import LARGE_WIDTH, label_set, row_labels
 from .rows import load_rows
+from .runs import Parser, StopOnInterrupt, check_report_to, checkpoint_to_resume, quality, remove_checkpoints, sample
 
 
 logger = logging.get_logger(__name__)
-
-T = TypeVar("T")
 
 
 def _help(default: Any, text: str) -> Any:
@@ -85,6 +76,9 @@ class PretrainingArguments:
     adapter_num_attention_heads: int = _help(12, "Attention heads of the transformer layers.")
     adapter_intermediate_size: int = _help(3072, "Width of the feed-forward part of the transformer layers.")
     dropout: float = _help(0.1, "Dropout in the adapter and in the head.")
+    overwrite_output_dir: bool = _help(
+        False, "Replace the adapter and the checkpoints of an earlier run in --output_dir."
+    )
     language: str | None = _help(None, "Language of the corpus (en, …), for the model card.")
     license: str | None = _help(None, "Licence of the adapter (apache-2.0, cc-by-sa-4.0, …), for the model card.")
     fusion: str = _help(
@@ -97,9 +91,11 @@ class PretrainingArguments:
         self.data = [self.data] if isinstance(self.data, str) else self.data
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
-        for name in ("max_train_samples", "max_eval_samples"):
+        for name in ("max_train_samples", "max_eval_samples", "max_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
+        if self.cache_activations is not None and Path(self.cache_activations).is_file():
+            raise ValueError(f"--cache_activations must be a folder; '{self.cache_activations}' is a file")
         if self.activations_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--activations_dtype must be float32 or bfloat16, not {self.activations_dtype}")
         if self.name is not None:
@@ -119,24 +115,18 @@ class PretrainingArguments:
         )
 
 
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C stops the training after the current step and saves a checkpoint; a second one stops it immediately."""
+def find_objective(name: str) -> Objective:
+    """
+    The objective of this name.
 
-    interrupted = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.before = signal.signal(signal.SIGINT, self.interrupt)
-
-    def interrupt(self, *_):
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self.before)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.before)
+    Raises:
+        ValueError: there is none; the message lists all.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"there is no objective '{name}'; there are {sorted(OBJECTIVES)}.{did_you_mean(name, OBJECTIVES)}"
+        )
+    return OBJECTIVES[name]
 
 
 def pretrain(objective: str, arguments: PretrainingArguments, training: TrainingArguments) -> dict[str, float]:
@@ -153,16 +143,12 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         ValueError: the objective is unknown, or the data does not fit it or has fewer than two labels.
         KeyboardInterrupt: Ctrl-C; its message says what was saved.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(
-            f"there is no objective '{objective}'; there are {sorted(OBJECTIVES)}.{did_you_mean(objective, OBJECTIVES)}"
-        )
-    task, name = OBJECTIVES[objective], arguments.name or objective
+    task, name = find_objective(objective), arguments.name or objective
     warn_without_matplotlib("training.png")
     check_report_to(training)
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
-    checkpoint = checkpoint_to_resume(training)
+    checkpoint = checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
     source = "', '".join(arguments.data)  # as quoted in errors
     rows = split_rows(task, arguments.data, arguments.eval_size, training.seed)
@@ -213,6 +199,8 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         with training.main_process_first(desc="activations"):
             cache = cached_activations(model, all_rows, tokenizer, arguments.cache_activations, dtype)
         trainer.data_collator = CachedActivationsCollator(trainer.data_collator, cache)
+    if checkpoint is None and trainer.is_world_process_zero():
+        remove_checkpoints(Path(str(training.output_dir)))
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
         raise KeyboardInterrupt(
@@ -258,33 +246,6 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     return metrics
 
 
-def check_report_to(training: TrainingArguments) -> None:
-    """Raises an ImportError if a package for --report_to is missing, which Trainer would do after minutes of preparation."""
-    for callback in get_reporting_integration_callbacks(training.report_to):
-        try:
-            callback()
-        except RuntimeError as error:
-            raise ImportError(f"--report_to: {error}") from None
-
-
-def checkpoint_to_resume(training: TrainingArguments) -> str | None:
-    folder = Path(str(training.output_dir))
-    last = get_last_checkpoint(folder) if folder.is_dir() else None
-    wanted = training.resume_from_checkpoint
-    if wanted is None:
-        if last is not None:
-            raise ValueError(
-                f"'{last}' is from an earlier run: continue it with --resume_from_checkpoint true, or choose another "
-                "--output_dir."
-            )
-        return None
-    if str(wanted).lower() != "true":
-        return str(wanted)
-    if last is None:
-        logger.warning(f"'{folder}' has no checkpoint to resume from: starting from the beginning.")
-    return last
-
-
 def split_rows(objective: Objective, sources: Sequence[str], eval_size: float, seed: int) -> dict[str, Dataset]:
     """The rows of all sources, joined, to train (`train`) and to evaluate (`eval`) on."""
     loaded = [load_rows(data, objective.schema) for data in sources]
@@ -324,12 +285,6 @@ def _rows_in_max_steps(training: TrainingArguments) -> int | None:
     return training.max_steps * per_step
 
 
-def sample(rows: Dataset, seed: int, *limits: int | None) -> Dataset:
-    """As many random rows as the smallest limit allows. Files are often sorted, so the first rows would be one-sided."""
-    count = min([len(rows), *(limit for limit in limits if limit is not None)])
-    return rows if count == len(rows) else rows.shuffle(seed=seed).select(range(count))
-
-
 def _numbered(data: dict[str, Dataset]) -> dict[str, Dataset]:
     """Numbers the rows consecutively over all splits."""
     numbered, first = {}, 0
@@ -352,15 +307,6 @@ def _course(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return rows
 
 
-def quality(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics without those about speed."""
-    return {
-        key: value
-        for key, value in metrics.items()
-        if not key.endswith(("_second", "runtime", "epoch", "preparation_time"))
-    }
-
-
 def _draw_losses(history: list[dict[str, float]], path: Path) -> None:
     figure = new_figure(6, 4)
     if figure is None:
@@ -375,49 +321,37 @@ def _draw_losses(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-class Parser(HfArgumentParser):
-    """Reports wrong usage without the list of all flags, and with exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
-
-    def parse(self, flags: Sequence[str]) -> tuple[Any, ...]:
-        """The arguments, an object of each dataclass; exits with code 2 if they are wrong."""
-        try:
-            # transformers changes the arguments of some flags in place.
-            *parsed, rest = self.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
-        except (ValueError, ImportError) as error:  # what the dataclasses check
-            self.error(str(error))
-        for word in rest:
-            flag = word.partition("=")[0]
-            if flag.startswith("--"):
-                self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
-        if rest:
-            self.error(f"unexpected arguments: {shlex.join(rest)}")
-        return tuple(parsed)
-
-    def first(self, kind: type[T], flags: Sequence[str]) -> T | None:
-        """The arguments in one of the dataclasses, on which the defaults of others depend; None if they are wrong."""
-        alone = Parser(kind, add_help=False, allow_abbrev=False, exit_on_error=False)  # type: ignore[arg-type]
-        try:
-            return alone.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)[0]
-        except (ValueError, ImportError, argparse.ArgumentError, SystemExit):
-            return None
+def _width_of(backbone: str) -> int:
+    """The width of a backbone; 0 if its configuration can't be read, which is reported when it is loaded."""
+    if backbone == DEFAULT_BACKBONE:  # needs no network
+        return KAdapterConfig().hidden_size
+    try:
+        return getattr(AutoConfig.from_pretrained(backbone), "hidden_size", 0)
+    except Exception:  # a foreign configuration class may raise anything
+        return 0
 
 
-def parser(objective: str) -> Parser:
+def parser(name: str) -> Parser:
+    """The parser of the flags of `kadapter pretrain` for an objective."""
+    objective = find_objective(name)
+
+    def defaults(flags: argparse.Namespace) -> dict[str, Any]:
+        return objective.defaults_for(_width_of(flags.backbone))
+
     made = Parser(
-        (PretrainingArguments, TrainingArguments),  # type: ignore[arg-type]
-        prog=f"kadapter pretrain {objective}",
-        description=f"Trains a knowledge adapter on a frozen backbone ({objective}). Example: kadapter pretrain "
-        f"{objective} --data corpus --backbone FacebookAI/roberta-large --output_dir {objective}-adapter",
-        allow_abbrev=False,
+        (PretrainingArguments, TrainingArguments),
+        prog=f"kadapter pretrain {name}",
+        description=f"Trains a knowledge adapter on a frozen backbone ({name}). Example: kadapter pretrain {name} "
+        f"--data corpus --backbone FacebookAI/roberta-large --output_dir {name}-adapter",
+        defaults=defaults,
     )
-    if objective in OBJECTIVES:
-        made.set_defaults(**OBJECTIVES[objective].defaults)
+    made.set_defaults(**objective.defaults)  # as --help shows them
+    large = objective.large_defaults
     for action in made._actions:
-        if action.dest == "output_dir":  # transformers' default is a folder in the current one
-            action.required, action.help = True, "The output folder for the adapter and checkpoints."
+        if action.dest in large:
+            action.help = (
+                f"{action.help} For a backbone of width {LARGE_WIDTH} or more, the default is {large[action.dest]}."
+            )
     return made
 
 

@@ -25,8 +25,8 @@ from .lama import Fact, Pair, read_lama
 from .masked_lm import backbone_of, encode_texts, freeze_all_but, models_of, read_texts, train_on
 from .messages import shortened
 from .modeling.fusion_kadapter import check_fusion
-from .pretraining import Parser
 from .rows import load_rows
+from .runs import Parser
 
 
 METRICS, PREDICTIONS, FIGURE = "metrics.json", "predictions.jsonl", "probe.png"
@@ -293,9 +293,8 @@ def _draw(relations: Sequence[dict[str, Any]], names: Sequence[str], path: Path)
 def parser(program: str) -> Parser:
     """The parser of the flags."""
     return Parser(
-        (ProbingArguments,),  # type: ignore[arg-type]
+        ProbingArguments,
         prog=program,
         description="Probes a K-Adapter and its backbone for facts (LAMA). Example: kadapter probe --model factual-adapter "
         "--data LAMA --output_dir probe. With --json, prints the content of metrics.json.",
-        allow_abbrev=False,
     )

@@ -15,11 +15,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .corpora.schema import read_json
 from .figures import new_figure, warn_without_matplotlib
-from .finetuning import combination, find_task, finetune, named_adapters, parse as parse_run
-from .pretraining import Parser
+from .finetuning import combination, find_task, finetune, parser
+from .named_adapters import named_adapters
+from .runs import Parser
 from .tasks import TASKS
 
 
+COLUMNS = ("task", "metric", "model", "runs", "mean", "standard_deviation", "paper", "reproduced")
 BACKBONE, MULTITASK, UNTRAINED = "backbone", "multitask", "untrained"
 
 
@@ -129,9 +131,9 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Ca
         if not (run.folder / "metrics.json").exists():
             report(f"Run {number} of {len(runs)}: {run.task}, {run.model}, seed {run.seed}")
             resume = run.folder.is_dir() and get_last_checkpoint(str(run.folder)) is not None
-            more = ("--resume_from_checkpoint", "true") if resume else ()
+            more = ("--resume_from_checkpoint" if resume else "--overwrite_output_dir", "true")
             task = TASKS[run.task]
-            parsed = parse_run(run.task, [*run.flags, "--output_dir", str(run.folder), *more])
+            parsed = parser(run.task).parse([*run.flags, "--output_dir", str(run.folder), *more])
             finetune(task, *parsed)
             _remove_weights(run.folder)
         write_tables(runs, arguments)
@@ -179,17 +181,20 @@ def write_tables(runs: Sequence[Run], arguments: ReproductionArguments) -> None:
                         "mean": round(statistics.fmean(values), 2),
                         "standard_deviation": round(statistics.stdev(values), 2) if len(values) > 1 else "",
                         "paper": TASKS[task].published.get(published[model], ""),
+                        "reproduced": TASKS[task].reproduced.get(published[model], ""),
                     }
                 )
     with open(output / "results.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["task", "metric", "model", "runs", "mean", "standard_deviation", "paper"])
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    lines = ["| task | metric | model | runs | here | paper (roberta-large) |", "|---|---|---|---|---|---|"]
+    lines = ["| task | metric | model | runs | here | paper | reproductions |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         spread = f" ± {row['standard_deviation']}" if row["standard_deviation"] != "" else ""
-        cells = (row["task"], row["metric"].replace("_", " "), row["model"], row["runs"])
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['mean']:.1f}{spread} | {row['paper'] or '–'} |")
+        measured = f"{row['mean']:.1f}{spread}"
+        cells = [row["task"], row["metric"].replace("_", " "), row["model"], row["runs"], measured]
+        cells += [row["paper"] or "–", row["reproduced"] or "–"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(tasks, models, found, output / "results.png")
 
@@ -230,14 +235,10 @@ def draw(tasks: Sequence[str], models: Sequence[str], found: dict[tuple[str, str
 def parse(flags: Sequence[str]) -> tuple[ReproductionArguments, list[str]]:
     """The arguments, and the flags that are passed on to each run; exits with code 2 if they are wrong."""
     made = Parser(
-        ReproductionArguments,  # type: ignore[arg-type]
+        ReproductionArguments,
         prog="kadapter reproduce",
         description="Compares a backbone alone, with untrained and with trained adapters on tasks. All other flags are passed "
         "on to `kadapter finetune`. Finished runs are not repeated, and a stopped one goes on, if the command is given again.",
-        allow_abbrev=False,
     )
-    try:
-        arguments, rest = made.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
-    except ValueError as error:
-        made.error(str(error))
+    arguments, rest = made.parse_known(flags)
     return arguments, rest

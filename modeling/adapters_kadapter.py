@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, initialization as init
 
-from .compat_kadapter import set_attn_implementation
 from .configuration_kadapter import KnowledgeAdapterConfig
 from .fusion_kadapter import to_layer
 from .layers_kadapter import TransformerEncoder
@@ -14,10 +13,10 @@ from .layers_kadapter import TransformerEncoder
 
 class KnowledgeAdapterLayer(nn.Module):
     """
-    One unit of a knowledge adapter: project down, N transformer layers, project up, and a skip connection over all of it.
+    A layer of a knowledge adapter: project down, transformer layers, project up, and a skip connection over all of it.
 
-    Source: the paper's section 3.1; `Adapter` in the original's `pytorch_transformers/my_modeling_roberta.py`, whose
-    tensor names it keeps (`down_project`, `encoder.layer.N…`, `up_project`).
+    Source: paper, section 3.1; `Adapter` in the original's `pytorch_transformers/my_modeling_roberta.py`, with the same
+    tensor names.
     """
 
     def __init__(self, config: KnowledgeAdapterConfig, backbone_width: int, attention: PreTrainedConfig):
@@ -33,34 +32,30 @@ class KnowledgeAdapterLayer(nn.Module):
             init.zeros_(projection.bias)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """`hidden_states` and the result: (batch, length, backbone width); `attention_mask`: (batch, length) or None."""
+        """Maps `(batch, length, backbone width)` to the same shape; `attention_mask` is `(batch, length)`."""
         projected = self.down_project(hidden_states)
         checkpointing = self.training and any(layer.gradient_checkpointing for layer in self.encoder.layer)
         if checkpointing and torch.is_grad_enabled() and not projected.requires_grad:
-            # With use_reentrant=True, a checkpointed layer gives its weights no gradients unless an input requires some.
-            # That happens if PEFT trains the layer and not the projection.
+            # With use_reentrant=True, a checkpointed layer has no gradients unless an input requires them. If PEFT trains
+            # the layer and not the projection, none does.
             projected.requires_grad_()
         return hidden_states + self.up_project(self.encoder(projected, attention_mask))
 
 
 class KnowledgeAdapter(nn.Module):
     """
-    A knowledge adapter: layer `i` reads the sum of the backbone's state `backbone_layers[i]` and the output of layer
-    `i - 1`.
-
-    The original's code sums the two, although the paper (section 3.1) says that they are concatenated.
+    A knowledge adapter: layer `i` reads the sum of the backbone's hidden state `backbone_layers[i]` and the output of
+    layer `i - 1`. The paper (section 3.1) says that they are concatenated, but the original's code adds them.
     """
 
-    def __init__(self, config: KnowledgeAdapterConfig, backbone_width: int, attn_implementation: str | None = None):
+    def __init__(self, config: KnowledgeAdapterConfig, backbone_width: int, attention: PreTrainedConfig | None = None):
+        """`attention` is the configuration whose attention implementation the layers use, such as the K-Adapter's."""
         super().__init__()
         self.config = config
-        attention = PreTrainedConfig(attn_implementation=attn_implementation)
+        attention = attention or PreTrainedConfig()
         self.layers = nn.ModuleList(
             KnowledgeAdapterLayer(config, backbone_width, attention) for _ in config.backbone_layers
         )
-
-    def set_attn_implementation(self, attn_implementation: str | None) -> None:
-        set_attn_implementation(self.layers[0].encoder.config, attn_implementation)  # one object, shared by all layers
 
     def forward(
         self,
@@ -69,11 +64,11 @@ class KnowledgeAdapter(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states: the backbone's by index, (batch, length, width) each; at least those that are read.
-            attention_mask: (batch, length), 1 at real tokens. Ignored with `attend_to_padding`.
+            hidden_states: the backbone's by index, `(batch, length, width)` each; at least those that it reads.
+            attention_mask: `(batch, length)`, 1 at real tokens. Ignored with `attend_to_padding`.
 
         Returns:
-            (batch, length, width), in the adapter's own dtype and on its device.
+            `(batch, length, width)`, in the adapter's dtype and on its device.
         """
         states = [to_layer(hidden_states[i], self.layers[0].down_project) for i in self.config.backbone_layers]
         if self.config.attend_to_padding:

@@ -1,4 +1,4 @@
-"""Finding, loading and checking the backbone that a K-Adapter stands on."""
+"""Finding, loading and checking the backbone."""
 
 import inspect
 import os
@@ -29,24 +29,19 @@ from .compat_kadapter import (
     without_load_report,
 )
 from .configuration_kadapter import KAdapterConfig, nearest, own_fields
-from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
+from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError, damaged
+from .reading_kadapter import check_tensors
 from .sources_kadapter import HUB_ARGUMENTS, check_downloads, hub_arguments, snapshot_of
 
 
 logger = logging.get_logger(__name__)
 
-# What two configurations of the same kind of backbone agree in.
+# The fields that are equal in configurations of the same kind of backbone.
 KIND = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
-    """
-    Refuses what can't be a backbone yet.
-
-    Raises:
-        KAdapterConfigError: a decoder, an encoder-decoder, or a model that takes no token ids or returns no hidden
-            states.
-    """
+    """Raises `KAdapterConfigError` for decoders, and for models that take no token ids or return no hidden states."""
     name = f"a '{config.model_type}' model"
     if config.model_type == KAdapterConfig.model_type:
         raise KAdapterConfigError(
@@ -62,9 +57,7 @@ def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
     if model_class is None:
         return
     if getattr(model_class, "main_input_name", "input_ids") != "input_ids":
-        raise KAdapterConfigError(
-            f"{name} reads '{model_class.main_input_name}', not the token ids of a text encoder."
-        )
+        raise KAdapterConfigError(f"{name} reads '{model_class.main_input_name}', not the token ids of a text.")
     takes_argument = "output_hidden_states" in inspect.signature(model_class.forward).parameters
     if not takes_argument and not records_hidden_states(model_class):
         raise KAdapterConfigError(f"{name} returns no hidden states, which knowledge adapters read.")
@@ -73,12 +66,7 @@ def check_is_encoder(config: PreTrainedConfig, model_class: Any = None) -> None:
 
 
 def masked_lm_class(config: PreTrainedConfig) -> Any:
-    """
-    The class that `AutoModelForMaskedLM` would choose.
-
-    Raises:
-        KAdapterConfigError: the type has none.
-    """
+    """The class that `AutoModelForMaskedLM` would choose. Raises `KAdapterConfigError` if there is none."""
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise KAdapterConfigError(f"transformers has no masked-language model of type '{config.model_type}'.")
     return MODEL_FOR_MASKED_LM_MAPPING[type(config)]
@@ -90,7 +78,7 @@ def _class_of(config: PreTrainedConfig) -> Any:
 
 
 def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
-    """Arguments that leave out the pooler: it is not used, and would be random if a checkpoint lacks it."""
+    """Arguments that leave out the pooler, which is not used and is random if the checkpoint lacks it."""
     model_class = _class_of(config)
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         return {"add_pooling_layer": False}
@@ -98,7 +86,7 @@ def _without_pooler(config: PreTrainedConfig) -> dict[str, bool]:
 
 
 def drop_pooler(backbone: PreTrainedModel) -> None:
-    """Removes the pooler of a model that the user loaded; `load_backbone` does not load one either."""
+    """Removes the pooler of a model that the user loaded."""
     encoder = backbone.base_model
     if _without_pooler(encoder.config) and getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
@@ -117,20 +105,18 @@ def load_backbone(
     Loads a backbone through its own `from_pretrained`.
 
     Args:
-        name: repository or folder.
-        expected: the configuration that it must agree with in type, sizes and vocabulary.
-        with_lm_head: load it inside its `AutoModelForMaskedLM` class and return that.
-        kwargs: arguments of `from_pretrained`.
+        expected: the configuration whose type, sizes and vocabulary it must have.
+        with_lm_head: load and return its `AutoModelForMaskedLM` class.
 
     Raises:
-        KAdapterLoadError: it can't be found or reached, or its checkpoint lacks some of its weights.
-        BackboneMismatchError: it is of another type, size or vocabulary than `expected`.
+        KAdapterLoadError: it can't be loaded, or its checkpoint lacks some of its weights.
+        BackboneMismatchError: it is not like `expected`.
         KAdapterConfigError: it can't be a backbone.
     """
     hub_kwargs, started = hub_arguments(kwargs), time.time()
-    trust = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
+    trust = kwargs.get("trust_remote_code")
     try:
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **hub_kwargs, **trust)
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, trust_remote_code=trust, **hub_kwargs)
     except Exception as error:  # a foreign configuration class may raise anything
         raise _not_loaded(name, error) from error
     check_is_encoder(config)
@@ -138,10 +124,8 @@ def load_backbone(
         masked_lm_class(config)
     if expected is not None:
         check_same_kind(config, expected, name)
-        for field in own_fields(config) & own_fields(
-            expected
-        ):  # those that `from_backbone` was given other values for
-            if getattr(config, field, None) != getattr(expected, field, None):
+        for field in own_fields(config) & own_fields(expected):
+            if getattr(config, field, None) != getattr(expected, field, None):  # as `from_backbone` was asked for
                 setattr(config, field, getattr(expected, field))
     take_fields(config, kwargs)
     try:
@@ -168,7 +152,7 @@ def load_backbone(
     if missing:
         raise KAdapterLoadError(
             f"the backbone '{name}' has no weights for '{missing[0]}' (and {len(missing) - 1} more): they would be "
-            "random. Is it the repository of this model? If not, say where it is with backbone=<folder or model>."
+            "random. If it is the wrong repository, pass the right one with backbone=<folder or model>."
         )
     new = sorted(set(info["missing_keys"]) - set(missing))
     if new:
@@ -177,18 +161,13 @@ def load_backbone(
 
 
 def take_fields(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
-    """
-    Moves those arguments that are fields of the backbone's configuration there.
-
-    Raises:
-        KAdapterConfigError: such a field would make it another model.
-    """
+    """Moves arguments that are fields of the backbone's configuration there."""
     for field in kwargs.keys() & own_fields(config):
         value = kwargs.pop(field)
         if field in KIND and value != getattr(config, field):
             raise KAdapterConfigError(
                 f"{field} of a backbone can't be changed when it is loaded ({getattr(config, field)} to {value}): its weights "
-                "would be others. Load it with AutoModel.from_pretrained and pass the model to from_backbone."
+                "would not fit. Load it with AutoModel.from_pretrained and pass the model to from_backbone."
             )
         setattr(config, field, value)
 
@@ -196,9 +175,9 @@ def take_fields(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
 def _not_loaded(name: Any, error: Exception, variant: str | None = None) -> KAdapterLoadError:
     hint = "Check the name and the network"
     if variant is not None:
-        hint = f"variant={variant!r} asks for files of the backbone that are called so: leave it out if it has none"
+        hint = f"variant={variant!r} applies to the backbone's files: leave it out if there are none of that name"
     return KAdapterLoadError(
-        f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. {hint}, or say where it is with "
+        f"the backbone '{name}' can't be loaded, and a K-Adapter does not run without it. {hint}, or pass "
         f"backbone=<folder or model>. The reason: {error}"
     )
 
@@ -209,26 +188,44 @@ def check_same_kind(config: PreTrainedConfig, expected: PreTrainedConfig, name: 
         found, wanted = getattr(config, field, None), getattr(expected, field, None)
         if found != wanted:
             raise BackboneMismatchError(
-                f"the backbone '{name}' has {field} {found!r}, and this K-Adapter was made for {wanted!r}. Give the "
-                "backbone that it was made for with backbone=<repository, folder or model>."
+                f"the backbone '{name}' has {field} {found!r}, and this K-Adapter was made for {wanted!r}. Pass the right one "
+                "with backbone=<repository, folder or model>."
             )
 
 
+def check_trained_on(
+    what: str, trained_on: tuple[str | None, str | None], here: tuple[str | None, str | None], ignore: bool
+) -> None:
+    """
+    Raises `BackboneMismatchError` or, with `ignore`, warns if `what` was trained on another backbone. `trained_on` and
+    `here` are the names and fingerprints of that backbone and of the present one.
+    """
+    wanted, found = trained_on[1], here[1]
+    if wanted is None:
+        logger.warning(
+            f"{what} does not record the fingerprint of its backbone: that it was trained on '{here[0]}' could not be verified."
+        )
+    elif wanted != found:
+        message = (
+            f"{what} was trained on the backbone '{trained_on[0]}' with fingerprint {wanted[:12]}…; the present one, "
+            f"'{here[0]}', has other weights, with fingerprint {(found or 'none')[:12]}…"
+        )
+        if not ignore:
+            raise BackboneMismatchError(
+                f"{message}. Use the right one (from_pretrained takes backbone=<folder or model>), or pass "
+                "ignore_backbone_mismatch=True."
+            )
+        logger.warning(f"{message}; it is used nevertheless.")
+
+
 def is_opaque(backbone: PreTrainedModel) -> bool:
-    """Whether the weights are quantised or offloaded, and so differ from those that are stored."""
+    """Whether the weights are quantised or offloaded, and so differ from the stored ones."""
     quantised = getattr(backbone.config, "quantization_config", None) is not None
     return quantised or any(parameter.is_meta for parameter in backbone.parameters())
 
 
 def load_quietly(config: KAdapterConfig, **kwargs) -> PreTrainedModel:
-    """
-    The backbone that `config` names, from this machine and without progress bars, to be compared with another.
-
-    Args:
-        kwargs: the Hub's arguments and `use_safetensors`.
-    """
-    if config.backbone_name_or_path is None:
-        raise KAdapterLoadError("no backbone is named")
+    """Loads the backbone that `config` names from this machine, without progress bars, to compare it with another."""
     kwargs = {key: value for key, value in kwargs.items() if key not in ("force_download", "subfolder")}
     kwargs |= {"local_files_only": True, "revision": config.backbone_revision}
     with quiet():
@@ -236,78 +233,44 @@ def load_quietly(config: KAdapterConfig, **kwargs) -> PreTrainedModel:
 
 
 def add_lm_head(backbone: PreTrainedModel, name: str | None, **hub_kwargs) -> PreTrainedModel:
-    """
-    The backbone inside its masked-language-model class, whose head comes from the named repository.
-
-    Raises:
-        KAdapterLoadError: there is no such repository.
-    """
+    """The backbone inside its masked-language-model class, whose head comes from the named repository."""
     if isinstance(backbone, masked_lm_class(backbone.config)):
         return copy_with_own_modules(backbone)  # the K-Adapter removes the encoder from it
     backbone = backbone.base_model
     if name is None:
-        raise KAdapterLoadError(
-            "the backbone is not from a repository that its language-model head could be loaded from."
-        )
+        raise KAdapterLoadError("the backbone is from no repository that has its language-model head.")
     with_head = load_backbone(name, with_lm_head=True, dtype=backbone.dtype, **hub_kwargs)
     setattr(with_head, with_head.base_model_prefix, backbone)
     return with_head
 
 
 def stored_backbone(
-    config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any, **kwargs
+    config: PreTrainedConfig, tensors: dict[str, torch.Tensor], path: Any, **kwargs
 ) -> PreTrainedModel:
-    """
-    A backbone from the tensors of a K-Adapter repository that stores its own.
-
-    Raises:
-        KAdapterLoadError: the tensors are not those of the backbone that `config` describes.
-    """
+    """The backbone of a K-Adapter repository that stores its own. Raises `KAdapterLoadError` if `tensors` don't fit."""
     check_is_encoder(config)
     take_fields(config, kwargs)
     tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-    _check_sizes(config, tensors, place)
+    options = _without_pooler(config)
+    problem = "does not fit the backbone in config.json"
     try:
-        with LOADING, without_load_report():
-            backbone, info = _class_of(config).from_pretrained(
-                None,
-                config=config,
-                state_dict=tensors,
-                output_loading_info=True,
-                **_without_pooler(config),
-                **kwargs,
-            )
-    except Exception as error:  # the model's own class may raise anything
-        raise KAdapterLoadError(
-            f"'{place}' does not fit the backbone that config.json describes ({error}). Download or save the model again."
-        ) from error
-    for key, problem in (("missing_keys", "missing"), ("unexpected_keys", "not expected")):
-        if info[key]:
-            raise KAdapterLoadError(
-                f"'{place}': tensor '{min(info[key])}' is {problem} in the backbone that config.json describes. Download "
-                "or save the model again."
-            )
-    return backbone
-
-
-def _check_sizes(config: PreTrainedConfig, tensors: dict[str, torch.Tensor], place: Any) -> None:
-    """
-    Compares shapes before any memory is allocated, as config.json may ask for any amount of it.
-
-    Names are left to transformers, which maps those of its older versions.
-    """
-    try:
+        # Shapes are compared before memory is allocated, as config.json may ask for any amount of it. Names are left to
+        # transformers, which maps those of its older versions.
         if config.num_hidden_layers > len(tensors):
             raise ValueError(f"{config.num_hidden_layers} layers, and {len(tensors)} tensors")
         with without_initialization(), torch.device("meta"):
-            expected = _class_of(config)(config, **_without_pooler(config)).state_dict()
-    except Exception as error:  # the model's own class may raise anything
-        raise KAdapterLoadError(
-            f"'{place}' does not fit the backbone that config.json describes ({error}). Download or save the model again."
-        ) from error
-    for name in sorted(expected.keys() & tensors.keys()):
-        if expected[name].shape != tensors[name].shape:
-            raise KAdapterLoadError(
-                f"'{place}': tensor '{name}' has shape {tuple(tensors[name].shape)}, and config.json describes one of "
-                f"{tuple(expected[name].shape)}. Download or save the model again."
+            expected = _class_of(config)(config, **options).state_dict()
+        common = expected.keys() & tensors.keys()
+        check_tensors({name: expected[name] for name in common}, {name: tensors[name] for name in common}, path)
+        with LOADING, without_load_report():
+            backbone, info = _class_of(config).from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, **options, **kwargs
             )
+    except KAdapterLoadError:
+        raise
+    except Exception as error:  # the model's own class may raise anything
+        raise damaged(path, f"{problem} ({error})") from error
+    for key in ("missing_keys", "unexpected_keys"):
+        if info[key]:
+            raise damaged(path, f"{problem}: the tensor '{min(info[key])}' is {key.removesuffix('_keys')}")
+    return backbone

@@ -1,15 +1,15 @@
 """
-Every use of what other libraries don't document. Each entry names the versions it is for, and what breaks without it.
+Every use of undocumented features of other libraries, and what breaks without it.
 
-Versions: transformers from 5.5 to 5.24, PEFT from 0.18, accelerate from 1.3. Attributes that every transformers model
-defines (`_init_weights`, `_no_split_modules`, `_tied_weights_keys`, `_supports_…`) are part of the model classes instead.
+Unless noted, an entry applies to all supported versions: transformers 5.5 to 5.24, PEFT from 0.18, accelerate from 1.3.
+Attributes that every transformers model defines (`_init_weights`, `_tied_weights_keys`, …) are in the model classes.
 """
 
 import contextlib
 import copy
 import logging as std_logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,14 +21,10 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 logger = logging.get_logger(__name__)
 
 
-# ---- Configurations -------------------------------------------------------------------------------------------------
-
-
 def dtypes_to_str(self: PreTrainedConfig, fields: dict[str, Any]) -> None:
     """
-    In place of `PreTrainedConfig.dict_dtype_to_str`, which takes anything called dtype for a torch.dtype, at any depth.
-
-    All versions. Without it, a configuration with an unknown field `{"dtype": …}` that is no dtype can't be saved.
+    Replaces `PreTrainedConfig.dict_dtype_to_str`, which takes anything called dtype for a torch.dtype: a configuration
+    with an unknown field `{"dtype": …}` that is no dtype could not be saved.
     """
     if isinstance(fields.get("dtype"), torch.dtype):
         fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
@@ -39,11 +35,10 @@ def dtypes_to_str(self: PreTrainedConfig, fields: dict[str, Any]) -> None:
 
 def drop_colliding(cls: type, kwargs: dict[str, Any]) -> None:
     """
-    Drops, with a warning, unknown fields that would overwrite a method or read-only property of a configuration class.
-
-    All versions set any unknown field as an attribute. Without it, such a field breaks the configuration's methods.
+    Drops unknown fields that would overwrite a method or read-only property of a configuration class, as transformers
+    sets any unknown field as an attribute.
     """
-    kwargs.pop("model_type", None)  # an attribute of the class; transformers 5.5 passes it along
+    kwargs.pop("model_type", None)  # transformers 5.5 passes this attribute of the class
     for key in list(kwargs):
         attribute = getattr(cls, key, None) if hasattr(cls, key) else None
         settable = attribute is None or (isinstance(attribute, property) and attribute.fset is not None)
@@ -53,28 +48,19 @@ def drop_colliding(cls: type, kwargs: dict[str, Any]) -> None:
 
 
 def attn_implementation_of(config: PreTrainedConfig) -> str | None:
-    """
-    All versions keep it in an attribute of this name only. Without it, a backbone is loaded with the default attention.
-    """
+    """Without it, a backbone would be loaded with the default attention."""
     return config._attn_implementation
 
 
-def set_attn_implementation(config: PreTrainedConfig, attn_implementation: str | None) -> None:
-    """All versions, as above: the public setter belongs to models."""
-    config._attn_implementation = attn_implementation
-
-
-# ---- Arguments of from_pretrained -----------------------------------------------------------------------------------
+# Replaces NaN and infinities, which JSON lacks, as transformers does in config.json; and the inverse.
+encode_floats = PreTrainedConfig._encode_special_floats
+decode_floats = PreTrainedConfig._decode_special_floats
 
 
 def take_auto_arguments(kwargs: dict[str, Any]) -> Any:
     """
-    Removes what the Auto classes and pipelines add to the arguments of `from_pretrained`.
-
-    All versions. Without it, these arguments reach the backbone's constructor.
-
-    Returns:
-        The source of the PEFT adapter, set if `AutoModel` already resolved one.
+    Removes what the Auto classes and pipelines add to the arguments of `from_pretrained`: it would reach the backbone's
+    constructor. Returns the source of the PEFT adapter, if `AutoModel` has found one.
     """
     for name in ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_name", "code_revision"):
         kwargs.pop(name, None)
@@ -83,9 +69,8 @@ def take_auto_arguments(kwargs: dict[str, Any]) -> Any:
 
 def is_remote_code(module: str) -> bool:
     """
-    Whether a module was loaded from a repository, with `trust_remote_code`: all versions import it below this name.
-
-    Without it, such a module would register its classes with the Auto classes, which then no longer look at auto_map.
+    Whether a module was loaded from a repository, with `trust_remote_code`. If it registered its classes with the Auto
+    classes, these would no longer look at auto_map.
     """
     return module.split(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
 
@@ -93,8 +78,7 @@ def is_remote_code(module: str) -> bool:
 class SeveralClasses(tuple):
     """
     Several model classes for one Auto class, which takes the one that config.json's `architectures` names, else the first.
-
-    Pipelines of transformers 5.5 read `__name__` of each registered entry, and fail without it.
+    Pipelines of transformers 5.5 read the `__name__` of each registered entry.
     """
 
     @property
@@ -102,17 +86,25 @@ class SeveralClasses(tuple):
         return self[0].__name__
 
 
-# ---- Loading --------------------------------------------------------------------------------------------------------
-
-
-# Held while models are built and loaded: transformers, all versions, replaces functions of torch meanwhile, and two threads
-# that do so at a time would leave the replacements in place.
+# Held while models are built and loaded: transformers replaces functions of torch meanwhile, and if two threads did so at
+# the same time, the replacements would stay in place.
 LOADING = threading.RLock()
 
 
 @contextlib.contextmanager
+def _filtered(targets: Iterable[std_logging.Filterer], keep: Callable[..., bool]) -> Iterator[None]:
+    for target in targets:
+        target.addFilter(keep)
+    try:
+        yield
+    finally:
+        for target in targets:
+            target.removeFilter(keep)
+
+
+@contextlib.contextmanager
 def without_initialization() -> Iterator[None]:
-    """As transformers' `no_init_weights`, but safe in threads."""
+    """As transformers' `no_init_weights`, but thread-safe."""
     with LOADING, init.no_init_weights():
         yield
 
@@ -120,9 +112,8 @@ def without_initialization() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """
-    Silences transformers' progress bars and log in this thread, for loads that the user did not ask for.
-
-    All versions have one switch for the bars of all threads, which is why `LOADING` is held.
+    Silences transformers' progress bars and this thread's log, for loads that the user did not ask for. `LOADING` is held
+    because one switch controls the bars of all threads.
     """
     thread = threading.get_ident()
     handlers = [*logging.get_logger().handlers, *std_logging.getLogger().handlers]
@@ -130,16 +121,12 @@ def quiet() -> Iterator[None]:
     def keep(record: std_logging.LogRecord) -> bool:
         return record.thread != thread or not record.name.startswith("transformers.")
 
-    with LOADING:
+    with LOADING, _filtered(handlers, keep):
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
-        for handler in handlers:
-            handler.addFilter(keep)
         try:
             yield
         finally:
-            for handler in handlers:
-                handler.removeFilter(keep)
             if bars:
                 logging.enable_progress_bar()
 
@@ -147,32 +134,19 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def without_load_report() -> Iterator[None]:
     """
-    Silences transformers' table of unexpected and missing keys; what matters in it is checked here, with an error.
-
-    All versions; it is logged with no way to turn it off. Without this, nearly every backbone prints one, as most encoders'
-    repositories hold a pooler or a language-model head, which a K-Adapter does not use.
+    Silences transformers' table of unexpected and missing keys. Nearly every backbone would print one, as most
+    repositories hold a pooler or a language-model head; the keys that matter are checked by this package.
     """
     names = ("transformers.modeling_utils", "transformers.integrations.peft")
     logs = [logging.get_logger(name) for name in names]
-
-    def keep(record):
-        return "LOAD REPORT" not in record.getMessage()
-
-    for log in logs:
-        log.addFilter(keep)
-    try:
+    with _filtered(logs, lambda record: "LOAD REPORT" not in record.getMessage()):
         yield
-    finally:
-        for log in logs:
-            log.removeFilter(keep)
 
 
 def mark_initialized(model: nn.Module) -> None:
     """
-    Keeps `post_init` from initialising the weights of a model that has been loaded.
-
-    All versions mark modules with this attribute. Without it, the backbone would become random. A model on the meta device
-    has no weights yet: `init_weights` makes them later.
+    Keeps `post_init` from initialising the weights of a loaded model. A model on the meta device has no weights yet:
+    `init_weights` makes them later.
     """
     if not all(parameter.is_meta for parameter in model.parameters()):
         for module in model.modules():
@@ -180,25 +154,19 @@ def mark_initialized(model: nn.Module) -> None:
 
 
 def new_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
-    """
-    A model with random weights in the dtype and with the attention that `config` asks for.
-
-    All versions: the public `AutoModel.from_config` passes on no arguments of the class's own (`add_pooling_layer`).
-    """
+    """A new model, as by `AutoModel.from_config`, which does not accept arguments of the class (`add_pooling_layer`)."""
     return model_class._from_config(config, **kwargs)
 
 
 def records_hidden_states(model_class: type) -> bool:
-    """All versions declare it in this attribute, for models whose `forward` has no `output_hidden_states` argument."""
+    """For models whose `forward` has no `output_hidden_states` argument."""
     return "hidden_states" in (getattr(model_class, "_can_record_outputs", None) or {})
 
 
 def copy_with_own_modules(model: PreTrainedModel) -> PreTrainedModel:
     """
-    A shallow copy of a model from which modules can be removed while the original keeps them.
-
-    A model that accelerate has dispatched is returned itself: its `forward` is bound to that object (`_hf_hook`, all
-    versions), and a copy would run the original's.
+    A shallow copy of a model, from which modules can be removed while the original keeps them. A model that accelerate
+    has dispatched is returned itself, as its `forward` is bound to that object.
     """
     if hasattr(model, "_hf_hook"):
         return model
@@ -207,15 +175,10 @@ def copy_with_own_modules(model: PreTrainedModel) -> PreTrainedModel:
     return duplicate
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
-
-
 def parameters_of(module: nn.Module) -> Iterator[torch.Tensor]:
     """
-    The parameters of a module, also in a replica of `torch.nn.DataParallel`, whose `parameters()` is empty.
-
-    torch, all versions: in a replica, parameters are tensors in `_former_parameters`. Without it, a backbone that trains
-    gets no gradients there, as nothing in it seems to require any.
+    The parameters of a module, also in a replica of `torch.nn.DataParallel`, whose `parameters()` is empty: a backbone that
+    trains would get no gradients there.
     """
     for submodule in module.modules():
         for parameter in getattr(submodule, "_former_parameters", submodule._parameters).values():
@@ -225,9 +188,8 @@ def parameters_of(module: nn.Module) -> Iterator[torch.Tensor]:
 
 def no_split_modules(model: PreTrainedModel, around: nn.Module) -> set[str]:
     """
-    The names of the classes that FSDP wraps, without those that contain the module `around` in the backbone.
-
-    accelerate, all versions, wraps the input embeddings alone. Without this, they would be in two units.
+    The names of the classes that FSDP wraps, without those that contain the module `around`, the input embeddings:
+    accelerate wraps these alone, and they would be in two units.
     """
     backbone = model.backbone
     path = next((name for name, module in backbone.named_modules() if module is around), "").split(".")
@@ -237,12 +199,8 @@ def no_split_modules(model: PreTrainedModel, around: nn.Module) -> set[str]:
 
 def running_position_ids(backbone: nn.Module, inputs: torch.Tensor, past: int = 0) -> torch.Tensor | None:
     """
-    Position ids that run on over the padding, `(batch, length)`, for backbones whose positions start at padding_idx + 1.
-
-    `past` is the number of positions before these, such as those of a prefix.
-
-    All versions; RoBERTa's embeddings and those derived from them have this method. Without it, converted checkpoints give
-    other results on padded batches, as their adapters attend to padding.
+    Position ids that run on over padding, `(batch, length)`, for RoBERTa and similar backbones, whose positions start at
+    `padding_idx + 1`; `past` is the length of a prefix. Adapters that attend to padding need them.
     """
     embeddings = getattr(backbone, "embeddings", None)
     if not hasattr(embeddings, "create_position_ids_from_input_ids"):
@@ -251,9 +209,6 @@ def running_position_ids(backbone: nn.Module, inputs: torch.Tensor, past: int = 
     return torch.arange(start, start + inputs.shape[1], device=inputs.device).expand(inputs.shape[:2])
 
 
-# ---- PEFT -----------------------------------------------------------------------------------------------------------
-
-
 def has_peft_adapter(model: PreTrainedModel) -> bool:
-    """Whether transformers' PEFT integration added an adapter to this model (all versions). `save_pretrained` asks it."""
+    """Whether transformers' PEFT integration added an adapter to this model."""
     return getattr(model, "_hf_peft_config_loaded", False)

@@ -11,30 +11,30 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, RobertaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .compat_kadapter import drop_colliding, dtypes_to_str, is_remote_code
-from .format_kadapter import KAdapterConfigError, check_adapter_name, decode_floats, encode_floats
+from .compat_kadapter import decode_floats, drop_colliding, dtypes_to_str, encode_floats, is_remote_code
+from .format_kadapter import KAdapterConfigError, check_adapter_name
 from .fusion_kadapter import check_fusion
 
 
 DEFAULT_BACKBONE = "FacebookAI/roberta-large"
-# An argument that `from_dict` adds: fields that are unknown here may be those of a newer version.
+ROBERTA_LARGE = {"model_type": "roberta", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+ROBERTA_LARGE |= {
+    "intermediate_size": 4096,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+}
+# An argument that `from_dict` adds: unknown fields are then those of a newer version.
 _FROM_FILE = "_from_file"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# Fields of the backbone's configuration that tools look for in a model's own.
-_OF_THE_BACKBONE = {
-    "hidden_size",
-    "vocab_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-}
-# What PEFT's prompt methods look up in the dict of a model's configuration. config.json has them in backbone_config alone.
+# PEFT's prompt methods look these up in the dict of a model's configuration. In config.json, only backbone_config has them.
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-# Far more than any model has. Configurations make lists of these lengths.
+# Fields of the backbone's configuration that tools look for in a model's own.
+_OF_THE_BACKBONE = {*_SIZES, "vocab_size", "max_position_embeddings", "tie_word_embeddings"}
+# Far more than any model has; configurations make lists of these lengths.
 _MOST = {"num_labels": 10**7, "num_hidden_layers": 10**4}
 
 
@@ -61,36 +61,39 @@ def _refuse_clearly(cls):
     return cls
 
 
-def _check_spelling(cls: type, kwargs: dict[str, Any]) -> None:
+def _check_spelling(cls: Any, kwargs: dict[str, Any]) -> None:
     """
-    Refuses unknown fields: all of them if the class has a fixed set, else those that look like a misspelt known one.
-
-    transformers sets any unknown field as an attribute, so that files of newer versions load.
+    Refuses unknown fields: those of an adapter, and those of a model that look like a misspelt field. Others may be from a
+    newer version.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
-    if issubclass(cls, KAdapterConfig):
-        known = cls.known_fields()
+    is_open = issubclass(cls, KAdapterConfig)
+    known = cls.known_fields() if is_open else set(cls.__dataclass_fields__)
     for key in kwargs.keys() - known:
-        if issubclass(cls, PreTrainedConfig) and key.startswith("_"):
-            continue  # what `to_dict` adds
         near = nearest(key, known)
-        if near or not issubclass(cls, PreTrainedConfig):
+        if not is_open or (near and not key.startswith("_")):  # `to_dict` adds some with an underscore
             raise KAdapterConfigError(f"{cls.__name__} has no field '{key}'{near or f'; it has {sorted(known)}'}.")
+    adapters = kwargs.get("knowledge_adapters")
+    for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
+        if isinstance(adapter, dict):
+            try:
+                _check_spelling(KnowledgeAdapterConfig, adapter)
+            except KAdapterConfigError as error:
+                raise KAdapterConfigError(f"knowledge_adapters['{name}']: {error}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that suggests the most similar of the known names; empty if none is similar."""
+    """Suggests the most similar of the known names, as the end of a sentence; empty if none is similar."""
     found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
 def own_fields(config: PreTrainedConfig) -> set[str]:
-    """The fields of a configuration that belong to its kind of model, not to every one, and not to how it is loaded."""
+    """The fields that are specific to a configuration's kind of model, without those about how it is loaded."""
     return config.to_dict().keys() - PreTrainedConfig().to_dict().keys() - {"quantization_config", "auto_map"}
 
 
 def _check_common(fields: dict[str, Any]) -> None:
-    """Refuses values that transformers' own configuration class does not validate, and would fail later or hang."""
+    """Refuses values that transformers doesn't validate and that would fail later, or hang."""
     for field in ("dtype", "torch_dtype"):
         dtype = fields.get(field)
         named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -113,30 +116,28 @@ def _check_common(fields: dict[str, Any]) -> None:
 @dataclasses.dataclass
 class KnowledgeAdapterConfig:
     r"""
-    One knowledge adapter: its sizes, the backbone states that it reads, and the origin of its knowledge.
-
-    The defaults are the paper's for roberta-large (section 3.1; `AdapterConfig` in the original's
-    `pytorch_transformers/my_modeling_roberta.py`).
+    Configuration of a knowledge adapter. The defaults are those of the paper for roberta-large (section 3.1;
+    `AdapterConfig` in the original's `pytorch_transformers/my_modeling_roberta.py`).
 
     Args:
         backbone_layers (`list[int]`, *optional*):
-            The backbone's hidden states that the adapter reads, one adapter layer each; 0 is the output of the embeddings
-            and the backbone's `num_hidden_layers` is the last (the original's `adapter_list`). By default the first, the
-            middle and the last but one: `[0, 11, 22]` for 24 layers.
+            The backbone's hidden states that the adapter reads, one per adapter layer (the original's `adapter_list`).
+            0 is the output of the embeddings. By default the first, the middle and the last but one: `[0, 11, 22]` for
+            24 layers.
         num_hidden_layers (`int`, defaults to 2): transformer layers inside each adapter layer.
-        hidden_size (`int`, defaults to 768): their width; projections lead from and to the backbone's width.
+        hidden_size (`int`, defaults to 768): their width; it may differ from the backbone's.
         num_attention_heads (`int`, defaults to 12): must divide `hidden_size`.
         intermediate_size (`int`, defaults to 3072): width of their feed-forward part.
         hidden_act (`str`, defaults to `"gelu"`)
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, default to 0.1)
         layer_norm_eps (`float`, defaults to 1e-5)
         initializer_range (`float`, defaults to 2e-4):
-            standard deviation of a new adapter's projections, so small that the adapter starts almost as the identity.
+            Standard deviation of a new adapter's projections, so small that it starts almost as the identity.
         attend_to_padding (`bool`, defaults to `False`):
-            The original's adapters attend to padding, and give padded positions running position ids. `True` reproduces
-            exactly that; converted checkpoints need it.
+            Attend to padding, and give padded positions running position ids, as the original does; converted
+            checkpoints need it.
         backbone_name_or_path, backbone_fingerprint (`str`, *optional*):
-            The backbone that the adapter was trained on. Set by the model.
+            The backbone that the adapter was trained on; set by the model.
         provenance (`dict`, *optional*):
             Where the knowledge comes from (corpus, size, seed, metric, …), as JSON values.
 
@@ -158,7 +159,7 @@ class KnowledgeAdapterConfig:
     backbone_name_or_path: str | None = None
     backbone_fingerprint: str | None = None
     provenance: dict | None = None
-    # Fields that only a newer version knows: kept, so that saving does not lose them.
+    # Fields of a newer version, kept so that saving does not lose them.
     newer_fields: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def validate_sizes(self):
@@ -176,27 +177,17 @@ class KnowledgeAdapterConfig:
         for field in ("layer_norm_eps", "initializer_range"):
             if not 0 < getattr(self, field) < float("inf"):
                 raise KAdapterConfigError(f"{field} must be a positive number, not {getattr(self, field)}.")
-        try:
-            json.dumps(self.provenance)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise KAdapterConfigError(f"provenance must consist of JSON values: {error}.") from error
+        self.to_dict()
         if self.hidden_act not in ACT2FN:
             raise KAdapterConfigError(f"hidden_act {self.hidden_act!r} is not one of transformers' activations.")
         if self.backbone_layers is not None:
             if not self.backbone_layers:
                 raise KAdapterConfigError("backbone_layers is empty: an adapter reads at least one hidden state.")
             if any(isinstance(layer, bool) or layer < 0 for layer in self.backbone_layers):
-                raise KAdapterConfigError(
-                    f"backbone_layers counts from 0, the output of the embeddings; got {self.backbone_layers}."
-                )
+                raise KAdapterConfigError(f"backbone_layers must be numbers from 0, not {self.backbone_layers}.")
 
     def for_backbone(self, backbone_config: PreTrainedConfig, name: str) -> "KnowledgeAdapterConfig":
-        """
-        A copy that fits the backbone: `backbone_layers` set if it was left out, and checked against the backbone's depth.
-
-        Raises:
-            KAdapterConfigError: a layer that the backbone does not have.
-        """
+        """A copy with `backbone_layers` filled in, if missing, and checked against the depth of the backbone."""
         config = copy.deepcopy(self)
         depth = backbone_config.num_hidden_layers
         if config.backbone_layers is None:
@@ -211,26 +202,19 @@ class KnowledgeAdapterConfig:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "KnowledgeAdapterConfig":
-        """The inverse of `to_dict`. Unlike the constructor, it accepts and keeps the unknown fields of newer versions."""
+        """The inverse of `to_dict`. Unlike the constructor, it keeps unknown fields, as they may be from a newer version."""
         known = {field.name for field in dataclasses.fields(cls) if field.init}
         config = cls(**{key: value for key, value in content.items() if key in known})
         config.newer_fields = {key: copy.deepcopy(value) for key, value in content.items() if key not in known}
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        All fields, sorted, as they come back from JSON: the keys of `provenance` are strings.
-
-        Raises:
-            KAdapterConfigError: a value that JSON can't represent.
-        """
+        """All fields, sorted, as they come back from JSON: the keys of `provenance` are strings."""
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         try:
             content = json.loads(json.dumps(encode_floats(content | self.newer_fields)))
         except (TypeError, ValueError, RecursionError) as error:
-            raise KAdapterConfigError(
-                f"a knowledge adapter's configuration has a value that JSON can't represent: {error}"
-            ) from error
+            raise KAdapterConfigError(f"provenance must consist of JSON values: {error}.") from error
         return decode_floats(dict(sorted(content.items())))
 
     def to_json(self) -> str:
@@ -238,44 +222,29 @@ class KnowledgeAdapterConfig:
         return json.dumps(encode_floats(self.to_dict()))
 
 
-def _roberta_large() -> RobertaConfig:
-    return RobertaConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-    )
-
-
 @_refuse_clearly
 @strict
 class KAdapterConfig(PreTrainedConfig):
     r"""
-    A K-Adapter: a backbone, knowledge adapters by name, and how they are fused.
-
-    `KAdapterConfig()` is roberta-large without adapters. To build a model on another backbone, use
-    `KAdapterModel.from_backbone`, which sets all of this.
+    Configuration of a K-Adapter. `KAdapterConfig()` is roberta-large without adapters; to build a model on another
+    backbone, use `KAdapterModel.from_backbone`.
 
     Args:
         backbone_name_or_path (`str`, *optional*, defaults to `"FacebookAI/roberta-large"`):
-            Repository or folder of the backbone's weights.
-        backbone_revision (`str`, *optional*): commit of that repository; set when the backbone is loaded.
-        backbone_fingerprint (`str`, *optional*): identifies the backbone's weights; set when the backbone is loaded.
-        backbone_config (`dict` or `PreTrainedConfig`, *optional*): the backbone's own configuration, of any model type
-            that `AutoConfig` knows. Defaults to roberta-large's.
+            Repository or folder of the backbone.
+        backbone_revision, backbone_fingerprint (`str`, *optional*):
+            The commit of that repository and the fingerprint of its weights; set when the backbone is loaded.
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*): the backbone's own configuration.
         knowledge_adapters (`dict[str, KnowledgeAdapterConfig]`, *optional*): the adapters by name.
         active_knowledge_adapters (`list[str]`, *optional*): the adapters in use, in this order; by default all.
-        fusion (`str`, defaults to `"concat"`): how the states of the backbone and the adapters become one: `"concat"` (the
-            paper, section 3.2), `"add"`, or one of your own (see `register_fusion`).
-        fusion_config (`dict`, *optional*): values for that fusion, if it has any.
+        fusion (`str`, defaults to `"concat"`): `"concat"` (paper, section 3.2), `"add"`, or one of your own (see
+            `register_fusion`).
+        fusion_config (`dict`, *optional*): the configuration of the fusion, if it has any.
         classifier_dropout (`float`, defaults to 0.1): dropout in the task heads.
         task (`dict`, *optional*): how the head's input is made from text: the task's name, its markers, the maximum length.
             Set by fine-tuning, read by pipelines and predictions.
         freeze_backbone (`bool`, defaults to `True`), frozen_knowledge_adapters (`list[str]`), freeze_head (`bool`):
-            what does not train; `freeze_head` applies to the fusion and the task head.
+            What does not train; `freeze_head` applies to the fusion and the task head.
 
     Raises:
         KAdapterConfigError: a field is of the wrong type or has an impossible value.
@@ -302,8 +271,7 @@ class KAdapterConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.backbone_config = self._build_backbone_config(self.backbone_config)
         self.knowledge_adapters = {
-            name: self._build_adapter_config(name, adapter)
-            for name, adapter in (self.knowledge_adapters or {}).items()
+            name: self.adapter_config(name, adapter) for name, adapter in (self.knowledge_adapters or {}).items()
         }
         if self.active_knowledge_adapters is None:
             self.active_knowledge_adapters = list(self.knowledge_adapters)
@@ -328,11 +296,9 @@ class KAdapterConfig(PreTrainedConfig):
                     f"backbone_config is missing for the backbone '{self.backbone_name_or_path}'. "
                     "Use KAdapterModel.from_backbone(...), which reads it, or pass backbone_config."
                 )
-            return _roberta_large()
+            config = ROBERTA_LARGE
         if not isinstance(config, dict):
-            raise KAdapterConfigError(
-                f"backbone_config must be a dict or a configuration, not {type(config).__name__}."
-            )
+            raise KAdapterConfigError(f"backbone_config must be a dict or configuration, not {type(config).__name__}.")
         config = dict(config)
         model_type = config.pop("model_type", None)
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or model_type == "kadapter":
@@ -348,7 +314,8 @@ class KAdapterConfig(PreTrainedConfig):
         except Exception as error:  # a foreign configuration class may raise anything
             raise KAdapterConfigError(f"backbone_config ({model_type}): {error}") from error
 
-    def _build_adapter_config(self, name: Any, config: Any) -> KnowledgeAdapterConfig:
+    def adapter_config(self, name: Any, config: Any) -> KnowledgeAdapterConfig:
+        """The configuration of an adapter of this model, from a configuration, a dict or None."""
         check_adapter_name(name)
         if type(config).__name__ == "KnowledgeAdapterConfig" and not isinstance(config, KnowledgeAdapterConfig):
             config = config.to_dict()  # the same class, from the code of a repository
@@ -397,18 +364,18 @@ class KAdapterConfig(PreTrainedConfig):
 
     @classmethod
     def known_fields(cls) -> set[str]:
-        """All that the constructor takes; some of it is not a declared field in transformers."""
+        """All arguments of the constructor; transformers doesn't declare some of them as fields."""
         return {*cls.__dataclass_fields__, "num_labels", "output_attentions", "attn_implementation"}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As `PreTrainedConfig.from_dict`, which keeps unknown fields: those of newer versions."""
+        """As `PreTrainedConfig.from_dict`, which keeps unknown fields."""
         _check_common(config_dict)
         content = {key: value for key, value in config_dict.items() if key not in _SIZES}  # backbone_config has them
         return super().from_dict(content | {_FROM_FILE: True}, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As `PreTrainedConfig.save_pretrained`; without `auto_map`, as no code is saved with it."""
+        """As `PreTrainedConfig.save_pretrained`, but without `auto_map`, as no code is saved with it."""
         config = copy.deepcopy(self)
         config.__dict__.pop("auto_map", None)
         super(KAdapterConfig, config).save_pretrained(save_directory, **kwargs)
@@ -418,8 +385,6 @@ class KAdapterConfig(PreTrainedConfig):
         for name in ("fusion_config", "task"):
             if output.get(name) is None:
                 output.pop(name, None)
-        if isinstance(output.get("backbone_config"), PreTrainedConfig):
-            output["backbone_config"] = output["backbone_config"].to_dict()
         output["knowledge_adapters"] = {
             name: adapter if isinstance(adapter, dict) else adapter.to_dict()
             for name, adapter in output["knowledge_adapters"].items()
@@ -427,5 +392,5 @@ class KAdapterConfig(PreTrainedConfig):
         return output | {name: getattr(self, name) for name in _SIZES if hasattr(self.backbone_config, name)}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_diff_dict`, which is what is written to config.json: without the backbone's sizes."""
+        """The content of config.json: as `PreTrainedConfig.to_diff_dict`, but without the backbone's sizes."""
         return {name: value for name, value in super().to_diff_dict().items() if name not in _SIZES}

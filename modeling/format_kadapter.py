@@ -1,20 +1,7 @@
-"""
-The format of a K-Adapter repository: file names, tensor names, metadata, fingerprints, and the package's errors.
-
-A Hub repository, a local folder and a Trainer checkpoint share one layout:
-
-    config.json                    the configuration
-    model.safetensors.index.json   the standard shard index, with a fingerprint for each file
-    adapters/<name>.safetensors    one knowledge adapter; self-contained through its metadata
-    head.safetensors               the fusion and the task head
-    backbone.safetensors           present only if the backbone differs from the one that config.json names
-    *.py                           the code of this folder
-    README.md                      the model card
-"""
+"""The repository format: names of files and tensors, metadata and fingerprints; and the package's errors."""
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME
+
+from .compat_kadapter import encode_floats
 
 
-logger = logging.get_logger(__name__)
-
-HEAD_FILE = "head.safetensors"
-BACKBONE_FILE = "backbone.safetensors"
-ADAPTER_FOLDER = "adapters"
+HEAD_FILE = "head.safetensors"  # the fusion and the task head
+BACKBONE_FILE = "backbone.safetensors"  # only if it differs from the backbone that config.json names
+ADAPTER_FOLDER = "adapters"  # a file for each knowledge adapter
 CARD_FILE = "README.md"
-# Files that PEFT adds to the repository of a model with a PEFT adapter.
+# PEFT's files, in the repository of a model with a PEFT adapter.
 PEFT_CONFIG = "adapter_config.json"
 PEFT_FILES = (PEFT_CONFIG, "adapter_model.safetensors")
 # The folder in which a save prepares its files (see replacing_kadapter.py), and its list of files to delete.
@@ -40,10 +27,8 @@ OBSOLETE = "obsolete.json"
 
 METADATA_KEY = "kadapter"
 FORMAT_VERSION = 1
-# A fingerprint samples this many blocks of this many elements from each tensor; smaller tensors are read completely.
+# The number and size of the blocks of elements that a fingerprint samples from each tensor.
 _BLOCKS, _BLOCK = 3, 512
-_FLOAT_TAG = "__float__"
-_SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 # One path-safe segment: it names a file and is one component of a dotted tensor name.
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -53,28 +38,30 @@ class KAdapterConfigError(ValueError):
     """A configuration has a field of the wrong type or with an impossible value; the message names the field."""
 
 
+class SavedConfigError(KAdapterConfigError):
+    """The configuration in a saved file is impossible, so what is wrong is the file and not an argument."""
+
+
 class KAdapterLoadError(OSError):
-    """A repository or file is missing, damaged or not what was asked for; the message names it and the way out."""
+    """A repository or file is missing, damaged or not what was expected; the message names it and a solution."""
 
 
 class BackboneMismatchError(KAdapterLoadError):
     """The backbone is not the one that the K-Adapter or the knowledge adapter was trained on."""
 
 
-# ---- Names ----------------------------------------------------------------------------------------------------------
+def damaged(path: Any, problem: str, advice: str | None = None) -> KAdapterLoadError:
+    """The error about a file that does not hold what was saved."""
+    return KAdapterLoadError(f"'{path}' {problem.rstrip('.')}. {advice or 'Download or save it again.'}")
 
 
 def check_adapter_name(name: Any) -> str:
     """Returns `name` if a knowledge adapter can have it, else raises `KAdapterConfigError`."""
-    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
+    fits = isinstance(name, str) and _ADAPTER_NAME.fullmatch(name)
+    if not fits or hasattr(nn.ModuleDict, name) or name == "training":
         raise KAdapterConfigError(
-            f"{str(name)[:80]!r} can't name a knowledge adapter: a name has 1 to 64 letters, digits, '_' or '-' and "
-            "starts with a letter or digit."
-        )
-    if hasattr(nn.ModuleDict, name) or name == "training":
-        raise KAdapterConfigError(
-            f"{name!r} can't name a knowledge adapter: torch.nn.Module has an attribute of that name. "
-            f"Choose another, such as '{name}_knowledge'."
+            f"{str(name)[:80]!r} can't name a knowledge adapter: a name has 1 to 64 letters, digits, '_' or '-', starts with "
+            "a letter or digit, and is not that of an attribute of torch.nn.ModuleDict."
         )
     return name
 
@@ -85,20 +72,12 @@ def adapter_path(name: str) -> str:
 
 
 def file_of(tensor: str) -> str:
-    """
-    The file of a repository that holds the tensor of this name.
-
-    Raises:
-        KAdapterLoadError: the name belongs to an adapter with an impossible name.
-    """
+    """The file for the tensor of this name. Raises `KAdapterConfigError` if it is of an adapter with an impossible name."""
     part, _, rest = tensor.partition(".")
     if part == "backbone":
         return BACKBONE_FILE
     if part == "adapters":
-        try:
-            return adapter_path(check_adapter_name(rest.partition(".")[0]))
-        except KAdapterConfigError as error:
-            raise KAdapterLoadError(f"tensor '{tensor[:100]}': {error}") from error
+        return adapter_path(check_adapter_name(rest.partition(".")[0]))
     return HEAD_FILE
 
 
@@ -124,15 +103,10 @@ def is_own_class(model_class: type) -> bool:
     return model_class.__module__.rpartition(".")[2] in {path.stem for path in code_files()}
 
 
-# ---- Interrupted saves ----------------------------------------------------------------------------------------------
-
-
 def locate(folder: Path, name: str) -> Path:
     """
-    The path of a repository's file, also if the process that was replacing the files was killed.
-
-    `replace_files` writes all files to a staging folder, then moves config.json, then the others. A staging folder that
-    still has its config.json was never moved and is ignored; in one without, each remaining file is the newer one.
+    The path of a repository's file, also if `replace_files` was interrupted: it writes all files to a staging folder, then
+    moves config.json, then the others. So the files that remain in a staging folder without config.json are the newer ones.
     """
     staging = folder / STAGING
     return staging / name if is_moving(staging) and (staging / name).exists() else folder / name
@@ -144,7 +118,7 @@ def is_moving(staging: Path) -> bool:
 
 
 def obsolete_files(staging: Path) -> list[str]:
-    """Files of the previous model, weights and code, that the new one, in this staging folder, does not have."""
+    """Files of the previous model that the new one, in this staging folder, does not have."""
     try:
         names = json.loads((staging / OBSOLETE).read_text(encoding="utf-8"))
         return [name for name in names if is_own_file(name)]
@@ -152,90 +126,26 @@ def obsolete_files(staging: Path) -> list[str]:
         return []
 
 
-# ---- JSON -----------------------------------------------------------------------------------------------------------
-
-
-def encode_floats(value: Any) -> Any:
-    """Replaces NaN and infinities, which JSON lacks, by tagged strings, as transformers does in config.json."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {_FLOAT_TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
-    if isinstance(value, dict):
-        return {key: encode_floats(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [encode_floats(item) for item in value]
-    return value
-
-
-def decode_floats(value: Any) -> Any:
-    """The inverse of `encode_floats`."""
-    if isinstance(value, dict):
-        if value.keys() == {_FLOAT_TAG} and isinstance(value[_FLOAT_TAG], str):
-            return _SPECIAL_FLOATS.get(value[_FLOAT_TAG], value)
-        return {key: decode_floats(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [decode_floats(item) for item in value]
-    return value
-
-
-# ---- Metadata of adapter files --------------------------------------------------------------------------------------
-
-
 def adapter_metadata(name: str, config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """
-    The metadata that make an adapter file self-contained, under a single key: safetensors does not order several.
-
-    Args:
-        config: of the adapter, as `KnowledgeAdapterConfig.to_dict` returns it.
-    """
+    """The metadata of an adapter file, under a single key, as safetensors does not keep the order of several."""
     content = {
         "format_version": FORMAT_VERSION,
         "name": name,
         "config": encode_floats(config),
         "fingerprint": fingerprint(tensors.values()),
     }
-    return {METADATA_KEY: json.dumps(content | {"checksum": _checksum(content)}, sort_keys=True)}
+    return {METADATA_KEY: json.dumps(content | {"checksum": metadata_checksum(content)}, sort_keys=True)}
 
 
-def parse_adapter_metadata(metadata: Mapping[str, str], path: Any) -> tuple[str, dict[str, Any], str]:
-    """
-    The name, configuration and fingerprint of an adapter, from the header of the file `path`.
-
-    Raises:
-        KAdapterLoadError: the metadata are missing, damaged, or changed since they were saved.
-    """
-    if METADATA_KEY not in metadata:
-        raise KAdapterLoadError(
-            f"'{path}' has no '{METADATA_KEY}' metadata: it is not the file of a knowledge adapter, or it was rewritten by a "
-            "tool that drops metadata. Save it with save_knowledge_adapter."
-        )
-    try:
-        content = json.loads(metadata[METADATA_KEY])
-        checksum = content.pop("checksum")
-        if content["format_version"] > FORMAT_VERSION:
-            logger.warning(f"'{path}' was written by a newer version of kadapter-hf; upgrade if it does not load.")
-        if checksum != _checksum(content):
-            raise KAdapterLoadError(f"'{path}': its metadata were changed or damaged; download or save it again.")
-        return content["name"], decode_floats(content["config"]), content["fingerprint"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise KAdapterLoadError(
-            f"'{path}': its '{METADATA_KEY}' metadata are damaged ({error}); download or save it again."
-        ) from error
-
-
-def _checksum(content: dict[str, Any]) -> str:
+def metadata_checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# ---- Fingerprints ---------------------------------------------------------------------------------------------------
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     """
-    Identifies a set of weights: SHA-256 over each tensor's dtype, shape and a fixed sample of its values.
-
-    Tensors of up to 1,536 elements count completely, larger ones with their first, middle and last 512, so that it takes
-    milliseconds even for weights that are only mapped into memory. Names don't count, as transformers renames parameters
-    between versions. It distinguishes weights that were trained differently; it is not a checksum.
+    Identifies a set of weights: SHA-256 over each tensor's dtype, shape and values, of which tensors with more than 1,536
+    count the first, middle and last 512. It takes milliseconds, also for memory-mapped weights, and distinguishes weights
+    that were trained differently. Names don't count, as transformers renames parameters between versions.
     """
     digests = []
     for tensor in tensors:
@@ -255,7 +165,7 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def equal_bits(tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> bool:
-    """Whether both hold the same tensors, bit for bit, after casting `reference` to the dtypes of `tensors`."""
+    """Whether both hold the same tensors, bit for bit, after casting `reference` to the dtypes in `tensors`."""
     if tensors.keys() != reference.keys():
         return False
     for name, tensor in tensors.items():

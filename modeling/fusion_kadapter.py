@@ -1,11 +1,7 @@
-"""
-Fusions: how the backbone's last state and the outputs of the active adapters become one state.
-
-To add one, derive a class from `KnowledgeFusion` and register it; a model with `config.fusion` of that name then uses it.
-"""
+"""Fusions of the backbone's last hidden state with the outputs of the active adapters, and `register_fusion`."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,22 +35,8 @@ def check_fusion(kind: str, values: Mapping[str, Any]) -> None:
         raise KAdapterConfigError(f"fusion_config: the fusion '{kind}' has no {unknown}.")
 
 
-def new_fusion(
-    kind: str, names: Iterable[str], width: int, values: Mapping[str, Any] | None = None
-) -> "KnowledgeFusion":
-    """A fusion of this kind for adapters of these names; `width` is the backbone's."""
-    fusion = FUSIONS[kind](width, **(values or {}))
-    for name in names:
-        fusion.add(name)
-    return fusion
-
-
 def to_layer(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """
-    States in the dtype and on the device of a layer.
-
-    A quantised layer takes them as they are, and one that accelerate has offloaded moves them itself.
-    """
+    """States in the dtype and on the device of a layer, unless it is quantised or offloaded, and converts them itself."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return states
@@ -63,14 +45,9 @@ def to_layer(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 class KnowledgeFusion(nn.Module):
     """
-    Base class of fusions.
-
-    Further keyword arguments of a subclass's `__init__` are its configuration; `KAdapterConfig.fusion_config` sets them.
-    Weights should be kept per adapter, under the adapter's name, so that adding, removing or activating an adapter leaves
-    the others' weights as they are.
-
-    Args:
-        width: of the backbone's states.
+    Base class of fusions; `width` is that of the backbone's states. Further arguments of a subclass's `__init__` are its
+    configuration, which `KAdapterConfig.fusion_config` sets. Keep weights per adapter, under its name, so that adding,
+    removing or activating an adapter does not change those of the others.
     """
 
     kind: ClassVar[str]
@@ -80,19 +57,19 @@ class KnowledgeFusion(nn.Module):
         self.width = width
 
     def add(self, name: str) -> None:
-        """Adds the weights for one more adapter; `init_adapter` initialises them."""
+        """Adds the weights for an adapter; `init_adapter` initialises them."""
 
     def remove(self, name: str) -> None:
         """Removes the weights of an adapter."""
 
     def init_adapter(self, name: str) -> None:
-        """Initialises the weights of an adapter so that a new K-Adapter starts near its backbone."""
+        """Initialises the weights of an adapter, so that a new K-Adapter starts near its backbone."""
 
     def init_shared(self) -> None:
         """Initialises the weights that belong to no adapter."""
 
     def used_parameters(self, active: Sequence[str]) -> list[nn.Parameter]:
-        """The parameters that take part in the forward pass with these active adapters, and so can be trained."""
+        """The parameters that the forward pass uses with these active adapters, and that can be trained."""
         return list(self.parameters())
 
     def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -100,14 +77,7 @@ class KnowledgeFusion(nn.Module):
         raise NotImplementedError
 
     def forward(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
-        """
-        Args:
-            backbone_state: `(…, width)`, any leading shape.
-            adapter_states: the outputs of the active adapters by name, of the same shape.
-
-        Returns:
-            `(…, width)`; without adapters, `backbone_state` itself.
-        """
+        """Fuses `(…, width)` states with the adapters' outputs of the same shape, by name."""
         return self.fuse(backbone_state, adapter_states) if adapter_states else backbone_state
 
 
@@ -142,7 +112,7 @@ class ConcatFusion(KnowledgeFusion):
         del self.states[name], self.mix[name]
 
     def init_adapter(self, name: str, noise: float = 2e-4) -> None:
-        """Passes the backbone's state through; `noise` is the standard deviation of what is added to that."""
+        """Passes the backbone's state on, with noise of this standard deviation."""
         state, mix = self.states[name], self.mix[name]
         weight = torch.zeros_like(state.weight).fill_diagonal_(1)
         if noise:

@@ -6,25 +6,23 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .configuration_kadapter import KAdapterConfig
-from .modeling_kadapter import Encoded, KAdapterPreTrainedModel
+from .encoding_kadapter import Encoded
+from .modeling_kadapter import KAdapterPreTrainedModel
 
 
-def loss_of(
-    total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor:
-    """
-    The mean of `count` losses, or this micro-batch's share of it: when Trainer accumulates gradients, it passes the number
-    of labels in all micro-batches of a step, and adds up the results. Without any label it is 0.
-    """
+# The number of labels in all micro-batches of a step, passed by Trainer.
+ItemCount = torch.Tensor | int | None
+
+
+def loss_of(total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: ItemCount) -> torch.Tensor:
+    """The mean of `count` losses, or this micro-batch's share of the mean of `num_items_in_batch`; 0 without labels."""
     count = count if num_items_in_batch is None else num_items_in_batch
     if torch.is_tensor(count):
         count = count.to(total.device).clamp(min=1)
     return total / count
 
 
-def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: ItemCount = None) -> torch.Tensor:
     """Of `(…, classes)` logits and `(…)` labels; labels of -100 are ignored."""
     labels = labels.reshape(-1).to(logits.device)
     total = F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), labels, reduction="sum")
@@ -32,25 +30,61 @@ def cross_entropy(
 
 
 def states_at(state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Selects from `(batch, length, width)` at one position of each row, `(batch,)`, or at several, `(batch, number)`."""
+    """Selects from `(batch, length, width)` one position of each row, `(batch,)`, or several, `(batch, number)`."""
     rows = torch.arange(state.shape[0], device=state.device)
     return state[rows if positions.dim() == 1 else rows[:, None], positions.to(state.device)]
 
 
+def first_position(encoded: Encoded) -> torch.Tensor:
+    """The position of the first token of each row, `(batch,)`."""
+    state = encoded.backbone_state
+    return torch.zeros(state.shape[0], dtype=torch.long, device=state.device)
+
+
+def can_be_checked(tensor: torch.Tensor) -> bool:
+    """Reading values on a GPU would wait for it."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def checked_positions(name: str, positions: torch.Tensor | None, encoded: Encoded, per_row: str = "") -> torch.Tensor:
+    """
+    Checks the positions of tokens in a text, `(batch,)`, and returns their positions among the states, in which PEFT's
+    virtual tokens come first. `per_row` names the second dimension, if there is one; -1 then fills the rows.
+    """
+    batch, length = encoded.backbone_state.shape[:2]
+    length -= encoded.virtual_tokens
+    end = f", {per_row})" if per_row else ",)"
+    if positions is None:
+        raise ValueError(
+            f"{name} is missing: the positions of tokens, of shape (batch{end}. From text, they are made by the pipelines "
+            "entity-typing, relation-classification and dependency-parsing."
+        )
+    if positions.dim() != 1 + bool(per_row) or len(positions) != batch or positions.is_floating_point():
+        raise ValueError(
+            f"{name} must be a LongTensor of shape ({batch}{end}, not {positions.dtype} of {tuple(positions.shape)}."
+        )
+    if can_be_checked(positions):
+        outside = positions[(positions < -bool(per_row)) | (positions >= length)]
+        if outside.numel():
+            raise ValueError(f"{name} has {outside[0].item()}, but the rows are {length} tokens long.")
+    positions = positions.to(encoded.backbone_state.device)
+    return torch.where(positions < 0, positions, positions + encoded.virtual_tokens)
+
+
 class HeadModel(KAdapterPreTrainedModel):
     """
-    Base class of task heads.
-
-    A head overrides `add_head`, which makes its layers, and `forward`, which calls `encode` and `fused` and returns a
+    Base class of task heads. A head overrides `add_head`, which creates its layers, and `forward`, which returns a
     `ModelOutput`. `register_head` makes it known to the Auto classes:
 
         @register_head("AutoModelForSequenceClassification")
         class MeanPooled(HeadModel):
-            def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-                states = self.fused(self.encode(input_ids, attention_mask, **kwargs))
-                logits = self.classifier(self.dropout(states.mean(dim=1)))
+            @encodes_inputs
+            def forward(self, encoded, labels=None):
+                logits = self.classifier(self.dropout(self.fused(encoded).mean(dim=1)))
                 loss = None if labels is None else cross_entropy(logits, labels)
-                return SequenceClassifierOutput(loss=loss, logits=logits)
+                return SequenceClassifierOutput(loss, logits)
+
+    A `forward` without the decorator calls `encode` itself, e.g. with other inputs.
     """
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
@@ -60,24 +94,13 @@ class HeadModel(KAdapterPreTrainedModel):
         self.post_init()
 
     def add_head(self, config: KAdapterConfig, width: int) -> None:
-        """
-        Makes the layers of the head as attributes of the model; by default one linear layer, `classifier`.
-
-        Args:
-            width: of the fused states.
-        """
+        """Creates the layers of the head, by default one linear layer; `width` is that of the fused states."""
         self.classifier = nn.Linear(width, config.num_labels)
 
     def fused(self, encoded: Encoded, positions: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The fused states, in the head's dtype.
-
-        Args:
-            encoded: what `encode` returned.
-            positions: those of each row that the head reads, `(batch,)` or `(batch, number)`; the others are not fused.
-
-        Returns:
-            `(batch, length, width)`; with `positions`, `(batch, width)` or `(batch, number, width)`.
+        The fused states, `(batch, length, width)`, in the head's dtype. With `positions`, of shape `(batch,)` or
+        `(batch, number)`, only those are fused, to `(batch, width)` or `(batch, number, width)`.
         """
         state, knowledge = encoded.backbone_state, encoded.knowledge
         if positions is not None:
@@ -85,9 +108,3 @@ class HeadModel(KAdapterPreTrainedModel):
             knowledge = {name: states_at(other, positions) for name, other in knowledge.items()}
         # Without an active adapter the result has the backbone's dtype.
         return self.fusion(state, knowledge).to(self.own_dtype())
-
-
-def first_position(encoded: Encoded) -> torch.Tensor:
-    """The position of the first token of each row, `(batch,)`."""
-    state = encoded.backbone_state
-    return torch.zeros(state.shape[0], dtype=torch.long, device=state.device)

@@ -1,4 +1,5 @@
-"""The task heads. A repository's `auto_map` names this module, which imports all others."""
+"""The task heads. A repository's `auto_map` names this module."""
+# ruff: noqa: F401
 
 import torch
 from torch import nn
@@ -14,17 +15,21 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+# This module imports something from each of the others, as transformers 5.5 only copies the modules that the entry module
+# imports itself; and all public names, for users' own heads in repositories.
 from .adapters_kadapter import KnowledgeAdapter
 from .backbone_kadapter import check_is_encoder, masked_lm_class
 from .compat_kadapter import new_model, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .encoding_kadapter import Encoded, encodes_inputs
 from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
+from .freezing_kadapter import FreezingMixin
 from .fusion_kadapter import KnowledgeFusion, register_fusion
-from .head_base_kadapter import HeadModel, cross_entropy, first_position, loss_of
+from .head_base_kadapter import HeadModel, ItemCount, checked_positions, cross_entropy, first_position, loss_of
 from .layers_kadapter import TransformerLayer
 from .loading_kadapter import load_repository
 from .marking_kadapter import encode_marked
-from .modeling_kadapter import Encoded, KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
+from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
 from .origins_kadapter import Origins
 from .parsing_kadapter import DependencyParserOutput, KAdapterForDependencyParsing
 from .peft_kadapter import plain_state_dict
@@ -36,52 +41,12 @@ from .saving_kadapter import save_repository
 from .sources_kadapter import repository_folder
 
 
-# transformers 5.5 copies, of a repository's code, only the modules that its entry module itself imports: so this one
-# imports something from each of its siblings.
-__all__ = [
-    "BackboneMismatchError",
-    "DependencyParserOutput",
-    "Encoded",
-    "HeadModel",
-    "KAdapterConfig",
-    "KAdapterConfigError",
-    "KAdapterForDependencyParsing",
-    "KAdapterForEntityTyping",
-    "KAdapterForMaskedLM",
-    "KAdapterForMultipleChoice",
-    "KAdapterForQuestionAnswering",
-    "KAdapterForRelationClassification",
-    "KAdapterForSequenceClassification",
-    "KAdapterForTokenClassification",
-    "KAdapterLoadError",
-    "KAdapterModel",
-    "KAdapterModelOutput",
-    "KnowledgeAdapter",
-    "KnowledgeAdapterConfig",
-    "KnowledgeFusion",
-    "Origins",
-    "TransformerLayer",
-    "cross_entropy",
-    "custom_pipelines",
-    "encode_marked",
-    "load_repository",
-    "plain_state_dict",
-    "read_adapter",
-    "register_fusion",
-    "register_head",
-    "replace_files",
-    "repository_folder",
-    "save_repository",
-]
-
-
 def _classification_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    config: KAdapterConfig,
-    num_items_in_batch: torch.Tensor | int | None,
-) -> torch.Tensor:
-    """The loss of `(batch, num_labels)` logits for `config.problem_type`, which the labels decide if it is not set."""
+    logits: torch.Tensor, labels: torch.Tensor | None, config: KAdapterConfig, num_items_in_batch: ItemCount
+) -> torch.Tensor | None:
+    """The loss of `(batch, num_labels)` logits for `config.problem_type`, which is set from the labels if it is None."""
+    if labels is None:
+        return None
     if config.problem_type is None:
         if config.num_labels == 1:
             config.problem_type = "regression"
@@ -99,97 +64,39 @@ def _classification_loss(
     return loss_of(total, labels.numel(), num_items_in_batch)
 
 
-def _check_marker(name: str, positions: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
-    """The positions of the markers among those of the states, after checking them."""
-    batch, length = encoded.backbone_state.shape[:2]
-    length -= encoded.virtual_tokens
-    if positions is None:
-        raise ValueError(
-            f"{name} is missing: the position of the marker before the entity in each row, shape (batch,). For text with "
-            "spans, use pipeline('entity-typing') or pipeline('relation-classification')."
-        )
-    if positions.shape != (batch,) or positions.is_floating_point():
-        raise ValueError(
-            f"{name} must be a LongTensor of shape ({batch},), not {positions.dtype} of {tuple(positions.shape)}."
-        )
-    if not torch.compiler.is_compiling() and positions.device.type == "cpu":
-        outside = positions[(positions < 0) | (positions >= length)]
-        if outside.numel():
-            raise ValueError(f"{name} has {outside[0].item()}, but the rows are {length} tokens long.")
-    return positions + encoded.virtual_tokens
-
-
 @register_head("AutoModelForSequenceClassification")
 class KAdapterForSequenceClassification(HeadModel):
     """Classification or regression of a text, from the fused state of its first token."""
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        self, encoded: Encoded, labels: torch.Tensor | None = None, num_items_in_batch: ItemCount = None
     ) -> SequenceClassifierOutput:
         """
         Args:
-            labels: `(batch,)` class indices, `(batch,)` or `(batch, num_labels)` floats to regress on, or
-                `(batch, num_labels)` of 0.0 and 1.0 where several labels may hold; see `config.problem_type`.
-
-        Returns:
-            `logits` of shape `(batch, num_labels)`.
+            labels: `(batch,)` class indices; `(batch,)` or `(batch, num_labels)` floats for regression; or
+                `(batch, num_labels)` of 0.0 and 1.0 for several labels per text; see `config.problem_type`.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         logits = self.classifier(self.dropout(self.fused(encoded, first_position(encoded))))
-        loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
+        return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForTokenClassification")
 class KAdapterForTokenClassification(HeadModel):
     """A label for each token, from its fused state."""
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        self, encoded: Encoded, labels: torch.LongTensor | None = None, num_items_in_batch: ItemCount = None
     ) -> TokenClassifierOutput:
         """
         Args:
-            labels: `(batch, length)` class indices; -100 where a token has none.
-
-        Returns:
-            `logits` of shape `(batch, length, num_labels)`.
+            labels: `(batch, length)` class indices; -100 is ignored.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         logits = self.classifier(self.dropout(self.fused(encoded)))
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return TokenClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return TokenClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForQuestionAnswering")
@@ -199,29 +106,18 @@ class KAdapterForQuestionAnswering(HeadModel):
     def add_head(self, config: KAdapterConfig, width: int) -> None:
         self.qa_outputs = nn.Linear(width, 2)
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        encoded: Encoded,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
     ) -> QuestionAnsweringModelOutput:
         """
         Args:
             start_positions, end_positions: `(batch,)`; a position outside the text adds nothing to the loss, which is
-                the mean over all rows, so that accumulating gradients over micro-batches does not change it.
-
-        Returns:
-            `start_logits` and `end_logits` of shape `(batch, length)`.
+                the mean over all rows, so that gradient accumulation does not change it.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         logits = self.qa_outputs(self.dropout(self.fused(encoded)))
         start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
         loss = None
@@ -233,13 +129,7 @@ class KAdapterForQuestionAnswering(HeadModel):
                 positions = positions.masked_fill((positions < 0) | (positions >= length), -100)
                 losses.append(cross_entropy(scores, positions, positions.numel()))
             loss = sum(losses) / 2
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForMultipleChoice")
@@ -262,7 +152,7 @@ class KAdapterForMultipleChoice(HeadModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: ItemCount = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> MultipleChoiceModelOutput:
@@ -271,9 +161,6 @@ class KAdapterForMultipleChoice(HeadModel):
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, choices, length)`.
             inputs_embeds: `(batch, choices, length, hidden_size)`.
             labels: `(batch,)` index of the right choice.
-
-        Returns:
-            `logits` of shape `(batch, choices)`.
         """
         first = input_ids if input_ids is not None else inputs_embeds
         if first is None or first.dim() < 3:
@@ -287,12 +174,7 @@ class KAdapterForMultipleChoice(HeadModel):
         fused = self.fused(encoded, first_position(encoded))
         logits = self.classifier(self.dropout(fused)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return MultipleChoiceModelOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return MultipleChoiceModelOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForSequenceClassification")
@@ -309,42 +191,23 @@ class KAdapterForEntityTyping(HeadModel):
         self.dense = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, config.num_labels)
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        encoded: Encoded,
         entity_start: torch.LongTensor | None = None,
         labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        num_items_in_batch: ItemCount = None,
     ) -> SequenceClassifierOutput:
         """
         Args:
             entity_start: `(batch,)`, the position of the marker before the entity.
             labels: `(batch, num_labels)` of 0.0 and 1.0.
-
-        Returns:
-            `logits` of shape `(batch, num_labels)`.
-
-        Raises:
-            ValueError: `entity_start` is missing, of another shape, or outside the text.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
-        fused = self.fused(encoded, _check_marker("entity_start", entity_start, encoded))
+        fused = self.fused(encoded, checked_positions("entity_start", entity_start, encoded))
         logits = self.out_proj(self.dropout(self.dense(fused)))
-        loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
+        return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 @register_head("AutoModelForSequenceClassification")
@@ -359,62 +222,39 @@ class KAdapterForRelationClassification(HeadModel):
         self.dense = nn.Linear(2 * width, width)
         self.out_proj = nn.Linear(width, config.num_labels)
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        encoded: Encoded,
         subject_start: torch.LongTensor | None = None,
         object_start: torch.LongTensor | None = None,
         labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        num_items_in_batch: ItemCount = None,
     ) -> SequenceClassifierOutput:
         """
         Args:
             subject_start, object_start: `(batch,)`, the positions of the markers before the two entities.
             labels: `(batch,)` class indices.
-
-        Returns:
-            `logits` of shape `(batch, num_labels)`.
-
-        Raises:
-            ValueError: a marker position is missing, of another shape, or outside the text.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         markers = (
-            _check_marker("subject_start", subject_start, encoded),
-            _check_marker("object_start", object_start, encoded),
+            checked_positions("subject_start", subject_start, encoded),
+            checked_positions("object_start", object_start, encoded),
         )
         pair = torch.cat([self.fused(encoded, marker) for marker in markers], dim=-1)
         logits = self.out_proj(self.dropout(self.dense(pair)))
-        loss = None if labels is None else _classification_loss(logits, labels, self.config, num_items_in_batch)
-        return SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
+        return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
 class _StatesGiven(nn.Module):
-    """
-    Takes the place of the encoder in a masked-language-model class, and returns the states that it is given.
-
-    So the class of each model type applies its own head, and no head has to be implemented again here.
-    """
+    """Replaces the encoder in a masked-language model, whose head then reads the states that are passed."""
 
     def __init__(self, backbone: PreTrainedModel):
         super().__init__()
-        self.__dict__["backbone"] = backbone  # not a submodule here, as it is already one of the K-Adapter
+        self.__dict__["backbone"] = backbone  # not a submodule, as it is already one of the K-Adapter
 
     def __deepcopy__(self, memo: dict) -> "_StatesGiven":
-        """Belongs to the same backbone, unless that is copied too: PEFT copies heads that are to train (`modules_to_save`)."""
+        """Keeps the backbone, unless that is copied too: PEFT copies the heads in `modules_to_save`."""
         return type(self)(memo.get(id(self.backbone), self.backbone))
 
     def __getattr__(self, name: str):
@@ -430,26 +270,23 @@ class _StatesGiven(nn.Module):
 @register_head("AutoModelForMaskedLM")
 class KAdapterForMaskedLM(KAdapterPreTrainedModel):
     """
-    The backbone's own masked-language-model head on the fused states.
-
-    Without an active adapter it predicts exactly what the backbone does. The head's weights come from the backbone's
-    repository, and its output layer is tied to the backbone's embeddings if the backbone's own class ties them.
+    The backbone's own masked-language-model head on the fused states. Its weights come from the backbone's repository, and
+    are tied to the backbone's embeddings if the backbone's own class ties them.
     """
 
     needs_lm_head = True
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
-        """`backbone` may be a masked-language model, whose head is then used, or an encoder; then the head is new."""
+        """`backbone` may be a masked-language model, whose head is used, or an encoder, which gets a new head."""
+        with_head = backbone
         if backbone is None or backbone.base_model is backbone:
             check_is_encoder(config.backbone_config)
             with_head = new_model(masked_lm_class(config.backbone_config), config.backbone_config)
             if backbone is not None:
                 setattr(with_head, with_head.base_model_prefix, backbone)
-        else:
-            with_head = backbone
         super().__init__(config, with_head)
         if backbone is None:
-            self.origins.forget("backbone")
+            del self.origins.sources["backbone"]
         self._take_head(with_head)
         self.post_init()
 
@@ -472,35 +309,16 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head.set_output_embeddings(new_embeddings)
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        self, encoded: Encoded, labels: torch.LongTensor | None = None, num_items_in_batch: ItemCount = None
     ) -> MaskedLMOutput:
         """
         Args:
-            labels: `(batch, length)` token ids; -100 where nothing is to be predicted.
-
-        Returns:
-            `logits` of shape `(batch, length, vocab_size)`.
+            labels: `(batch, length)` token ids; -100 is ignored.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
         fused = self.fusion(encoded.backbone_state, encoded.knowledge).to(next(parameters_of(self.lm_head)).dtype)
         # input_ids=None by position, as the wrapper of PEFT 0.18 around heads that train needs an argument there.
         logits = self.lm_head(None, inputs_embeds=fused, return_dict=True).logits
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return MaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return MaskedLMOutput(loss, logits, encoded.hidden_states, encoded.attentions)

@@ -107,13 +107,7 @@ class TransformerLayer(GradientCheckpointingLayer):
 
 
 class TransformerEncoder(nn.Module):
-    """
-    A stack of transformer layers.
-
-    Args:
-        config: the sizes.
-        attention: holds the name of the attention implementation, which may change later.
-    """
+    """A stack of transformer layers. `attention` holds the name of the attention implementation, which may change."""
 
     def __init__(self, config: KnowledgeAdapterConfig, attention: PreTrainedConfig):
         super().__init__()
@@ -121,7 +115,7 @@ class TransformerEncoder(nn.Module):
         self.layer = nn.ModuleList(TransformerLayer(config, attention) for _ in range(config.num_hidden_layers))
 
     def forward(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """`states` and the result: `(batch, length, hidden_size)`; `attention_mask`: `(batch, length)` or None."""
+        """Maps `(batch, length, hidden_size)` to the same shape; `attention_mask` is `(batch, length)`."""
         mask = create_bidirectional_mask(self.config, states, attention_mask)
         for layer in self.layer:
             states = layer(states, mask)

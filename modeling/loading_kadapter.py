@@ -15,23 +15,18 @@ from .backbone_kadapter import (
     add_lm_head,
     check_is_encoder,
     check_same_kind,
+    check_trained_on,
     drop_pooler,
     is_opaque,
     load_backbone,
     stored_backbone,
 )
-from .compat_kadapter import (
-    attn_implementation_of,
-    set_attn_implementation,
-    take_auto_arguments,
-    without_initialization,
-)
+from .compat_kadapter import attn_implementation_of, take_auto_arguments, without_initialization
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig, own_fields
 from .format_kadapter import (
     BACKBONE_FILE,
     HEAD_FILE,
     PEFT_CONFIG,
-    BackboneMismatchError,
     KAdapterConfigError,
     KAdapterLoadError,
     fingerprint,
@@ -39,12 +34,12 @@ from .format_kadapter import (
     part_of,
 )
 from .origins_kadapter import Origins
-from .peft_kadapter import check_is_no_peft_model, peft_hub_kwargs, plain_state_dict
+from .peft_kadapter import peft_hub_kwargs, plain_state_dict
 from .reading_kadapter import (
     SavedAdapter,
-    bad_config,
     check_peft_settled,
     check_tensors,
+    read_config,
     read_config_dict,
     read_file,
     read_index,
@@ -58,15 +53,10 @@ from .sources_kadapter import commit_of, hub_arguments, repository_folder
 logger = logging.get_logger(__name__)
 
 
-# ---- On a backbone --------------------------------------------------------------------------------------------------
-
-
 def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str, kwargs: dict[str, Any]) -> Any:
     """What `KAdapterPreTrainedModel.from_backbone` does."""
     fields = KAdapterConfig.known_fields() - {"dtype", "attn_implementation"}
     config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
-    if "torch_dtype" in kwargs:  # the former name
-        kwargs["dtype"] = kwargs.pop("torch_dtype")
     hub_kwargs = hub_arguments(kwargs)
     _check_arguments(kwargs)
     if isinstance(backbone, PreTrainedModel):
@@ -92,7 +82,7 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
     )
     model = model_class(config, loaded)
     for part in ("backbone", "head") if model_class.needs_lm_head else ("backbone",):
-        model.origins.set_source(part, name or "a loaded model")
+        model.origins.sources[part] = name or "a loaded model"
     _settle(model, kwargs, kwargs.get("dtype"))
     state = plain_state_dict(model)
     model.origins.note_weights(state, "backbone")
@@ -123,13 +113,12 @@ def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
 
 
 def _place(backbone: Any) -> str:
-    """
-    A repository id, or the whole path of a folder.
-
-    Raises:
-        KAdapterConfigError: it is neither.
-    """
-    check_is_no_peft_model(backbone)
+    """A repository id, or the whole path of a folder."""
+    if type(backbone).__module__.startswith("peft."):
+        raise KAdapterConfigError(
+            "a model that PEFT has wrapped can't be a backbone. Pass the result of its merge_and_unload(), which contains "
+            "PEFT's weights; or that of its unload(), and call add_adapter of the K-Adapter."
+        )
     if not isinstance(backbone, (str, os.PathLike)):
         raise KAdapterConfigError(
             f"a backbone is a repository, a folder or a loaded model of transformers, not {type(backbone).__name__}."
@@ -138,16 +127,16 @@ def _place(backbone: Any) -> str:
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuses, of the arguments that every `from_pretrained` has, those that would replace the backbone's own files."""
+    """Refuses arguments of `from_pretrained` that would replace the backbone's own files, and renames `torch_dtype`."""
+    former = kwargs.pop("torch_dtype", None)
+    if former is not None:
+        kwargs["dtype"] = former
     for name in ("state_dict", "gguf_file"):
         if kwargs.get(name) is not None:
             raise KAdapterConfigError(
                 f"a K-Adapter can't be loaded with {name}=: its weights and its backbone's are in different files. Load the "
                 "backbone yourself and pass the model, or call load_state_dict of the loaded K-Adapter."
             )
-
-
-# ---- From a repository ----------------------------------------------------------------------------------------------
 
 
 def load_repository(
@@ -166,67 +155,59 @@ def load_repository(
     _check_arguments(kwargs)
     source, folder, peft_source = _find(source, take_auto_arguments(kwargs), hub_kwargs)
     check_peft_settled(folder)
-    torch_dtype = kwargs.pop("torch_dtype", None)
-    dtype = kwargs.pop("dtype", None) or torch_dtype
-    config, saved_class, in_config, kwargs = _read_config(model_class, folder, config, kwargs)
-    dtype = in_config if dtype is None else dtype
+    config, saved_class, kwargs = _read_config(model_class, folder, config, kwargs)
+    dtype = kwargs.get("dtype")
     config.name_or_path = os.fspath(source)
     files, fingerprints = read_index(folder)
     adapters = read_repository_adapters(folder, config, files, fingerprints)
-    head_is_lm = saved_class == model_class.__name__ and any(
-        n.startswith("lm_head.") for n in files.get(HEAD_FILE, ())
-    )
+    stored_parts = {name.partition(".")[0] for name in files.get(HEAD_FILE, ())}
+    head_is_lm = saved_class == model_class.__name__ and "lm_head" in stored_parts
     lm_head_from_backbone = model_class.needs_lm_head and not head_is_lm
     hub_kwargs = hub_arguments(hub_kwargs, ("revision", "subfolder"))
     stored = None
     if BACKBONE_FILE in files:
         stored = read_file(folder, BACKBONE_FILE, files[BACKBONE_FILE], fingerprints.get(BACKBONE_FILE))
     loaded, now = _load_its_backbone(
-        config, backbone, stored, lm_head_from_backbone, ignore_backbone_mismatch, dtype, hub_kwargs, kwargs
+        config, backbone, stored, lm_head_from_backbone, ignore_backbone_mismatch, hub_kwargs, kwargs
     )
     with without_initialization():  # allocates memory without touching it; the tensors of the files replace it
         model = model_class(config, loaded, *model_args)
     origins = model.origins
     if now is not None:
-        origins.note_fingerprint("backbone", now)
+        origins.fingerprints["backbone"] = now
     origins.backbone_stored = stored is not None
     in_repository = backbone is None and stored is not None
-    origins.set_source("backbone", source if in_repository else config.backbone_name_or_path or "a loaded model")
+    origins.sources["backbone"] = source if in_repository else config.backbone_name_or_path or "a loaded model"
     for file, saved in adapters.items():
         fill_adapter(model.adapters[saved.name], saved, locate(folder, file))
-        origins.note_fingerprint(f"adapters.{saved.name}", saved.fingerprint)
-        origins.set_source(f"adapters.{saved.name}", source)
+        origins.fingerprints[f"adapters.{saved.name}"] = saved.fingerprint
+        origins.sources[f"adapters.{saved.name}"] = source
     found: dict[str, torch.Tensor] = {}
     if HEAD_FILE in files:
         found = read_file(folder, HEAD_FILE, files[HEAD_FILE], fingerprints.get(HEAD_FILE))
     path = locate(folder, HEAD_FILE)
     check_tensors(model.fusion.state_dict(prefix="fusion."), part_of(found, "fusion"), path)
     model.load_state_dict(part_of(found, "fusion"), strict=False, assign=True)
-    origins.set_source("fusion", source)
+    origins.sources["fusion"] = source
     head = {name: tensor for name, tensor in found.items() if not name.startswith("fusion.")}
     missing, unexpected = _load_head(
         model, head, path, saved_class, without_lm_head=lm_head_from_backbone, ignore_sizes=ignore_mismatched_sizes
     )
     if lm_head_from_backbone:
-        origins.set_source("head", origins.source("backbone"))
+        origins.sources["head"] = origins.sources["backbone"]
     elif not missing:
-        origins.set_source("head", source)
+        origins.sources["head"] = source
     _settle(model, hub_kwargs | kwargs, dtype)
     model.eval()
     if peft_source is not None:
         model.load_adapter(peft_source, use_safetensors=True, **peft_hub_kwargs(hub_kwargs))
-    return model, {
-        "missing_keys": missing,
-        "unexpected_keys": unexpected,
-        "mismatched_keys": set(),
-        "error_msgs": [],
-    }
+    return model, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": set(), "error_msgs": []}
 
 
 def _find(
     source: str | os.PathLike, peft_source: Any, hub_kwargs: dict[str, Any]
 ) -> tuple[str | os.PathLike, Path, str | os.PathLike | None]:
-    """The K-Adapter to load, its folder and, if `source` holds a PEFT adapter for it, where that is."""
+    """The K-Adapter to load, its folder and, if `source` holds a PEFT adapter, the place of that."""
     folder = repository_folder(source, **hub_kwargs)
     if peft_source is not None or not is_peft_available() or not (folder / PEFT_CONFIG).is_file():
         return source, folder, peft_source
@@ -240,39 +221,29 @@ def _find(
 
 def _read_config(
     model_class: Any, folder: Path, config: Any, kwargs: dict[str, Any]
-) -> tuple[KAdapterConfig, str | None, Any, dict[str, Any]]:
-    """The configuration, the class that was saved, a dtype asked for in it, and the arguments that are not its own."""
+) -> tuple[KAdapterConfig, str | None, dict[str, Any]]:
+    """The configuration, the class that was saved, and the arguments that are not the configuration's own."""
     config_class = model_class.config_class
     saved = read_config_dict(folder)
-    if saved.get("model_type") != config_class.model_type:
-        raise KAdapterLoadError(
-            f"'{folder}' holds a {saved.get('model_type')!r} model, not a K-Adapter. To put knowledge adapters on it, use "
-            f"{model_class.__name__}.from_backbone."
-        )
-    architectures = saved.get("architectures")
-    saved_class = architectures[0] if isinstance(architectures, list) and architectures else None
+    dtype = kwargs.pop("dtype", None)
     if isinstance(config, config_class):
         config = copy.deepcopy(config)
     elif isinstance(config, PreTrainedConfig):  # the same class, from the code of a repository
-        attn_implementation = attn_implementation_of(config)
-        config = config_class.from_dict(config.to_dict())
-        set_attn_implementation(config, attn_implementation)
+        config = config_class.from_dict(config.to_dict(), attn_implementation=attn_implementation_of(config))
     elif config is not None:
         config = config_class.from_pretrained(config)
     else:
-        try:
-            config = config_class.from_dict(saved)
-            if kwargs:
-                of_backbone = own_fields(config.backbone_config) - config_class.__dataclass_fields__.keys()
-                given = {key: value for key, value in kwargs.items() if key not in of_backbone}
-                config, unused = config_class.from_dict(saved, return_unused_kwargs=True, **given)
-                kwargs = unused | {key: value for key, value in kwargs.items() if key in of_backbone}
-        except KAdapterConfigError as error:
-            raise bad_config(folder, error) from error
-    in_config = None
-    if config.dtype is not None and str(config.dtype).removeprefix("torch.") != saved.get("dtype"):
-        in_config = config.dtype  # the Auto classes of transformers 5.5 move the argument there
-    return config, saved_class, in_config, kwargs
+        config = read_config(folder)
+        of_backbone = own_fields(config.backbone_config) - config_class.__dataclass_fields__.keys()
+        given = {key: kwargs.pop(key) for key in kwargs.keys() - of_backbone}
+        if given:
+            config, unused = config_class.from_dict(saved, return_unused_kwargs=True, **given)
+            kwargs |= unused
+    if dtype is None and config.dtype is not None and str(config.dtype).removeprefix("torch.") != saved.get("dtype"):
+        dtype = config.dtype  # the Auto classes of transformers 5.5 move the argument there
+    architectures = saved.get("architectures")
+    saved_class = architectures[0] if isinstance(architectures, list) and architectures else None
+    return config, saved_class, kwargs | {"dtype": dtype}
 
 
 def _load_its_backbone(
@@ -281,101 +252,55 @@ def _load_its_backbone(
     stored: dict[str, torch.Tensor] | None,
     with_lm_head: bool,
     ignore_backbone_mismatch: bool,
-    dtype: Any,
     hub_kwargs: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, str | None]:
     """The backbone of a repository, after checking that it is the right one, and its fingerprint as loaded."""
-    kwargs = dict(kwargs)
     attn_implementation = kwargs.pop("attn_implementation", None) or attn_implementation_of(config)
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    kwargs["dtype"] = dtype if dtype not in (None, "auto") else config.backbone_config.dtype or "auto"
-    name, expected = config.backbone_name_or_path, config.backbone_fingerprint
+    if kwargs.get("dtype") in (None, "auto"):
+        kwargs["dtype"] = config.backbone_config.dtype or "auto"
+    trained_on = config.backbone_name_or_path
     if isinstance(given, PreTrainedModel):
         check_same_kind(given.config, config.backbone_config, given.config.name_or_path)
         drop_pooler(given)
         loaded: Any = given if with_lm_head else given.base_model
     elif given is None and stored is not None:
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "use_safetensors")}
-        loaded = stored_backbone(config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **kwargs)
-    elif given is None and name is None:
+        options = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "use_safetensors")}
+        loaded = stored_backbone(config.backbone_config, stored, f"{config.name_or_path}/{BACKBONE_FILE}", **options)
+    elif given is None and trained_on is None:
         raise KAdapterLoadError(
             f"'{config.name_or_path}' names no backbone and has none. Pass it with backbone=<folder or model>."
         )
     else:
         if given is not None:
-            name = _place(given)
-            config.backbone_name_or_path, config.backbone_revision = name, None
-        loaded = load_backbone(
-            name,
-            expected=config.backbone_config,
-            with_lm_head=with_lm_head,
-            revision=config.backbone_revision,
-            **hub_kwargs,
-            **kwargs,
-        )
+            config.backbone_name_or_path, config.backbone_revision = _place(given), None
+        options = {
+            "expected": config.backbone_config,
+            "with_lm_head": with_lm_head,
+            "revision": config.backbone_revision,
+        }
+        loaded = load_backbone(config.backbone_name_or_path, **options, **hub_kwargs, **kwargs)
     now = None if is_opaque(loaded.base_model) else fingerprint(loaded.base_model.state_dict().values())
     found = now if given is not None or stored is None else fingerprint(stored.values())
-    backbone_kwargs = hub_kwargs | {key: kwargs[key] for key in ("use_safetensors",) if key in kwargs}
-    config.backbone_fingerprint = _checked_fingerprint(
-        config, expected, found, loaded.base_model, name, backbone_kwargs, ignore_backbone_mismatch
-    )
+    hub_kwargs |= {key: kwargs[key] for key in ("use_safetensors",) if key in kwargs}
+    expected = config.backbone_fingerprint
+    if expected is not None and found != expected:  # it may have been cast
+        origins = Origins()
+        origins.backbone_kwargs = hub_kwargs
+        state = {f"backbone.{key}": tensor for key, tensor in loaded.base_model.state_dict().items()}
+        found = origins.fingerprint_if_as_named(loaded.base_model, state, config) or found
+    here = (config.backbone_name_or_path, found)
+    check_trained_on(f"'{config.name_or_path}'", (trained_on, expected), here, ignore_backbone_mismatch)
+    config.backbone_fingerprint = found
     if with_lm_head:
-        loaded = add_lm_head(loaded, name, revision=config.backbone_revision, **backbone_kwargs)
+        loaded = add_lm_head(loaded, config.backbone_name_or_path, revision=config.backbone_revision, **hub_kwargs)
     return loaded, now
 
 
-def _checked_fingerprint(
-    config: KAdapterConfig,
-    expected: str | None,
-    found: str | None,
-    backbone: PreTrainedModel,
-    name: str | None,
-    backbone_kwargs: dict[str, Any],
-    ignore_backbone_mismatch: bool,
-) -> str | None:
-    """
-    The fingerprint of the backbone as it is stored, after comparing it with the expected one.
-
-    Raises:
-        BackboneMismatchError: they differ, and the mismatch is not to be ignored.
-    """
-    if expected is None:
-        logger.warning(
-            f"'{config.name_or_path}' does not record the fingerprint of its backbone: that '{name}' is the one it was "
-            "trained on could not be verified."
-        )
-        return found
-    if found != expected:
-        state = {f"backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
-        origins = Origins()
-        origins.backbone_kwargs = backbone_kwargs
-        found = origins.fingerprint_if_as_named(backbone, state, config) or found
-    if found != expected:
-        message = (
-            f"'{config.name_or_path}' was trained on the backbone '{name}' with fingerprint {expected[:12]}…; the "
-            f"one found has {(found or 'none')[:12]}…: the same kind of model, but other weights"
-        )
-        if not ignore_backbone_mismatch:
-            raise BackboneMismatchError(
-                f"{message}. Pass the right one with backbone=<folder or model>, or continue nevertheless with "
-                "ignore_backbone_mismatch=True."
-            )
-        logger.warning(f"{message}; it is used nevertheless.")
-    return found
-
-
-# ---- Filling a model with what was read -----------------------------------------------------------------------------
-
-
 def fill_adapter(adapter: KnowledgeAdapter, saved: SavedAdapter, path: Path) -> None:
-    """
-    Makes the tensors of an adapter file the adapter's own.
-
-    Raises:
-        KAdapterLoadError: a tensor is missing, unexpected or of another shape.
-    """
+    """Makes the tensors of an adapter file the adapter's own, after checking that they fit."""
     prefix = f"adapters.{saved.name}."
     check_tensors(adapter.state_dict(prefix=prefix), saved.tensors, path)
     adapter.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in saved.tensors.items()}, assign=True)
@@ -391,14 +316,12 @@ def _load_head(
     ignore_sizes: bool,
 ) -> tuple[set[str], set[str]]:
     """
-    Loads the task head from the tensors of a repository, or initialises a new one.
+    Loads the task head from the tensors of a repository, or initialises a new one. Returns the names of new tensors, and
+    of unused ones, which belong to another class.
 
     Args:
-        without_lm_head: the language-model head is there already.
-        ignore_sizes: initialise those tensors whose shapes differ.
-
-    Returns:
-        The names of new tensors, and of tensors that were not used, as they belong to another class.
+        without_lm_head: the language-model head has been loaded from the backbone's repository.
+        ignore_sizes: initialise the tensors whose shapes differ.
     """
     wanted = {
         name: tensor
@@ -408,26 +331,29 @@ def _load_head(
     unused: set[str] = set()
     # A user-defined subclass keeps its parent's saved head.
     if saved_class not in {kind.__name__ for kind in type(model).__mro__}:
-        _check_may_drop(model, head, wanted, path, saved_class)
+        if head and wanted and saved_class not in (None, "KAdapterModel", *HEADS):
+            raise KAdapterLoadError(
+                f"'{path.parent}' has the head of a class {saved_class!r}, which is not known here, and "
+                f"{type(model).__name__} would replace it by an untrained one. Import the module that defines it and use "
+                f"{saved_class}.from_pretrained or register_head; or pass trust_remote_code=True to an Auto class if the "
+                "repository has its code. For the knowledge without the head, load it with KAdapterModel."
+            )
         unused, head = set(head), {}
     if ignore_sizes:
         head = {name: tensor for name, tensor in head.items() if wanted.get(name, tensor).shape == tensor.shape}
     # Load the head completely or not at all, except tensors skipped above.
     expected = {name: own for name, own in wanted.items() if name in head or (head and not ignore_sizes)}
-    fits = all(name in expected and expected[name].shape == tensor.shape for name, tensor in head.items())
-    advice = "Download or save the model again."
-    if not fits:
-        advice = (
-            "Download or save the model again; or, for a head of another size (another num_labels, say), pass "
-            "ignore_mismatched_sizes=True, which initialises what differs."
-        )
+    advice = (
+        "Download or save the model again; or, for a head of another size (another num_labels, say), pass "
+        "ignore_mismatched_sizes=True, which initialises what differs."
+    )
     check_tensors(expected, head, path, advice)
     if head:
         model.load_state_dict(head, strict=False, assign=True)
     model.tie_weights()
     new = [name for name in wanted if name not in head]
     children = dict(model.named_children())
-    for part in dict.fromkeys(name.partition(".")[0] for name in new):
+    for part in {name.partition(".")[0]: None for name in new}:
         if part in children:  # other tensors have the value that the head's constructor gave them
             children[part].to(model.own_dtype()).apply(model._init_weights)
     if new:
@@ -438,24 +364,8 @@ def _load_head(
     return set(new), unused
 
 
-def _check_may_drop(
-    model: Any, head: Mapping[str, Any], wanted: Mapping[str, Any], path: Path, saved_class: str | None
-) -> None:
-    """
-    Raises:
-        KAdapterLoadError: another head would take the place of one whose class is not known here.
-    """
-    if head and wanted and saved_class not in (None, "KAdapterModel", *HEADS):
-        raise KAdapterLoadError(
-            f"'{path.parent}' has the head of a class {saved_class!r}, which is not known here, and {type(model).__name__} "
-            f"would replace it by an untrained one. Import the module that defines it and use {saved_class}.from_pretrained "
-            "or register_head; or pass trust_remote_code=True to an Auto class if the repository has its code. For the "
-            "knowledge without the head, load it with KAdapterModel."
-        )
-
-
 def _settle(model: Any, kwargs: dict[str, Any], dtype: Any) -> None:
-    """Puts all parts on the right device, casts them, and notes how the named backbone is loaded again."""
+    """Moves and casts all parts, and records how to load the named backbone again."""
     model.origins.backbone_kwargs = {
         key: kwargs[key] for key in ("cache_dir", "token", "use_safetensors") if key in kwargs
     }
@@ -467,7 +377,7 @@ def _settle(model: Any, kwargs: dict[str, Any], dtype: Any) -> None:
 
 
 def _cast_own_parts(model: Any, dtype: Any) -> None:
-    """Casts everything beside the backbone to the dtype that `from_pretrained` or `from_backbone` was asked for."""
+    """Casts everything but the backbone to the requested dtype."""
     if dtype in (None, "auto"):
         model.config.dtype = model.own_dtype()
         return

@@ -1,34 +1,25 @@
 """K-Adapter: a frozen backbone, knowledge adapters beside it, and their fusion."""
 
-import inspect
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer
-from .backbone_kadapter import drop_pooler, new_backbone
-from .compat_kadapter import (
-    LOADING,
-    attn_implementation_of,
-    mark_initialized,
-    no_split_modules,
-    parameters_of,
-    running_position_ids,
-)
+from .backbone_kadapter import check_trained_on, drop_pooler, new_backbone
+from .compat_kadapter import LOADING, mark_initialized, no_split_modules, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
+from .encoding_kadapter import Encoded, EncodingMixin, encodes_inputs
 from .format_kadapter import (
     CARD_FILE,
     HEAD_FILE,
-    BackboneMismatchError,
     KAdapterConfigError,
     adapter_metadata,
     adapter_path,
@@ -36,26 +27,17 @@ from .format_kadapter import (
     file_of,
     part_of,
 )
-from .fusion_kadapter import KnowledgeFusion, new_fusion
+from .freezing_kadapter import FreezingMixin
+from .fusion_kadapter import FUSIONS, KnowledgeFusion
 from .loading_kadapter import fill_adapter, load_on_backbone, load_repository
-from .origins_kadapter import Origins, summary_table
-from .peft_kadapter import (
-    check_says_of_peft,
-    check_trains_what_runs,
-    is_wrapped_by_peft,
-    load_peft_adapter,
-    peft_parameters,
-    plain_state_dict,
-    virtual_tokens,
-    warn_of_peft_in,
-)
+from .origins_kadapter import Origins
+from .peft_kadapter import check_says_of_peft, load_peft_adapter, plain_state_dict, warn_of_peft_in
 from .reading_kadapter import read_adapter
 from .replacing_kadapter import write_tensors
 from .saving_kadapter import save_repository
 from .sources_kadapter import adapter_file
 
 
-logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound="KAdapterPreTrainedModel")
 
 
@@ -64,9 +46,9 @@ class KAdapterModelOutput(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the fused states.
-        backbone_last_hidden_state (`torch.FloatTensor` of that shape): the backbone's last.
-        knowledge_states (`ModelOutput`): each active adapter's output by name, of that shape.
-        hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
+        backbone_last_hidden_state (`torch.FloatTensor` of the same shape): the backbone's last hidden state.
+        knowledge_states (`ModelOutput`): the output of each active adapter by name, of the same shape.
+        hidden_states, attentions (`tuple`, *optional*): the backbone's, if requested.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -76,32 +58,10 @@ class KAdapterModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-@dataclass
-class Encoded:
+class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
     """
-    What a head gets from `KAdapterPreTrainedModel.encode`.
-
-    Args:
-        backbone_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the backbone's last.
-        knowledge (`dict[str, torch.FloatTensor]`): the output of each active adapter, of that shape.
-        hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
-        virtual_tokens (`int`): how many positions PEFT's prompt methods have put before those of the text; positions that
-            the caller gave count without them.
-    """
-
-    backbone_state: torch.Tensor
-    knowledge: dict[str, torch.Tensor]
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    virtual_tokens: int = 0
-
-
-class KAdapterPreTrainedModel(PreTrainedModel):
-    """
-    Base class of all K-Adapter models: construction, knowledge adapters by name, freezing, saving and loading.
-
-    `backbone`, `adapters` and `fusion` have the same names in every class, so that a repository saved from one loads into
-    any other.
+    Base class of all K-Adapter models. Each has `backbone`, `adapters` and `fusion`, so that a repository that was saved
+    from one class loads into any other.
     """
 
     config: KAdapterConfig
@@ -117,22 +77,19 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["KnowledgeAdapterLayer"]
     # Whether the class uses the language-model head of the backbone.
     needs_lm_head = False
-    # The names of the parameters that were last set to train.
-    _trained: Set[str] = frozenset()
 
     def __init__(self, config: KAdapterConfig, backbone: PreTrainedModel | None = None):
         """
         Args:
-            config: what to build.
-            backbone: a loaded backbone to build on; without one, it is built from `config` with random weights, as by
-                every transformers class. Use `from_backbone` or `from_pretrained` for trained weights.
+            backbone: a loaded backbone; by default, one with random weights. Use `from_backbone` or `from_pretrained` for
+                trained weights.
         """
         super().__init__(config)
         self.origins = Origins()
         if backbone is None:
             backbone = new_backbone(config.backbone_config)
         else:
-            self.origins.set_source("backbone", "a loaded model")
+            self.origins.sources["backbone"] = "a loaded model"
             mark_initialized(backbone)
         drop_pooler(backbone)
         self.backbone = backbone.base_model
@@ -141,10 +98,12 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         self.adapters = nn.ModuleDict(
             {name: self._new_adapter(adapter) for name, adapter in config.knowledge_adapters.items()}
         )
-        self.fusion = new_fusion(config.fusion, config.knowledge_adapters, width, config.fusion_config)
+        self.fusion = FUSIONS[config.fusion](width, **(config.fusion_config or {}))
+        for name in config.knowledge_adapters:
+            self.fusion.add(name)
 
     def _new_adapter(self, config: KnowledgeAdapterConfig) -> KnowledgeAdapter:
-        return KnowledgeAdapter(config, self.backbone.config.hidden_size, attn_implementation_of(self.config))
+        return KnowledgeAdapter(config, self.backbone.config.hidden_size, self.config)
 
     def post_init(self) -> None:
         super().post_init()
@@ -153,7 +112,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
-        """The tensors that a checkpoint lacks: Trainer warns of all others that are missing."""
+        """The tensors that a checkpoint may lack; Trainer warns about others."""
         tied = set(getattr(self, "all_tied_weights_keys", ()))
         if self.origins.backbone_stored or any(parameter.requires_grad for parameter in self.backbone.parameters()):
             return tied
@@ -161,7 +120,7 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
     @_keys_to_ignore_on_save.setter
     def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
-        """Ignored: transformers sets the keys that it collects from submodules."""
+        """Ignores the keys that transformers collects from submodules."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -173,8 +132,6 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             for name in self.adapters:
                 module.init_adapter(name)
 
-    # ---- Embeddings and attention -----------------------------------------------------------------------------------
-
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -184,11 +141,6 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
-
-    def set_attn_implementation(self, *args, **kwargs) -> None:
-        super().set_attn_implementation(*args, **kwargs)
-        for adapter in self.adapters.values():
-            adapter.set_attn_implementation(attn_implementation_of(self.config))
 
     # ---- Loading and saving -----------------------------------------------------------------------------------------
 
@@ -204,18 +156,16 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         Builds a K-Adapter on a trained backbone.
 
         Args:
-            backbone: a repository id, a folder, or a loaded model, which becomes part of the K-Adapter except for its
-                pooler, which is not used.
-            adapters: trained ones to load (a repository, folder or file, or a list of them), or a dict from names to
-                such sources or to `KnowledgeAdapterConfig`s of new ones, or dicts of their fields. Loaded adapters are
-                frozen, new ones train.
+            backbone: a repository id, a folder, or a loaded model, which becomes part of the K-Adapter, without its pooler.
+            adapters: trained adapters (a repository, folder or file, or a list of them), or a dict from names to such
+                sources or to the `KnowledgeAdapterConfig`s of new adapters. Loaded adapters are frozen, new ones train.
             fusion: `"concat"`, `"add"` or one of your own; see `register_fusion`.
-            kwargs: fields of `KAdapterConfig` (and `num_labels`); the rest goes to the backbone's own `from_pretrained`
+            kwargs: fields of `KAdapterConfig`, `num_labels`, and arguments of the backbone's own `from_pretrained`
                 (`dtype`, `device_map`, `quantization_config`, `revision`, `token`, `attn_implementation`, …).
 
         Raises:
             KAdapterLoadError: the backbone or an adapter can't be found or loaded.
-            KAdapterConfigError: the model can't be a backbone, or a field is impossible.
+            KAdapterConfigError: the model can't be a backbone, or a field has an impossible value.
             BackboneMismatchError: an adapter was trained on another backbone.
         """
         with LOADING:
@@ -234,45 +184,36 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         **kwargs,
     ) -> Model:
         """
-        Loads a K-Adapter: its adapters, fusion and head from its repository or folder, its backbone from where
-        config.json says, unless the repository stores one of its own.
+        Loads the adapters, fusion and head of a K-Adapter from its repository or folder, and its backbone from the place
+        in config.json, unless the repository stores the backbone too.
 
-        A head that the repository lacks, or has for another class, is new, with a warning. Anything else that does not
-        come from a file is an error.
+        If the repository has no head, or that of another class, a new one is initialised, with a warning.
 
         Args:
-            backbone: where the backbone is, if not where config.json says, or a loaded one.
-            ignore_backbone_mismatch: continue although the backbone's weights are not those that config.json identifies.
-            ignore_mismatched_sizes: initialise those parts of the head whose shapes differ (another number of labels).
-            kwargs: as in `PreTrainedModel.from_pretrained`: where to find the repository (`revision`, `token`, …),
-                fields of the configuration (`num_labels`, `freeze_backbone`, …), and arguments for the backbone
-                (`dtype`, `device_map`, `quantization_config`, …).
+            backbone: another place of the backbone, or a loaded backbone.
+            ignore_backbone_mismatch: use the backbone even if its weights are not those that config.json identifies.
+            ignore_mismatched_sizes: initialise the parts of the head whose shapes differ (another number of labels).
+            kwargs: as in `PreTrainedModel.from_pretrained`: the place of the repository (`revision`, `token`, …), fields of
+                the configuration (`num_labels`, `freeze_backbone`, …), and arguments for the backbone (`dtype`,
+                `device_map`, `quantization_config`, …).
 
         Raises:
-            KAdapterLoadError: something is missing or damaged; the message names it.
+            KAdapterLoadError: something is missing or damaged.
             BackboneMismatchError: the backbone is not the one that this K-Adapter was trained on.
-            KAdapterConfigError: config.json is impossible.
-            RuntimeError: the default device is "meta", which holds no weights.
+            KAdapterConfigError: a field of the configuration has an impossible value.
         """
-        if pretrained_model_name_or_path is None:
-            return super().from_pretrained(
-                None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
-            )
-        if torch.empty(0).device.type == "meta":  # as PreTrainedModel.from_pretrained
+        source = pretrained_model_name_or_path
+        if source is None:
+            options = {"config": config, "output_loading_info": output_loading_info}
+            return super().from_pretrained(None, *model_args, **options, **kwargs)
+        if torch.empty(0).device.type == "meta":
             raise RuntimeError(
                 "You are using `from_pretrained` with a meta device context manager or default device, which would drop "
-                "the weights that it loads. To build a model without weights, use `from_config` or the class itself."
+                "the loaded weights. To build a model without weights, use `from_config` or the class itself."
             )
         with LOADING:
             model, info = load_repository(
-                cls,
-                pretrained_model_name_or_path,
-                model_args,
-                config,
-                backbone,
-                ignore_backbone_mismatch,
-                ignore_mismatched_sizes,
-                kwargs,
+                cls, source, model_args, config, backbone, ignore_backbone_mismatch, ignore_mismatched_sizes, kwargs
             )
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
@@ -286,17 +227,14 @@ class KAdapterPreTrainedModel(PreTrainedModel):
     ) -> None:
         """
         Saves the adapters, the fusion, the head and the configuration; the backbone only if it is not, bit for bit, the
-        one that the configuration names.
-
-        A save that is killed, or that fills the disk, leaves the previous content of the folder loadable.
+        one that the configuration names. An interrupted save leaves the previous content of the folder loadable.
 
         Args:
-            save_directory: a folder; created if needed. Files of an earlier save are replaced.
-            is_main_process: other processes than the main one do nothing.
-            state_dict: what to save instead of the model's own, as gathered by sharded training.
-            push_to_hub: also upload the folder, to `repo_id` (by default the folder's name) and with the other arguments
-                of `push_to_hub`, from `kwargs`.
-            kwargs: those of `push_to_hub`; `max_shard_size`, `variant` and the like don't apply.
+            save_directory: a folder. Files of an earlier save are replaced.
+            is_main_process: whether this is the main process; others do nothing.
+            state_dict: the tensors to save instead of the model's own, as gathered by sharded training.
+            push_to_hub: also upload the folder, by default to a repository with its name.
+            kwargs: arguments of `push_to_hub`, and `repo_id`; `max_shard_size`, `variant` and the like don't apply.
 
         Raises:
             OSError: the folder can't be written.
@@ -312,26 +250,20 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             self.push_saved(folder, kwargs.get("repo_id") or folder.name, **kwargs_of_push)
 
     def push_saved(self, folder: Path, repo_id: str, **kwargs) -> None:
-        """Uploads what `save_pretrained` has saved; the package kadapter_hf replaces this method."""
+        """Uploads a folder that `save_pretrained` has written; kadapter_hf replaces this method."""
         self.push_to_hub(repo_id, **kwargs)
 
     def write_model_card(self, staging: Path, folder: Path, *, backbone_stored: bool) -> None:
         """
-        Writes the model card of a repository that is being saved; the package kadapter_hf replaces this method.
-
-        Code that was loaded from a repository keeps the card that the model came with.
-
-        Args:
-            staging: where to write it.
-            folder: the repository, as it was before the save.
-            backbone_stored: whether the repository stores the backbone.
+        Writes the model card of the repository in `folder` to `staging`, where it is being saved. kadapter_hf replaces this
+        method; code that was loaded from a repository keeps the card of that repository.
         """
         card = Path(self.name_or_path, CARD_FILE)
         if card.is_file() and not (folder / CARD_FILE).exists():
             shutil.copyfile(card, staging / CARD_FILE)
 
     def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs) -> Any:
-        """Loads a PEFT adapter, as `PreTrainedModel.load_adapter`; for knowledge adapters see `load_knowledge_adapter`."""
+        """Loads a PEFT adapter, as `PreTrainedModel.load_adapter`; see `load_knowledge_adapter` for knowledge adapters."""
         return load_peft_adapter(self, super().load_adapter, peft_model_id, adapter_name, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
@@ -343,29 +275,26 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
     @property
     def active_knowledge_adapters(self) -> list[str]:
-        """The names of the adapters that take part in the forward pass, in the order of their fusion."""
+        """The names of the adapters in use, in the order of their fusion."""
         return list(self.config.active_knowledge_adapters)
 
     def set_active_knowledge_adapters(self, names: str | Iterable[str] | None) -> None:
-        """Activates exactly these adapters; with None or an empty list, the model computes what the backbone does."""
-        self.config.active_knowledge_adapters = self._checked_names(names or [])
-        self._update_trainable(thaw=False)
+        """Activates exactly these adapters. Without any, the model's output is the backbone's."""
+        names = self._checked_names(names or [])
+        thaw = not self._is_frozen_from_outside()
+        self.config.active_knowledge_adapters = names
+        self._update_trainable(thaw)
 
     def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | dict[str, Any] | None = None) -> None:
         """
-        Adds a new, untrained knowledge adapter and activates it; `config` may be a dict of a configuration's fields.
+        Adds a new, untrained knowledge adapter and activates it; `config` may be a dict of fields.
 
         Raises:
             KAdapterConfigError: the name is taken or impossible, or the configuration does not fit the backbone.
         """
-        if config is None or isinstance(config, dict):
-            config = KnowledgeAdapterConfig(**(config or {}))
-        elif type(config).__name__ != "KnowledgeAdapterConfig":  # it may be from the code of a repository
-            raise KAdapterConfigError(
-                f"the configuration of the knowledge adapter '{name}' must be a KnowledgeAdapterConfig or a dict of its "
-                f"fields, not {type(config).__name__}."
-            )
-        config = config.for_backbone(self.backbone.config, check_adapter_name(name))
+        if isinstance(config, dict):
+            config = KnowledgeAdapterConfig(**config)
+        config = self.config.adapter_config(name, config)
         config.backbone_name_or_path = self.config.backbone_name_or_path
         config.backbone_fingerprint = self.backbone_fingerprint()
         adapter = self._new_adapter(config).to(self.own_device(), self.own_dtype())
@@ -387,10 +316,10 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
         Args:
             source: a K-Adapter repository or folder, or the `.safetensors` file of an adapter.
-            name: which adapter, if the source has several; if it has one, the name to give it here (by default the one
-                that it was saved with).
+            name: one of several adapters in the source; or, if it has a single one, its name in this model (by default the
+                name that it was saved with).
             trainable: whether it trains; by default it is frozen.
-            ignore_backbone_mismatch: load it although it was trained on another backbone of the same width.
+            ignore_backbone_mismatch: load it even if it was trained on another backbone of the same width.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`.
 
         Returns:
@@ -404,13 +333,15 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         path = adapter_file(source, name, **hub_kwargs)
         saved = read_adapter(path)
         name = saved.name if name is None else name
-        self._check_trained_on_this(saved.config, path, ignore_backbone_mismatch)
+        trained_on = (saved.config.backbone_name_or_path, saved.config.backbone_fingerprint)
+        here = (self.config.backbone_name_or_path, self.backbone_fingerprint())
+        check_trained_on(f"the knowledge adapter in '{path}'", trained_on, here, ignore_backbone_mismatch)
         config = saved.config.for_backbone(self.backbone.config, check_adapter_name(name))
         with torch.device("meta"):
             adapter = self._new_adapter(config)
         fill_adapter(adapter, saved, path)
         self._insert_adapter(name, config, adapter.to(self.own_device()))
-        self.origins.set_source(f"adapters.{name}", os.fspath(source))
+        self.origins.sources[f"adapters.{name}"] = os.fspath(source)
         self.origins.note_weights(plain_state_dict(self), f"adapters.{name}")
         self.config.frozen_knowledge_adapters += [] if trainable else [name]
         self._update_trainable()
@@ -418,14 +349,10 @@ class KAdapterPreTrainedModel(PreTrainedModel):
 
     def save_knowledge_adapter(self, path: str | os.PathLike, name: str) -> Path:
         """
-        Saves one adapter: to `path` if it ends in `.safetensors`, else to `adapters/<name>.safetensors` in that folder.
-
-        The bytes are the same from every class.
-
-        Returns:
-            The file.
+        Saves one adapter to `path`, or to `adapters/<name>.safetensors` in it if it does not end in `.safetensors`. Returns
+        the file, whose bytes don't depend on the model class.
         """
-        self._check_known(name)
+        self._checked_names(name)
         path = Path(path) if Path(path).suffix == ".safetensors" else Path(path, adapter_path(name))
         warn_of_peft_in(self, f"adapters.{name}")
         state = plain_state_dict(self)
@@ -435,25 +362,19 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         return path
 
     def delete_knowledge_adapter(self, name: str) -> None:
-        """Removes an adapter and its part of the fusion; the others' weights stay as they are."""
-        self._check_known(name)
+        """Removes an adapter and its part of the fusion. The weights of the others don't change."""
+        self._checked_names(name)
         del self.adapters[name], self.config.knowledge_adapters[name]
         self.fusion.remove(name)
         for names in (self.config.active_knowledge_adapters, self.config.frozen_knowledge_adapters):
             if name in names:
                 names.remove(name)
-        self.origins.forget(f"adapters.{name}")
+        for known in (self.origins.sources, self.origins.fingerprints):
+            known.pop(f"adapters.{name}", None)
         self._update_trainable(thaw=False)
 
-    def knowledge_summary(self) -> str:
-        """
-        A table of the model's parts: their parameters, how many of them train, dtype, device, and source (a repository, a
-        folder, a file, or `new`).
-        """
-        return summary_table(self)
-
     def backbone_fingerprint(self) -> str:
-        """Identifies the backbone's weights as they are stored; see `fingerprint` in `format_kadapter.py`."""
+        """Identifies the backbone's stored weights; see `fingerprint` in `format_kadapter.py`."""
         return self.origins.backbone_fingerprint(self, plain_state_dict(self))
 
     def _insert_adapter(self, name: str, config: KnowledgeAdapterConfig, adapter: KnowledgeAdapter) -> None:
@@ -471,158 +392,14 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         self.config.active_knowledge_adapters.append(name)
         self._update_trainable()
 
-    def _check_known(self, name: str) -> None:
-        if name not in self.adapters:
-            raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
-
     def _checked_names(self, names: str | Iterable[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         for name in names:
-            self._check_known(name)
+            if name not in self.adapters:
+                raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
         return names
 
-    def _check_trained_on_this(self, config: KnowledgeAdapterConfig, path: Path, ignore: bool) -> None:
-        wanted, here = config.backbone_fingerprint, self.backbone_fingerprint()
-        if wanted is None:
-            logger.warning(
-                f"the knowledge adapter in '{path}' does not record the fingerprint of its backbone: that it was trained on "
-                f"'{self.config.backbone_name_or_path}' could not be verified."
-            )
-        if wanted in (None, here):
-            return
-        message = (
-            f"the knowledge adapter in '{path}' was trained on the backbone '{config.backbone_name_or_path}' with "
-            f"fingerprint {wanted[:12]}…, and this model's backbone '{self.config.backbone_name_or_path}' has "
-            f"{here[:12]}…"
-        )
-        if not ignore:
-            raise BackboneMismatchError(f"{message}; to load it nevertheless, pass ignore_backbone_mismatch=True.")
-        logger.warning(f"{message}; it is loaded nevertheless.")
-
-    # ---- Freezing ---------------------------------------------------------------------------------------------------
-
-    def freeze_backbone(self) -> None:
-        """The backbone does not train: no gradients, no dropout."""
-        self.config.freeze_backbone = True
-        self._update_trainable(thaw=False)
-
-    def unfreeze_backbone(self) -> None:
-        """The backbone trains. Saving then stores it, as it is no longer the one that it was loaded from."""
-        self.config.freeze_backbone = False
-        self._update_trainable()
-
-    def freeze_knowledge_adapters(self, names: str | Iterable[str] | None = None) -> None:
-        """These adapters (by default all) don't train."""
-        self._set_frozen(names, True)
-
-    def unfreeze_knowledge_adapters(self, names: str | Iterable[str] | None = None) -> None:
-        """These adapters (by default all) train if they are active."""
-        self._set_frozen(names, False)
-
-    def _set_frozen(self, names: str | Iterable[str] | None, frozen: bool) -> None:
-        names = self._checked_names(self.adapters if names is None else names)
-        kept = [name for name in self.config.frozen_knowledge_adapters if name not in names]
-        self.config.frozen_knowledge_adapters = kept + (names if frozen else [])
-        self._update_trainable(thaw=not frozen)
-
-    def freeze_head(self) -> None:
-        """The fusion and the task head don't train."""
-        self.config.freeze_head = True
-        self._update_trainable(thaw=False)
-
-    def unfreeze_head(self) -> None:
-        """The fusion and the task head train."""
-        self.config.freeze_head = False
-        self._update_trainable()
-
-    def train_knowledge_adapter(self, name: str, train_head: bool = False) -> None:
-        """
-        Makes this adapter train and freezes everything else.
-
-        Args:
-            train_head: also train the fusion and the task head. Pre-training an adapter needs that if they are new; they
-                are discarded afterwards (paper, section 3.3).
-        """
-        self._check_known(name)
-        if name not in self.config.active_knowledge_adapters:
-            self.config.active_knowledge_adapters.append(name)
-        self.config.freeze_backbone = True
-        self.config.freeze_head = not train_head
-        self.config.frozen_knowledge_adapters = [other for other in self.adapters if other != name]
-        self._update_trainable()
-
-    def _update_trainable(self, thaw: bool = True) -> None:
-        """
-        Sets `requires_grad` from the configuration. What the forward pass doesn't use doesn't train: DDP requires it.
-
-        Args:
-            thaw: also where all that trained has been frozen since by something else, such as PEFT.
-        """
-        config, active = self.config, self.config.active_knowledge_adapters
-        backbone = set(self.backbone.parameters())
-        trained: set[nn.Parameter] = set()
-        if not config.freeze_head:
-            # The output weights of a language-model head are the backbone's embeddings, and train with the backbone.
-            trained |= {*self.head_parameters(), *self.fusion.used_parameters(active)} - backbone
-        if not config.freeze_backbone:
-            trained |= backbone
-        for name in active:
-            if name not in config.frozen_knowledge_adapters:
-                trained |= set(self.adapters[name].parameters())
-        before = [parameter for name, parameter in self.named_parameters() if name in self._trained]
-        if is_wrapped_by_peft(self):
-            trained = set()
-            if thaw:
-                logger.warning(
-                    "PEFT decides what trains in a model that get_peft_model has wrapped, and saves nothing else: the rest "
-                    "stays frozen. Name what is to train in modules_to_save of PEFT's configuration."
-                )
-        elif not thaw and before and not any(parameter.requires_grad for parameter in before):
-            trained = set()
-        else:
-            self._trained = {name for name, parameter in self.named_parameters() if parameter in trained}
-        peft = peft_parameters(self)  # PEFT decides about its own
-        for parameter in self.parameters():
-            if parameter.is_floating_point() and parameter not in peft:
-                parameter.requires_grad_(parameter in trained)
-        self._settle_modes()
-
-    def train(self: Model, mode: bool = True) -> Model:
-        """As `nn.Module.train`, but frozen parts stay in evaluation mode, without dropout."""
-        super().train(mode)
-        self._settle_modes()
-        if mode:
-            check_trains_what_runs(self)
-            self._warn_of_new_head()
-        if self.backbone.training and not self.origins.backbone_trained:
-            own = set(self.backbone.parameters()) - peft_parameters(self)
-            self.origins.backbone_trained = any(parameter.requires_grad for parameter in own)
-        return self
-
-    def _warn_of_new_head(self) -> None:
-        """Says that a new head does not train although it is not to be frozen: PEFT finds only some names by itself."""
-        if self.config.freeze_head or not self.origins.is_new("head"):
-            return
-        heads, frozen = set(self.head_modules()), []
-        for name, child in self.named_children():
-            parameters = list(child.parameters()) if child in heads else []
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                frozen.append(name)
-        if frozen:
-            logger.warning_once(
-                f"the head's {frozen} are new, and something such as PEFT has frozen them: they stay random. With PEFT, pass "
-                f"modules_to_save={frozen} to its configuration."
-            )
-
-    def _settle_modes(self) -> None:
-        parts = [([part], part.parameters()) for part in (self.backbone, self.fusion, *self.adapters.values())]
-        for modules, parameters in (*parts, (list(self.head_modules()), self.head_parameters())):
-            mode = self.training and any(parameter.requires_grad for parameter in parameters)
-            for module in modules:
-                if module.training != mode:
-                    module.train(mode)
-
-    # ---- The task head, and what else is beside the backbone --------------------------------------------------------
+    # ---- The task head and the other parts beside the backbone ------------------------------------------------------
 
     def head_modules(self) -> Iterator[nn.Module]:
         """The submodules that a subclass has added."""
@@ -643,15 +420,13 @@ class KAdapterPreTrainedModel(PreTrainedModel):
         }
 
     def own_dtype(self) -> torch.dtype:
-        """The dtype of the parts beside the backbone, in which new ones are made."""
-        for module in (self.fusion, self.adapters, *self.head_modules()):
-            for parameter in parameters_of(module):
-                if parameter.is_floating_point():
-                    return parameter.dtype
-        return torch.get_default_dtype()
+        """The dtype of the parts beside the backbone."""
+        modules = (self.fusion, self.adapters, *self.head_modules())
+        dtypes = (parameter.dtype for module in modules for parameter in parameters_of(module))
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
 
     def own_device(self) -> torch.device:
-        """The device of the parts beside the backbone: that of the backbone's last weights."""
+        """The device of the parts beside the backbone, which is that of the backbone's last weights."""
         devices = [parameter.device for parameter in self.backbone.parameters() if not parameter.is_meta]
         return devices[-1] if devices else torch.device("cpu")
 
@@ -663,119 +438,6 @@ class KAdapterPreTrainedModel(PreTrainedModel):
             if tensor.is_floating_point() or isinstance(to, torch.device):
                 tensor.data = tensor.data.to(to)
 
-    # ---- Forward ----------------------------------------------------------------------------------------------------
-
-    def encode(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
-    ) -> Encoded:
-        """
-        Runs the backbone and the active adapters, as the first step of a head's `forward`.
-
-        Args:
-            input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
-            inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
-            kwargs: what else `forward` was called with. With `past_key_values`, the keys and values of a prefix for each
-                layer of the backbone, `attention_mask` covers the prefix too.
-        """
-        read = self.backbone_states_read()
-        given = kwargs.pop("backbone_states", None)
-        if given is not None:
-            states, output = self._given_states(given, read)
-        else:
-            states, output = self._run_backbone(
-                read, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-            )
-        active = self.config.active_knowledge_adapters
-        if attention_mask is not None and attention_mask.dim() == 2:
-            # With past_key_values it covers them too.
-            attention_mask = attention_mask[:, -output["last_hidden_state"].shape[1] :]
-        knowledge = {name: self.adapters[name](states, attention_mask) for name in active}
-        return Encoded(
-            backbone_state=output["last_hidden_state"],
-            knowledge=knowledge,
-            hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
-            virtual_tokens=virtual_tokens()
-            if inputs_embeds is not None and kwargs.get("past_key_values") is None
-            else 0,
-        )
-
-    def backbone_states_read(self) -> list[int]:
-        """The indices of the backbone's hidden states that the active adapters read, in ascending order."""
-        active = [self.adapters[name] for name in self.config.active_knowledge_adapters]
-        return sorted({layer for adapter in active for layer in adapter.config.backbone_layers})
-
-    def _given_states(self, given: torch.Tensor, read: list[int]) -> tuple[dict[int, torch.Tensor], ModelOutput]:
-        """`backbone_states` that the caller has computed: the states that are read, then the backbone's last."""
-        if given.dim() != 4 or given.shape[1] != len(read) + 1:
-            raise ValueError(
-                f"backbone_states must be of shape (batch, {len(read) + 1}, length, width), the states {read} and the "
-                f"backbone's last; not {tuple(given.shape)}."
-            )
-        given = given.to(self.own_dtype())
-        output = BaseModelOutput(last_hidden_state=given[:, -1])
-        return {layer: given[:, place] for place, layer in enumerate(read)}, output
-
-    def _run_backbone(
-        self,
-        read: list[int],
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[Any, Any]:
-        active = [self.adapters[name] for name in self.config.active_knowledge_adapters]
-        past = kwargs.pop("past_key_values", None)
-        if past is not None:
-            self._check_takes_past()
-            kwargs["past_key_values"] = past
-        if position_ids is None and any(adapter.config.attend_to_padding for adapter in active):
-            given = input_ids if input_ids is not None else inputs_embeds
-            position_ids = running_position_ids(self.backbone, given, 0 if past is None else past.get_seq_length())
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids}
-        inputs = {key: value for key, value in inputs.items() if value is not None}
-        kwargs.pop("num_items_in_batch", None)
-        wants = kwargs.pop("output_hidden_states", None)
-        wants = self.config.output_hidden_states if wants is None else wants
-        if kwargs.get("output_attentions") is None and self.config.output_attentions:
-            kwargs["output_attentions"] = True
-        # With gradient checkpointing, the output of the embeddings requires gradients even if nothing in the backbone does.
-        trains = any(parameter.requires_grad for parameter in parameters_of(self.backbone))
-        trains = trains or not self.training or past is not None
-        trains = trains or (inputs_embeds is not None and inputs_embeds.requires_grad)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            # Newer versions of transformers keep only the states with the given indices, older ones keep all.
-            wanted = [*read, *wants] if isinstance(wants, list) else True if wants else read
-            output = self.backbone(**inputs, **kwargs, output_hidden_states=wanted, return_dict=True)
-        states = output.get("hidden_states")
-        if read and (states is None or len(states) <= read[-1]):
-            raise KAdapterConfigError(
-                f"the backbone ({self.backbone.config.model_type}) returned {len(states or ())} hidden states, and the "
-                f"adapters read number {read[-1]}; it can't be a backbone."
-            )
-        if not wants:
-            output["hidden_states"] = None
-        elif isinstance(wants, list):
-            kept = {index % len(states) for index in wants}
-            output["hidden_states"] = tuple(state if index in kept else None for index, state in enumerate(states))
-        return states, output
-
-    def _check_takes_past(self) -> None:
-        if "past_key_values" not in inspect.signature(self.backbone.forward).parameters:
-            raise KAdapterConfigError(
-                f"the backbone ({self.backbone.config.model_type}) takes no past_key_values, which PEFT's prefix tuning puts "
-                "before the text. Use another of PEFT's methods, such as LoRA or prompt tuning."
-            )
-
 
 class KAdapterModel(KAdapterPreTrainedModel):
     """The fused states of the backbone and its active knowledge adapters, without a task head."""
@@ -784,28 +446,9 @@ class KAdapterModel(KAdapterPreTrainedModel):
         super().__init__(config, backbone)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> KAdapterModelOutput:
-        """
-        Args:
-            input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as the backbone takes them.
-            inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
-            past_key_values: of a prefix, as PEFT's prefix tuning passes them; see `encode`.
-            kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`,
-                `return_dict`; and `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read` and
-                the backbone's last, computed before. The backbone then does not run.
-        """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
+    @encodes_inputs
+    def forward(self, encoded: Encoded) -> KAdapterModelOutput:
+        """Takes the inputs of `encode`."""
         return KAdapterModelOutput(
             last_hidden_state=self.fusion(encoded.backbone_state, encoded.knowledge),
             backbone_last_hidden_state=encoded.backbone_state,

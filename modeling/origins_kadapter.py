@@ -1,4 +1,4 @@
-"""Where each part of a K-Adapter came from, and what its weights were when it came."""
+"""The source of each part of a K-Adapter, and whether its weights have changed since."""
 
 import os
 from collections.abc import Mapping
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .backbone_kadapter import is_opaque, load_quietly
@@ -17,76 +16,54 @@ from .sources_kadapter import snapshot_of
 
 class Origins:
     """
-    The origins of a model's parts: `"backbone"`, `"adapters.<name>"`, `"fusion"` and `"head"`.
-
-    State dicts that are passed to its methods have the full names of the model's tensors, without PEFT's.
+    The origins of a model's parts: `"backbone"`, `"adapters.<name>"`, `"fusion"` and `"head"`. The state dicts that its
+    methods take are those of `plain_state_dict`.
 
     Attributes:
-        backbone_trained: whether the backbone was set to train at any time. A save then stores it.
-        backbone_stored: whether the last save or load had the backbone in the repository itself.
-        backbone_kwargs: arguments of `from_pretrained` with which the named backbone is loaded again.
+        sources: the repository, folder or file that each part came from, unless it is new.
+        fingerprints: the fingerprint of each part when it was loaded or last saved.
+        backbone_trained: whether the backbone was ever set to train. A save then stores it.
+        backbone_stored: whether the repository of the last save or load stores the backbone.
+        backbone_kwargs: arguments of `from_pretrained` to load the named backbone again.
     """
 
     def __init__(self):
-        self._sources: dict[str, str] = {}
-        self._fingerprints: dict[str, str] = {}
-        # What was compared with the named backbone, and the fingerprint of that if they are the same.
+        self.sources: dict[str, Any] = {}
+        self.fingerprints: dict[str, str] = {}
+        # Identifies a comparison with the named backbone, and the fingerprint of that if both are the same.
         self._as_named: tuple[Any, str | None] | None = None
         self.backbone_trained = False
         self.backbone_stored = False
         self.backbone_kwargs: dict[str, Any] = {}
-
-    def set_source(self, part: str, source: Any) -> None:
-        self._sources[part] = str(source)
-
-    def source(self, part: str) -> str:
-        """A repository, folder or file, or `"new"`."""
-        return self._sources.get(part, "new")
-
-    def is_new(self, part: str) -> bool:
-        """Whether a part was made here, not loaded."""
-        return part not in self._sources
-
-    def forget(self, part: str) -> None:
-        self._sources.pop(part, None)
-        self._fingerprints.pop(part, None)
-
-    # ---- Changes ----------------------------------------------------------------------------------------------------
 
     def note_weights(self, state_dict: Mapping[str, torch.Tensor], *parts: str) -> None:
         """Remembers the weights that these parts have now."""
         for part in parts:
             now = _fingerprint(state_dict, part)
             if now is not None:
-                self._fingerprints[part] = now
-
-    def note_fingerprint(self, part: str, fingerprint: str) -> None:
-        """As `note_weights`, if the fingerprint is known."""
-        self._fingerprints[part] = fingerprint
+                self.fingerprints[part] = now
 
     def is_changed(self, state_dict: Mapping[str, torch.Tensor], part: str) -> bool:
-        """Whether a part's weights differ from those that were noted. Weights on the meta device count as unchanged."""
+        """Whether the weights of a part differ from those noted. Weights on the meta device count as unchanged."""
         now = _fingerprint(state_dict, part)
-        return now is not None and now != self._fingerprints.get(part)
-
-    # ---- The backbone -----------------------------------------------------------------------------------------------
+        return now is not None and now != self.fingerprints.get(part)
 
     def backbone_fingerprint(self, model: Any, state_dict: Mapping[str, torch.Tensor]) -> str:
-        """The fingerprint of the backbone as it is stored; of a changed one, unless it was only cast, as it is now."""
+        """The fingerprint of the named backbone, if the present one is the same or was only cast; else of the present."""
         if model.config.backbone_fingerprint is not None and not self.is_changed(state_dict, "backbone"):
             return model.config.backbone_fingerprint
-        named = (
-            None if self.backbone_trained else self.fingerprint_if_as_named(model.backbone, state_dict, model.config)
-        )
+        named = None
+        if not self.backbone_trained:
+            named = self.fingerprint_if_as_named(model.backbone, state_dict, model.config)
         return named or _fingerprint(state_dict, "backbone") or ""
 
     def update_adapters(self, model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Sets the backbone that each adapter was trained on: for an adapter that has changed, the present one."""
+        """Records that the adapters that have changed were trained on the present backbone."""
         config = model.config
         for name, adapter in config.knowledge_adapters.items():
             part = f"adapters.{name}"
-            # An adapter that was loaded without a fingerprint keeps none: which backbone it was trained on is unknown.
-            never_set = adapter.backbone_fingerprint is None and self.is_new(part)
+            # For an adapter that was loaded without a fingerprint, the backbone stays unknown.
+            never_set = adapter.backbone_fingerprint is None and part not in self.sources
             if never_set or self.is_changed(state_dict, part):
                 adapter.backbone_fingerprint = self.backbone_fingerprint(model, state_dict)
                 adapter.backbone_name_or_path = config.backbone_name_or_path
@@ -95,10 +72,9 @@ class Origins:
         self, backbone: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], config: KAdapterConfig
     ) -> str | None:
         """
-        The fingerprint of the backbone that `config` names, if the one here is the same, bit for bit, after a cast.
-
-        The named one is read for the first comparison; later ones compare checksums. None if they differ, or if the named
-        one is not on this machine. Quantised and offloaded weights can't be compared, nor trained: they count as unchanged.
+        The fingerprint of the backbone that `config` names, if the present one is the same, bit for bit, after a cast; None
+        if they differ, or if the named one is not on this machine. Only the first comparison reads the named one.
+        Quantised and offloaded weights can't be compared, nor trained: they count as unchanged.
         """
         tensors = part_of(state_dict, "backbone")
         opaque = is_opaque(backbone)
@@ -107,7 +83,7 @@ class Origins:
             return self._as_named[1]
         try:
             reference = load_quietly(config, **self.backbone_kwargs).state_dict()
-        except Exception:  # for whatever reason: the weights that are here must not be lost
+        except Exception:  # for whatever reason: the present weights must not be lost
             return config.backbone_fingerprint if opaque else None
         same = opaque or equal_bits(tensors, {f"backbone.{name}": tensor for name, tensor in reference.items()})
         named = fingerprint(reference.values()) if same else None
@@ -121,52 +97,11 @@ def _fingerprint(state_dict: Mapping[str, torch.Tensor], part: str) -> str | Non
     return None if any(tensor.is_meta for tensor in tensors) else fingerprint(tensors)
 
 
-def _files_of_backbone(config: KAdapterConfig, backbone_kwargs: dict[str, Any]) -> list[tuple[str, int, int]] | None:
-    """Names, sizes and times of the files of the named backbone, which tell whether it was replaced; None if not found."""
+def _files_of_backbone(config: KAdapterConfig, backbone_kwargs: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of the named backbone, which tell whether it was replaced."""
     name = config.backbone_name_or_path
     if name is None:
-        return None
-    folder = (
-        Path(name) if os.path.isdir(name) else snapshot_of(name, revision=config.backbone_revision, **backbone_kwargs)
-    )
-    if folder is None:
-        return None
-    files = [(path.name, path.stat()) for path in folder.iterdir() if path.is_file()]
+        return []
+    folder = name if os.path.isdir(name) else snapshot_of(name, revision=config.backbone_revision, **backbone_kwargs)
+    files = [(path.name, path.stat()) for path in Path(folder).iterdir() if path.is_file()] if folder else []
     return sorted((name, found.st_size, found.st_mtime_ns) for name, found in files)
-
-
-def summary_table(model: Any) -> str:
-    """The text of `KAdapterPreTrainedModel.knowledge_summary`."""
-    config = model.config
-    parts = {"backbone": ("backbone", model.backbone.parameters())}
-    for name, adapter in model.adapters.items():
-        state = "" if name in config.active_knowledge_adapters else " (inactive)"
-        parts[f"adapters.{name}"] = (f"adapter {name}{state}", adapter.parameters())
-    parts["fusion"] = (f"fusion ({config.fusion})", model.fusion.parameters())
-    parts["head"] = ("head", model.head_parameters())
-    rows = [("part", "parameters", "trainable", "dtype", "device", "source")]
-    seen: set[nn.Parameter] = set()  # tied weights count once, as the backbone's
-    total = trainable = 0
-    for part, (label, parameters) in parts.items():
-        own = set(parameters) - seen
-        if not own:
-            continue
-        seen |= own
-        count = sum(parameter.numel() for parameter in own)
-        training = sum(parameter.numel() for parameter in own if parameter.requires_grad)
-        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in own})
-        devices = sorted({str(parameter.device) for parameter in own})
-        source = model.origins.source(part)
-        rows.append((label, f"{count:,}", f"{training:,}", ", ".join(dtypes), ", ".join(devices), source))
-        total, trainable = total + count, trainable + training
-    rows.append(("total", f"{total:,}", f"{trainable:,}", "", "", ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column in (1, 2) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from .configuration_kadapter import KAdapterConfig
-from .head_base_kadapter import HeadModel, cross_entropy, first_position
-from .modeling_kadapter import Encoded
+from .encoding_kadapter import Encoded, encodes_inputs
+from .head_base_kadapter import HeadModel, ItemCount, can_be_checked, checked_positions, cross_entropy, first_position
 from .registry_kadapter import register_head
 
 
@@ -19,13 +18,12 @@ from .registry_kadapter import register_head
 class DependencyParserOutput(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor`, *optional*): of arcs and relations, if both kinds of labels were passed.
-        arc_logits (`torch.FloatTensor` of shape `(batch, words, words + 1)`): for each word, a score for each possible head:
-            the root, then the words. The word itself and padding can't be heads and have the lowest number of the dtype, as
-            has every head of a padded word.
-        relation_logits (`torch.FloatTensor` of shape `(batch, words, words + 1, num_labels)`): for each word and head, a
-            score for each relation. None in training with labels, which only needs those of the correct heads.
-        hidden_states, attentions (`tuple`, *optional*): the backbone's, if they were asked for.
+        loss (`torch.FloatTensor`, *optional*): the sum of those of arcs and relations, if both have labels.
+        arc_logits (`torch.FloatTensor` of shape `(batch, words, words + 1)`): for each word, the score of each head: the
+            root, then the words. Impossible pairs (a word itself, padding) have the lowest number of the dtype.
+        relation_logits (`torch.FloatTensor` of shape `(batch, words, words + 1, num_labels)`): for each word and head, the
+            score of each relation. None in training with labels, which only needs those of the correct heads.
+        hidden_states, attentions (`tuple`, *optional*): the backbone's, if requested.
     """
 
     loss: torch.FloatTensor | None = None
@@ -35,26 +33,15 @@ class DependencyParserOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-def words_in(arc_logits: torch.Tensor) -> list[int]:
-    """The number of words in each row of a parser's `arc_logits`: words that are not padding can have the root as head."""
-    # Scores above the lowest number of float16, which has the smallest range.
-    is_word = arc_logits[:, : arc_logits.shape[2] - 1, 0] > torch.finfo(torch.float16).min / 2
-    return is_word.sum(1).tolist()
-
-
 def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[int]:
     """
     The best dependency tree of a sentence in which exactly one word has the root as its head.
 
     Args:
-        arc_scores: `(words, words + 1)`, for each word the score of each head: the root, then the words. The score of the
-            word itself is ignored.
+        arc_scores: `(words, words + 1)`, for each word the score of each head: the root, then the words.
 
     Returns:
         The head of each word: 0 for the root, else the number of the word, starting at 1.
-
-    Raises:
-        ValueError: a score is NaN.
     """
     scores = torch.as_tensor(arc_scores).detach().to(device="cpu", dtype=torch.float64, copy=True)
     if scores.isnan().any():
@@ -73,7 +60,7 @@ def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[in
 
 def _best_heads(scores: torch.Tensor) -> list[int]:
     """
-    The heads of the maximum spanning tree for `(nodes, nodes)` scores of each node's heads; node 0 is the root, with head 0.
+    The heads of the maximum spanning tree for `(nodes, nodes)` scores of each node's heads; node 0 is the root.
 
     Source: Chu and Liu (1965), Edmonds (1967), as in McDonald et al. (HLT 2005, figure 3).
     """
@@ -112,41 +99,9 @@ def _cycle(heads: list[int]) -> list[int]:
 
 
 def decode_parse(arc_logits: torch.Tensor, relation_logits: torch.Tensor) -> tuple[list[int], list[int]]:
-    """
-    The best tree of one sentence, and the best relation of each word to its head.
-
-    Args:
-        arc_logits: `(words, words + 1)`.
-        relation_logits: `(words, words + 1, num_labels)`.
-    """
+    """The best tree of one sentence, and the best relation of each word to its head, from one row of the logits."""
     heads = decode_tree(arc_logits)
     return heads, relation_logits[range(len(heads)), heads].argmax(-1).tolist()
-
-
-def _can_be_checked(tensor: torch.Tensor) -> bool:
-    """Reading values from a GPU would wait for it."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_word_starts(word_starts: torch.Tensor | None, encoded: Encoded) -> torch.Tensor:
-    """The positions of the words among those of the states, after checking them."""
-    batch, length = encoded.backbone_state.shape[:2]
-    length -= encoded.virtual_tokens
-    if word_starts is None:
-        raise ValueError("word_starts is missing: the position of each word's first token, shape (batch, words).")
-    if word_starts.dim() != 2 or word_starts.shape[0] != batch or word_starts.is_floating_point():
-        raise ValueError(
-            f"word_starts must be a LongTensor of shape ({batch}, words), not {word_starts.dtype} of "
-            f"{tuple(word_starts.shape)}."
-        )
-    if _can_be_checked(word_starts):
-        outside = word_starts[(word_starts < -1) | (word_starts >= length)]
-        if outside.numel():
-            raise ValueError(f"word_starts has {outside[0].item()}, but the rows are {length} tokens long.")
-        if ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
-            raise ValueError("word_starts has a word after a -1; -1 fills the end of a row with fewer words.")
-    word_starts = word_starts.to(encoded.backbone_state.device)
-    return torch.where(word_starts < 0, word_starts, word_starts + encoded.virtual_tokens)
 
 
 def _check_labels(
@@ -160,7 +115,7 @@ def _check_labels(
                 f"{tuple(labels.shape)}."
             )
     head_labels, relation_labels = (labels.to(can_be_head.device).long() for labels in (head_labels, relation_labels))
-    if _can_be_checked(head_labels):
+    if can_be_checked(head_labels):
         inside = (head_labels >= 0) & (head_labels <= shape[1])
         possible = can_be_head.gather(2, head_labels.where(inside, 0)[..., None])[..., 0] & inside
         row, word = torch.where(~possible & (head_labels != -100))
@@ -169,18 +124,14 @@ def _check_labels(
                 f"head_labels has {head_labels[row[0], word[0]].item()} for word {word[0].item() + 1} of row "
                 f"{row[0].item()}: neither 0, for the root, nor the number of another word of the row."
             )
-    # A word whose head is unknown has no relation to learn.
+    # There is no relation to a head that is not labelled.
     return head_labels, relation_labels.masked_fill(head_labels == -100, -100)
 
 
-def _word_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor:
+def _word_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: ItemCount) -> torch.Tensor:
     """
-    The cross-entropy of `(batch, words, classes)` logits.
-
-    Trainer only counts labels that are called `labels`. Without a count, each row's mean over its words is averaged over the
-    rows, as micro-batches have equal numbers of rows.
+    The cross-entropy of `(batch, words, classes)` logits. Without a count, as Trainer only counts `labels`, it is the mean
+    over the rows of the mean over a row's words, so that gradient accumulation does not change it.
     """
     if num_items_in_batch is not None:
         return cross_entropy(logits, labels, num_items_in_batch)
@@ -191,57 +142,45 @@ def _word_loss(
 @register_head()
 class KAdapterForDependencyParsing(HeadModel):
     """
-    Predicts the head of each word and the relation between them, from the fused states of the words' first tokens; the first
-    token of the text represents the root.
+    Predicts the head of each word and the relation to it, from the fused states of the words' first tokens. The first token
+    of the text represents the root.
 
     Source: the biaffine attention of Dozat and Manning (ICLR 2017, section 3). The original's `lin-adapter.py` instead
-    classifies each sub-word as one of the positions of a text of fixed length, and learns no relations.
+    classifies each sub-word as one of the positions of a text of fixed length, without relations.
     """
 
     def add_head(self, config: KAdapterConfig, width: int) -> None:
         arc, relation = min(500, width), min(100, width)
         self.arc_word, self.arc_head = nn.Linear(width, arc), nn.Linear(width, arc)
         self.relation_word, self.relation_head = nn.Linear(width, relation), nn.Linear(width, relation)
-        # Applied to a word, a scorer returns weights for the features of its heads; for relations, also a constant.
+        # From a word, a scorer computes weights for the features of heads; for relations, also a bias.
         self.arc_scorer = nn.Linear(arc, arc)
         self.relation_scorer = nn.Linear(relation, config.num_labels * (relation + 1))
 
-    @can_return_tuple
+    @encodes_inputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        encoded: Encoded,
         word_starts: torch.LongTensor | None = None,
         head_labels: torch.LongTensor | None = None,
         relation_labels: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
+        num_items_in_batch: ItemCount = None,
     ) -> DependencyParserOutput:
         """
         Args:
             word_starts: `(batch, words)`, the position of each word's first token; -1 fills rows with fewer words.
-            head_labels: `(batch, words)`, the head of each word: 0 for the root, else the number of the word in its row,
-                starting at 1; -100 is ignored.
-            relation_labels: `(batch, words)`, the index of each word's relation to its head; -100 is ignored, as is the
-                relation of a word whose head is -100.
-            num_items_in_batch: the number of words to average over. By default the loss is the mean over each row's words,
-                then over the rows, so that gradient accumulation does not change it.
+            head_labels: `(batch, words)`, the head of each word: 0 for the root, else the number of the word, starting
+                at 1; -100 is ignored.
+            relation_labels: `(batch, words)`, the index of each word's relation to its head; -100 is ignored.
+            num_items_in_batch: the number of words to average over. By default the mean over each row's words is averaged
+                over the rows.
 
         Returns:
-            `arc_logits` of shape `(batch, words, words + 1)` and, except in training with labels, `relation_logits` of
-            shape `(batch, words, words + 1, num_labels)`; `decode` returns the trees.
-
-        Raises:
-            ValueError: `word_starts` is missing, of another shape, or outside the text; labels are of another shape, or
-                a head is not another word of the row.
+            `arc_logits`, and `relation_logits` except in training with labels; `decode` returns the trees.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*inputs, past_key_values=past_key_values, **kwargs)
-        word_starts = _check_word_starts(word_starts, encoded)
+        word_starts = checked_positions("word_starts", word_starts, encoded, per_row="words")
+        if can_be_checked(word_starts) and ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
+            raise ValueError("word_starts has a word after a -1; -1 fills the end of a row with fewer words.")
         positions = torch.cat([first_position(encoded)[:, None], word_starts.clamp(min=0)], dim=1)
         heads = self.fused(encoded, positions)
         words = heads[:, 1:]
@@ -266,13 +205,7 @@ class KAdapterForDependencyParsing(HeadModel):
                 at_right = relation_logits.take_along_dim(right[..., None], dim=2).squeeze(2)
             loss = _word_loss(arc_logits, head_labels, num_items_in_batch)
             loss = loss + _word_loss(at_right, relation_labels, num_items_in_batch)
-        return DependencyParserOutput(
-            loss=loss,
-            arc_logits=arc_logits,
-            relation_logits=relation_logits,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-        )
+        return DependencyParserOutput(loss, arc_logits, relation_logits, encoded.hidden_states, encoded.attentions)
 
     def _features(self, states: torch.Tensor, layer: nn.Linear, scorer: nn.Linear | None = None) -> torch.Tensor:
         features = self.dropout(F.leaky_relu(layer(states), 0.1))
@@ -289,8 +222,8 @@ class KAdapterForDependencyParsing(HeadModel):
             word_starts: those that the model was called with.
 
         Returns:
-            For each row, the head of each word (0 for the root, else the number of the word, starting at 1), and the name of
-            the relation to it, from `config.id2label`.
+            For each row, the head of each word (0 for the root, else the number of the word, starting at 1), and the name
+            of the relation to it.
         """
         if output.relation_logits is None:
             raise ValueError("the output has no relation_logits: call the model without labels or in evaluation mode.")
@@ -304,7 +237,7 @@ class KAdapterForDependencyParsing(HeadModel):
 
 
 def _can_be_head(is_word: torch.Tensor) -> torch.Tensor:
-    """Of `(batch, words)`, which words and which heads go together: `(batch, words, words + 1)`."""
+    """`(batch, words, words + 1)`: whether a head is possible for a word."""
     numbers = torch.arange(is_word.shape[1] + 1, device=is_word.device)
     is_head = F.pad(is_word, (1, 0), value=True)
     return is_word[:, :, None] & is_head[:, None, :] & (numbers[1:, None] != numbers)

@@ -21,19 +21,15 @@ from .sources_kadapter import hub_arguments
 logger = logging.get_logger(__name__)
 
 
-# The child of each kind of PEFT's wrappers that is the wrapped module, or leads to it (PEFT from 0.18): `BaseTunerLayer`,
-# `ModulesToSaveWrapper` and `TrainableTokensWrapper`.
+# The child that is, or leads to, the wrapped module in PEFT's `BaseTunerLayer`, `ModulesToSaveWrapper` and
+# `TrainableTokensWrapper`.
 _WRAPPED = ("base_layer", "original_module", "token_adapter")
-# The initialisations of LoRA that take the start of the adapter off the weights that it is added to (PEFT 0.18 to 0.21).
+# Initialisations of LoRA that subtract the new adapter from the weights that it is added to.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def _wrappers(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
-    """
-    PEFT's wrappers in a model by name, each with the name of the child that is or leads to the wrapped module.
-
-    PEFT from 0.18. None stands for a module of PEFT's whose content is not known.
-    """
+    """PEFT's wrappers in a model by name, each with the name in `_WRAPPED` of its child; None if the kind is not known."""
     tuners, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
     if tuners is None or other is None:  # a pass over all modules takes milliseconds
         return {}
@@ -71,7 +67,7 @@ def plain_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor] | Non
 
 
 def peft_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that PEFT added to a model, and those that it has put others in the place of."""
+    """The parameters that PEFT added to a model, and those that it has replaced by others."""
     wrappers = _wrappers(model)
     if not wrappers:
         return set()
@@ -88,25 +84,20 @@ def peft_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _adapters_in(wrapper: nn.Module) -> set[str]:
-    """The names of the PEFT adapters that a wrapper holds weights of (PEFT from 0.18); none are left after a deletion."""
+    """The names of the PEFT adapters that a wrapper holds weights of; none are left after a deletion."""
     return set(wrapper._get_available_adapters())
 
 
 def is_wrapped_by_peft(model: nn.Module) -> bool:
     """Whether `peft.get_peft_model` or `inject_adapter_in_model` has changed a model, and so decides what trains in it."""
-    # PEFT from 0.18 sets peft_config, and leaves it there after `unload`.
+    # PEFT leaves peft_config there after `unload`.
     return hasattr(model, "peft_config") and not has_peft_adapter(model) and bool(_wrappers(model))
 
 
 def check_trains_what_runs(model: nn.Module) -> None:
     """
-    Refuses a wrapper that PEFT has put beside the module that it was to wrap.
-
-    PEFT, all versions: `modules_to_save` with a name that a module and one inside it end in, such as "lm_head" for RoBERTa,
-    gives the outer module a second inner one, which trains and is saved, but is not used.
-
-    Raises:
-        KAdapterConfigError: there is one.
+    Refuses `modules_to_save` with a name that fits both a module and one inside it, such as "lm_head" for RoBERTa: PEFT
+    gives the outer module a second inner one, which trains and is saved, but not used.
     """
     wrappers = _wrappers(model)
     for name in wrappers:
@@ -119,10 +110,8 @@ def check_trains_what_runs(model: nn.Module) -> None:
 
 def virtual_tokens() -> int:
     """
-    The number of tokens that one of PEFT's prompt methods has put before the inputs of the call that is running.
-
-    PEFT, all versions, passes `inputs_embeds` that begin with them and says so nowhere else than in the call itself.
-    `torch.compile` hides the call: there it is 0.
+    The number of tokens that one of PEFT's prompt methods has put before the inputs of the current call. Only the call
+    stack tells; `torch.compile` hides it, there it is 0.
     """
     peft = sys.modules.get("peft")
     frame = None if peft is None or torch.compiler.is_compiling() else sys._getframe()
@@ -134,28 +123,8 @@ def virtual_tokens() -> int:
     return 0
 
 
-def check_is_no_peft_model(model: Any) -> None:
-    """
-    Raises:
-        KAdapterConfigError: `peft.get_peft_model` or the like returned it.
-    """
-    if type(model).__module__.startswith("peft."):
-        raise KAdapterConfigError(
-            "a model that PEFT has wrapped can't be a backbone. Give what its merge_and_unload() returns, which has PEFT's "
-            "weights merged into it; or what its unload() returns, and add_adapter to the K-Adapter."
-        )
-
-
-# ---- Saving ---------------------------------------------------------------------------------------------------------
-
-
 def check_peft_is_saved(model: Any) -> None:
-    """
-    Refuses to save a model without the weights that PEFT has put into it.
-
-    Raises:
-        KAdapterConfigError: transformers' PEFT integration does not know them, or they can't be told from the model's.
-    """
+    """Raises `KAdapterConfigError` if a save would leave out or double weights that PEFT has put into the model."""
     known = set(model.peft_config) if has_peft_adapter(model) else set()
     check_trains_what_runs(model)
     for name, (module, child) in _wrappers(model).items():
@@ -169,22 +138,13 @@ def check_peft_is_saved(model: Any) -> None:
                 "first, or save what merge_and_unload returns."
             )
         unknown = sorted(_adapters_in(module) - known)
-        if not unknown:
-            continue
-        if is_wrapped_by_peft(model):
-            way = (
-                "The model that get_peft_model returned saves them with its own save_pretrained, into another folder; save "
-                "the K-Adapter before you wrap it. To save both in one folder, use add_adapter of the K-Adapter instead of "
-                "get_peft_model; to make the weights the K-Adapter's own, save what merge_and_unload returns."
+        if unknown:
+            raise KAdapterConfigError(
+                f"save_pretrained would leave out the weights of the PEFT adapter '{unknown[0]}' in '{name}'. To save both in "
+                "one folder, use add_adapter of the K-Adapter, not of its backbone, and not get_peft_model. The model that "
+                "get_peft_model returned saves its own weights, in another folder; the model that merge_and_unload returns "
+                "contains them."
             )
-        else:
-            way = (
-                "Use add_adapter of the K-Adapter instead of its backbone's, or give from_backbone a backbone that PEFT's "
-                "merge_and_unload returned."
-            )
-        raise KAdapterConfigError(
-            f"save_pretrained would leave out the weights of the PEFT adapter '{unknown[0]}' in '{name}'. {way}"
-        )
     left_out = sorted(known - set(model.active_adapters())) if known else []
     if left_out:
         logger.warning(
@@ -194,7 +154,7 @@ def check_peft_is_saved(model: Any) -> None:
 
 
 def warn_of_peft_in(model: nn.Module, part: str) -> None:
-    """Says that the file of a part alone does not hold what PEFT has put into it."""
+    """Warns that the file of a part alone does not hold what PEFT has put into it."""
     inside = [
         name for name, (module, _) in _wrappers(model).items() if name.startswith(f"{part}.") and _adapters_in(module)
     ]
@@ -206,12 +166,7 @@ def warn_of_peft_in(model: nn.Module, part: str) -> None:
 
 
 def save_peft_adapter(model: Any, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-    """
-    Saves the active PEFT adapter of a model, if it has any, into the folder of the K-Adapter.
-
-    Args:
-        state_dict: the state dict to take its weights from, if not the model's own.
-    """
+    """Saves the active PEFT adapter of a model, if it has any, into the folder of the K-Adapter."""
     if not has_peft_adapter(model):
         return
     state_dict = model.state_dict() if state_dict is None else state_dict
@@ -221,21 +176,13 @@ def save_peft_adapter(model: Any, folder: Path, state_dict: Mapping[str, torch.T
     PreTrainedModel.save_pretrained(model, folder, state_dict={**state_dict, **own})
     config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
     if str(config.get("init_lora_weights")).startswith(_CHANGES_BASE) and not is_opaque(model.backbone):
-        # The weights that it has changed are saved as they are now, and are not to be changed again.
+        # The weights that it has changed are saved as they are now; loading must not change them again.
         config |= {"init_lora_weights": True, "corda_config": None, "loftq_config": {}, "lora_ga_config": None}
         write_json(folder / PEFT_CONFIG, config)
 
 
-# ---- Loading --------------------------------------------------------------------------------------------------------
-
-
 def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """
-    Refuses weights that were saved before PEFT changed the model: the PEFT adapter's would silently stay as they are.
-
-    Raises:
-        KAdapterLoadError: the state dict has names that a PEFT adapter has moved.
-    """
+    """Refuses a state dict from before PEFT changed the model: the PEFT adapter would silently keep its weights."""
     if not _wrappers(model):
         return
     own = model.state_dict()
@@ -250,11 +197,8 @@ def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
 
 def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: str | None, **kwargs) -> Any:
     """
-    Loads a PEFT adapter with `load`, transformers' own method, and then sets its weights again with PEFT's function: the
-    method of transformers 5.5 leaves them new in a model with a submodule called `adapters`.
-
-    Raises:
-        KAdapterLoadError: the source holds a tensor that has no place in the model.
+    Loads a PEFT adapter with `load`, transformers' own method, and then sets its weights with PEFT's function, as
+    transformers 5.5 leaves them new in a model with a submodule called `adapters`.
     """
     with without_load_report():
         result = load(source, name, **kwargs)
@@ -263,21 +207,19 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
     weights = kwargs.get("adapter_state_dict")
     label = "adapter_state_dict" if weights is not None else f"'{source}'"
     if weights is None:
-        weights = peft.load_peft_weights(
-            source, "cpu", **peft_hub_kwargs(kwargs | (kwargs.get("adapter_kwargs") or {}))
-        )
+        hub_kwargs = peft_hub_kwargs(kwargs | (kwargs.get("adapter_kwargs") or {}))
+        weights = peft.load_peft_weights(source, "cpu", **hub_kwargs)
     own = model.get_adapter_state_dict(name)
     weights = {_without_adapter_name(key, name, own): tensor for key, tensor in weights.items()}
     if weights.keys() - own.keys():
         raise KAdapterLoadError(
             f"{label} holds a PEFT adapter for another model: this one has no tensor '{min(weights.keys() - own.keys())}'."
         )
-    missing = sorted(own.keys() - weights.keys())
+    # Tensors that share memory may be stored once.
     given = {own[key].data_ptr(): weights[key] for key in weights}
+    missing = sorted(own.keys() - weights.keys())
     weights |= {key: given.get(own[key].data_ptr(), own[key]) for key in missing}
-    new = [
-        key for key in missing if own[key].data_ptr() not in given
-    ]  # the others share their memory with one that is there
+    new = [key for key in missing if own[key].data_ptr() not in given]
     if new:
         logger.warning(f"{label} has no weights for {new}: they are new and untrained.")
     peft.set_peft_model_state_dict(model, weights, name)
@@ -285,7 +227,7 @@ def load_peft_adapter(model: Any, load: Callable[..., Any], source: Any, name: s
 
 
 def _without_adapter_name(key: str, name: str, known: Mapping[str, Any]) -> str:
-    """The key that PEFT's files have for a tensor, which in a model's state dict has the adapter's name too."""
+    """The key of a tensor in PEFT's files; in a model's state dict, it contains the adapter's name too."""
     key = key.removeprefix("base_model.model.").replace(f".modules_to_save.{name}.", ".")
     parts = key.split(".")
     places = [place for place, part in enumerate(parts) if part == name and key not in known]

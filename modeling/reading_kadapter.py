@@ -1,4 +1,4 @@
-"""Reading the files of a K-Adapter repository, with checks that what is there is what was saved."""
+"""Reading the files of a K-Adapter repository, with checks that they hold what was saved."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,106 +7,96 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
+from .compat_kadapter import decode_floats
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .format_kadapter import (
     BACKBONE_FILE,
+    FORMAT_VERSION,
     HEAD_FILE,
+    METADATA_KEY,
     PEFT_FILES,
     STAGING,
     KAdapterConfigError,
     KAdapterLoadError,
+    SavedConfigError,
     adapter_path,
-    decode_floats,
+    damaged,
     file_of,
     fingerprint,
     is_moving,
     locate,
+    metadata_checksum,
     obsolete_files,
-    parse_adapter_metadata,
 )
 
 
+logger = logging.get_logger(__name__)
 _MAX_JSON_BYTES = 64 * 2**20
 
 
 def read_json(path: Path) -> Any:
-    """
-    Raises:
-        KAdapterLoadError: the file is missing, unreadable, larger than 64 MB, or not JSON.
-    """
+    """Raises `KAdapterLoadError` if the file is missing, unreadable, larger than 64 MB, or not JSON."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise KAdapterLoadError(
-                f"'{path}' is larger than {_MAX_JSON_BYTES // 2**20} MB: not a file of a K-Adapter."
-            )
-        return json.loads(path.read_text(encoding="utf-8"))
-    except KAdapterLoadError:
-        raise
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON_BYTES + 1)
     except FileNotFoundError as error:
-        raise KAdapterLoadError(
-            f"'{path}' is missing: '{path.parent}' is not a complete K-Adapter. Download or save the model again."
-        ) from error
+        raise damaged(path, f"is missing: '{path.parent}' is not a complete K-Adapter") from error
     except OSError as error:
-        raise KAdapterLoadError(f"'{path}' can't be read ({error}); download or save the model again.") from error
+        raise damaged(path, f"can't be read ({error})") from error
+    if len(content) > _MAX_JSON_BYTES:
+        raise damaged(path, f"is larger than {_MAX_JSON_BYTES // 2**20} MB: not a file of a K-Adapter")
+    try:
+        return json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise KAdapterLoadError(f"'{path}' is not valid JSON ({error}); download or save the model again.") from error
+        raise damaged(path, f"is not valid JSON ({error})") from error
 
 
-def read_config_dict(folder: Path) -> dict[str, Any]:
-    """The content of config.json, which may be that of any model."""
+def read_config_dict(folder: Path, source: Any = None) -> dict[str, Any]:
+    """The content of a K-Adapter's config.json; `source` is the name of the repository in errors."""
     config = read_json(locate(folder, CONFIG_NAME))
     if not isinstance(config, dict):
-        raise KAdapterLoadError(f"'{folder / CONFIG_NAME}' is not a JSON object; download or save the model again.")
+        raise damaged(folder / CONFIG_NAME, "is not a JSON object")
+    if config.get("model_type") != KAdapterConfig.model_type:
+        raise KAdapterLoadError(
+            f"'{source or folder}' holds a {config.get('model_type')!r} model, not a K-Adapter. To put knowledge adapters on "
+            "it, use from_backbone."
+        )
     return decode_floats(config)
 
 
 def read_config(folder: Path, source: Any = None) -> KAdapterConfig:
-    """
-    The configuration of a K-Adapter repository; `source` is its name in errors.
-
-    Raises:
-        KAdapterLoadError: config.json is missing or damaged, or describes another kind of model.
-        KAdapterConfigError: it is impossible.
-    """
-    config = read_config_dict(folder)
-    if config.get("model_type") != KAdapterConfig.model_type:
-        raise KAdapterLoadError(f"'{source or folder}' holds a {config.get('model_type')!r} model, not a K-Adapter.")
+    """As `read_config_dict`, as an object. Raises `KAdapterConfigError` if a field has an impossible value."""
+    config = read_config_dict(folder, source)
     try:
         return KAdapterConfig.from_dict(config)
     except KAdapterConfigError as error:
         raise bad_config(folder, error) from error
 
 
-def bad_config(folder: Path, error: Exception) -> KAdapterConfigError:
-    return KAdapterConfigError(
+def bad_config(folder: Path, error: Exception) -> SavedConfigError:
+    return SavedConfigError(
         f"'{locate(folder, CONFIG_NAME)}': {error} Download or save the model again, or correct the field."
     )
 
 
 def read_index(folder: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """
-    The shard index: `{file: [tensor names]}` and `{file: fingerprint}`.
-
-    Raises:
-        KAdapterLoadError: it is missing or damaged, or names a file that no K-Adapter repository has.
-    """
+    """The shard index, `{file: [tensor names]}`, and `{file: fingerprint}`."""
     path = locate(folder, SAFE_WEIGHTS_INDEX_NAME)
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
-        raise KAdapterLoadError(f"'{path}' has no weight_map; download or save the model again.")
+        raise damaged(path, "has no weight_map")
     files: dict[str, list[str]] = {}
     for tensor, file in weight_map.items():
         try:
             expected = file_of(tensor)
-        except KAdapterLoadError as error:
-            raise KAdapterLoadError(f"'{path}': {error} Download or save the model again.") from error
+        except KAdapterConfigError as error:
+            raise damaged(path, f"lists the tensor '{tensor[:100]}': {error}") from error
         if file != expected:
-            raise KAdapterLoadError(
-                f"'{path}' says that tensor '{tensor[:100]}' is in {str(file)[:100]!r}; in a K-Adapter it is in "
-                f"'{expected}'. Download or save the model again."
+            raise damaged(
+                path, f"lists the tensor '{tensor[:100]}' in {str(file)[:100]!r}; in a K-Adapter it is in '{expected}'"
             )
         files.setdefault(file, []).append(tensor)
     metadata = index.get("metadata")
@@ -115,71 +105,50 @@ def read_index(folder: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """
-    All tensors of a safetensors file, mapped into memory and not yet read, and its metadata.
-
-    Raises:
-        KAdapterLoadError: the file is missing or damaged.
-    """
+    """All tensors of a safetensors file, memory-mapped, and its metadata."""
     if not path.is_file():
-        raise KAdapterLoadError(f"'{path}' is missing; download or save the model again.")
+        raise damaged(path, "is missing")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
     except Exception as error:  # safetensors raises several types, e.g. for dtypes unknown to torch
-        raise KAdapterLoadError(
-            f"'{path}' is damaged, or not a safetensors file ({error}); download or save it again."
-        ) from error
+        raise damaged(path, f"is damaged, or not a safetensors file ({error})") from error
     return tensors, metadata
 
 
 def read_file(folder: Path, file: str, names: list[str], expected: str | None) -> dict[str, torch.Tensor]:
-    """
-    The tensors of one file of a repository, after checking them against the index.
-
-    Args:
-        names: the tensors that the index lists for the file.
-        expected: the fingerprint that the index has for it, if any.
-
-    Raises:
-        KAdapterLoadError: the file is missing or damaged, or a tensor is missing, extra or changed.
-    """
+    """The tensors of one file of a repository, after checking their names and fingerprint against those in the index."""
     path = locate(folder, file)
     tensors, _ = read_tensors(path)
     check_names(path, tensors, names)
-    if expected is not None and fingerprint(tensors.values()) != expected:
-        raise KAdapterLoadError(
-            f"'{path}' does not hold what was saved: a tensor in it has another dtype, shape or other values. "
-            "Download or save the model again."
-        )
+    if expected is not None:
+        check_fingerprint(path, tensors, expected)
     return tensors
+
+
+def check_fingerprint(path: Path, tensors: Mapping[str, torch.Tensor], expected: str) -> None:
+    if fingerprint(tensors.values()) != expected:
+        raise damaged(
+            path,
+            "does not hold what was saved: a tensor in it is missing, or has another dtype, shape or other values",
+        )
 
 
 def check_names(path: Path, tensors: Iterable[str], names: Iterable[str]) -> None:
     """Raises `KAdapterLoadError` unless a file holds exactly the tensors that the index lists for it."""
     for problem, odd in (("missing", set(names) - set(tensors)), ("not in the index", set(tensors) - set(names))):
         if odd:
-            raise KAdapterLoadError(
-                f"'{path}': tensor '{min(odd)}' is {problem}{f' (and {len(odd) - 1} more)' if len(odd) > 1 else ''}; "
-                "the file and the index are from different saves. Download or save the model again."
-            )
+            more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+            raise damaged(path, f"and the index are from different saves: tensor '{min(odd)}' is {problem}{more}")
 
 
 def check_tensors(
-    expected: Mapping[str, torch.Tensor],
-    tensors: Mapping[str, torch.Tensor],
-    path: Path,
-    advice: str = "Download or save the model again.",
+    expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: Path, advice: str | None = None
 ) -> None:
     """
-    Args:
-        expected: the tensors of a model, which may be on the meta device.
-        tensors: those of the file `path`.
-        advice: the last sentence of the error.
-
-    Raises:
-        KAdapterLoadError: tensors are missing, unexpected, or of another shape or kind of dtype; the message names them all.
+    Raises `KAdapterLoadError` unless the `tensors` of the file `path` have the names, shapes and kinds of dtype of the
+    `expected` ones, which may be on the meta device. The message ends with `advice`.
     """
     problems = []
     for name in sorted(expected.keys() | tensors.keys()):
@@ -195,10 +164,8 @@ def check_tensors(
             kind = "a floating-point" if expected[name].is_floating_point() else "an integer"
             problems.append(f"tensor '{name}' has dtype {tensors[name].dtype}, and the model needs {kind} one")
     if problems:
-        raise KAdapterLoadError(f"'{path}': {'; '.join(problems)}. {advice}")
-
-
-# ---- Adapter files --------------------------------------------------------------------------------------------------
+        more = [f"{len(problems) - 20} more"] if len(problems) > 20 else []
+        raise damaged(path, f"does not fit: {'; '.join(problems[:20] + more)}", advice)
 
 
 class SavedAdapter(NamedTuple):
@@ -211,45 +178,38 @@ class SavedAdapter(NamedTuple):
 
 
 def read_adapter_metadata(metadata: Mapping[str, str], path: Any) -> tuple[str, KnowledgeAdapterConfig, str]:
-    """As `parse_adapter_metadata`, with the configuration as an object."""
-    name, config, expected = parse_adapter_metadata(metadata, path)
-    try:
-        return name, KnowledgeAdapterConfig.from_dict(config), expected
-    except (ValueError, TypeError, AttributeError) as error:
+    """The name, configuration and fingerprint of an adapter, from the header of the file `path`."""
+    if METADATA_KEY not in metadata:
         raise KAdapterLoadError(
-            f"'{path}': its metadata describe an impossible adapter ({error}); download or save it again."
-        ) from error
+            f"'{path}' has no '{METADATA_KEY}' metadata: it is not the file of a knowledge adapter, or it was rewritten by a "
+            "tool that drops metadata. Save it with save_knowledge_adapter."
+        )
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+        checksum = content.pop("checksum")
+        if content["format_version"] > FORMAT_VERSION:
+            logger.warning(f"'{path}' was written by a newer version of kadapter-hf; upgrade if it does not load.")
+        if checksum != metadata_checksum(content):
+            raise ValueError("its checksum differs")
+        config = KnowledgeAdapterConfig.from_dict(decode_floats(content["config"]))
+        return content["name"], config, content["fingerprint"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"has '{METADATA_KEY}' metadata that was changed or damaged ({error})") from error
 
 
 def read_adapter(path: Path) -> SavedAdapter:
-    """
-    Reads an adapter file.
-
-    Raises:
-        KAdapterLoadError: missing, damaged, changed since it was saved, or without a K-Adapter's metadata.
-    """
+    """Reads an adapter file. Raises `KAdapterLoadError` if it is missing, damaged or changed, or of another kind."""
     tensors, metadata = read_tensors(path)
     name, config, expected = read_adapter_metadata(metadata, path)
     # Checked before anything of that size is built.
     if len(config.backbone_layers or ()) * config.num_hidden_layers > len(tensors):
-        raise KAdapterLoadError(
-            f"'{path}' has {len(tensors)} tensors, too few for the layers that its metadata describe. Download or save "
-            "it again."
-        )
-    odd = [tensor for tensor in tensors if not tensor.startswith(f"adapters.{name}.")]
-    if odd:
-        raise KAdapterLoadError(f"'{path}': tensor '{odd[0]}' does not belong to the adapter '{name}'.")
-    integers = [tensor for tensor, value in tensors.items() if not value.is_floating_point()]
-    if integers:
-        raise KAdapterLoadError(
-            f"'{path}': tensor '{integers[0]}' has dtype {tensors[integers[0]].dtype}, not a floating-point one. Download or "
-            "save it again."
-        )
-    if fingerprint(tensors.values()) != expected:
-        raise KAdapterLoadError(
-            f"'{path}' does not hold what was saved: a tensor in it is missing, or has another dtype, shape or other "
-            "values. Download or save it again."
-        )
+        raise damaged(path, f"has {len(tensors)} tensors, too few for the layers that its metadata describes")
+    for tensor, value in tensors.items():
+        if not tensor.startswith(f"adapters.{name}."):
+            raise damaged(path, f"has a tensor '{tensor}', which does not belong to the adapter '{name}'")
+        if not value.is_floating_point():
+            raise damaged(path, f"has a tensor '{tensor}' of dtype {value.dtype}, not a floating-point one")
+    check_fingerprint(path, tensors, expected)
     return SavedAdapter(name, config, tensors, expected)
 
 
@@ -257,12 +217,8 @@ def read_repository_adapters(
     folder: Path, config: KAdapterConfig, files: dict[str, list[str]], fingerprints: dict[str, str]
 ) -> dict[str, SavedAdapter]:
     """
-    The adapters of a repository by file, after checking that files, index and config.json agree.
-
-    To be called before a model is built, as config.json alone decides how much memory that takes.
-
-    Raises:
-        KAdapterLoadError: a file is missing or damaged, or does not agree with the other two.
+    The adapters of a repository by file, after checking that files, index and config.json agree. Call it before building
+    a model: config.json alone could ask for any amount of memory.
     """
     adapters = {}
     for file in {adapter_path(name): None for name in config.knowledge_adapters} | files:
@@ -274,16 +230,17 @@ def read_repository_adapters(
         here = config.knowledge_adapters.get(saved.name)
         same = here is not None and here.to_json() == saved.config.to_json()
         if saved.name != path.stem or not same or fingerprints.get(file) not in (None, saved.fingerprint):
-            raise KAdapterLoadError(
-                f"'{path}' and config.json don't agree about the adapter '{path.stem}': they are from different saves. "
-                "Load the file with load_knowledge_adapter, or download or save the model again."
+            raise damaged(
+                path,
+                f"and config.json don't agree about the adapter '{path.stem}': they are from different saves",
+                "Load the file with load_knowledge_adapter, or download or save the model again.",
             )
         adapters[file] = saved
     return adapters
 
 
 def adapter_names(folder: Path) -> list[str]:
-    """The adapters that a folder has files of, also if replacing them was interrupted."""
+    """The names of the adapters in a folder, also if replacing them was interrupted."""
     places = [folder, folder / STAGING] if is_moving(folder / STAGING) else [folder]
     names = {path.stem for place in places for path in place.glob(adapter_path("*"))}
     obsolete = obsolete_files(places[-1])
@@ -291,12 +248,7 @@ def adapter_names(folder: Path) -> list[str]:
 
 
 def check_peft_settled(folder: Path) -> None:
-    """
-    PEFT reads its files directly, without `locate`, and would mix the files of two saves.
-
-    Raises:
-        KAdapterLoadError: a save was interrupted while PEFT's files were being replaced.
-    """
+    """Refuses a folder whose PEFT files an interrupted save was replacing: PEFT reads them without `locate`."""
     staging = folder / STAGING
     obsolete = obsolete_files(staging)
     if is_moving(staging) and any((staging / file).exists() or file in obsolete for file in PEFT_FILES):

@@ -21,15 +21,14 @@ def register_head(auto_class: str | None = None) -> Callable[[Head], Head]:
     Class decorator for task heads (see `HeadModel`).
 
     Args:
-        auto_class: the class of transformers that loads the head, such as `"AutoModelForSequenceClassification"`. Of several
-            heads with the same one, it takes the one that was saved, by default the one that was registered first. Leave it
-            out if transformers has none for the task.
+        auto_class: the Auto class that loads the head, e.g. `"AutoModelForSequenceClassification"`; None if transformers
+            has none for the task. If several heads share one, it loads the class that was saved, or the first registered.
     """
 
     def register(head: Head) -> Head:
         HEADS[head.__name__] = (head, auto_class)
         if auto_class is not None and not is_remote_code(__name__):
-            heads = SeveralClasses(heads_of(auto_class))
+            heads = SeveralClasses(head for head, name in HEADS.values() if name == auto_class)
             getattr(transformers, auto_class).register(
                 head.config_class, heads if len(heads) > 1 else head, exist_ok=True
             )
@@ -38,16 +37,10 @@ def register_head(auto_class: str | None = None) -> Callable[[Head], Head]:
     return register
 
 
-def heads_of(auto_class: str) -> list[type]:
-    """The heads that an Auto class chooses from, its default first."""
-    return [head for head, name in HEADS.values() if name == auto_class]
-
-
 def auto_map(saved: type) -> dict[str, str]:
     """
-    config.json's `auto_map` for a repository that was saved from this class: which class each Auto class takes.
-
-    A head that does not have an Auto class to itself is there under its own name too.
+    The `auto_map` of a repository that was saved from this class. Heads without an Auto class of their own are listed
+    under their own names too.
     """
     classes = {"AutoConfig": "KAdapterConfig", "AutoModel": "KAdapterModel"}
     # The module of a user's own head is not the entry module; it travels by `register_for_auto_class`.

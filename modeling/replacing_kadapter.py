@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a kill or a full disk leaves either the old ones or the new ones, never a mix."""
+"""Crash-safe writing: an interrupted save leaves the old files or the new ones, never a mix."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ from .reading_kadapter import read_index
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file beside `path`, then moves it there, so that `path` is never incomplete."""
+    """Writes a safetensors file beside `path`, then moves it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -49,13 +49,17 @@ def replace_files(folder: Path) -> Iterator[Path]:
     """
     Yields a staging folder for a repository's new files, which then replace the old ones.
 
-    If the process dies while the new files are written, the old ones are untouched; if it dies while they are moved,
-    `locate` finds the new ones. config.json is moved first: from then on the folder is the new model. The index is removed
-    before the other files are moved and comes last, so that readers that don't know the staging folder find no checkpoint
-    rather than a mixed one. Files that only the old model had are deleted at the end.
+    If the process dies before all are written, the old ones are untouched; if it dies while they are moved, `locate` finds
+    the new ones. config.json is moved first: from then on the folder is the new model. The index is removed before the
+    other files are moved and comes last, so that readers that don't know the staging folder find no checkpoint rather than
+    a mix. Files that only the old model had are deleted at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    # One process and thread of this machine at a time; the others wait. Folders share 256 lock files, which can't be deleted
+    # safely and would otherwise pile up.
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:2]
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    with WeakFileLock(Path(tempfile.gettempdir(), f"kadapter-{user}-{name}.lock")):
         yield from _replace_files(folder)
 
 
@@ -65,7 +69,7 @@ def _replace_files(folder: Path) -> Iterator[Path]:
     _discard(staging)
     preparing = folder / f"{STAGING}-new"
     try:
-        # A staging folder without a config.json counts as being moved, so it is created with one in a single step.
+        # A staging folder without config.json counts as being moved, so it is created with one in a single step.
         shutil.rmtree(preparing, ignore_errors=True)
         preparing.mkdir()
         (preparing / CONFIG_NAME).touch()
@@ -88,15 +92,8 @@ def _replace_files(folder: Path) -> Iterator[Path]:
     finish_replacing(folder)
 
 
-def _lock(folder: Path) -> Any:
-    """Lets one process and thread of this machine at a time replace the files of a folder; the others wait."""
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    return WeakFileLock(Path(tempfile.gettempdir(), f"kadapter-{user}-{name}.lock"))
-
-
 def finish_replacing(folder: Path) -> None:
-    """Completes an interrupted `replace_files`; does nothing if there is none."""
+    """Completes an interrupted `replace_files`, if there is one."""
     staging = folder / STAGING
     if not is_moving(staging):
         return
@@ -111,7 +108,7 @@ def finish_replacing(folder: Path) -> None:
 
 
 def _discard(staging: Path) -> None:
-    """Removes a staging folder in a single step: a half-removed one could look as if its files were being moved."""
+    """Removes a staging folder in a single step, as a half-removed one could look as if its files were being moved."""
     trash = staging.with_name(f"{STAGING}-old")
     shutil.rmtree(trash, ignore_errors=True)
     if staging.is_dir():

@@ -37,22 +37,14 @@ logger = logging.get_logger(__name__)
 
 
 def save_repository(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """
-    What `KAdapterPreTrainedModel.save_pretrained` does, but for pushing to the Hub.
-
-    Raises:
-        KAdapterLoadError: the folder is a file, or holds the backbone.
-        KAdapterConfigError: weights that PEFT has put into the model would not be saved.
-        OSError: the folder can't be written.
-    """
+    """What `KAdapterPreTrainedModel.save_pretrained` does, except for pushing to the Hub."""
     check_peft_is_saved(model)
     _check_target(folder, model.config.backbone_name_or_path)
     config, origins = model.config, model.origins
     state = plain_state_dict(model, state_dict)
     tied = set(model.all_tied_weights_keys)
     backbone = part_of(state, "backbone")
-    # A backbone that trains is stored even if no step has changed it yet (with warm-up from a learning rate of 0, say):
-    # Trainer loads checkpoints into models whose backbone has changed since.
+    # A backbone that trains is stored even if no step has changed it yet, as Trainer may load the checkpoint after more.
     named = None if origins.backbone_trained else origins.fingerprint_if_as_named(model.backbone, state, config)
     saved = {
         name: tensor for name, tensor in state.items() if name not in tied and (named is None or name not in backbone)
@@ -71,41 +63,28 @@ def _check_target(folder: Path, backbone: str | None) -> None:
     if folder.is_file():
         raise KAdapterLoadError(f"'{folder}' is a file; save_pretrained needs a folder.")
     if backbone and os.path.isdir(backbone) and folder.exists() and folder.samefile(backbone):
-        raise KAdapterLoadError(
-            f"'{folder}' holds the backbone, whose config.json the K-Adapter's would replace. Choose another folder."
-        )
+        raise KAdapterLoadError(f"'{folder}' holds the backbone, which has a config.json too. Choose another folder.")
 
 
 def write_repository(
-    model: Any,
-    folder: Path,
-    state: Mapping[str, torch.Tensor],
-    peft_state: dict[str, torch.Tensor] | None = None,
+    model: Any, folder: Path, state: Mapping[str, torch.Tensor], peft_state: dict[str, torch.Tensor] | None = None
 ) -> None:
     """
-    Replaces the files of the repository in `folder` by those for these tensors.
-
-    Args:
-        model: of which class, configuration and PEFT adapter it is; its own tensors don't count.
-        state: the tensors to store, with the model's names.
-        peft_state: the state dict to take the weights of a PEFT adapter from, if not the model's own.
+    Replaces the repository in `folder` by one with the tensors `state`, and the class, configuration and PEFT adapter of
+    `model`; the weights of the latter come from `peft_state`, by default from the model.
     """
     if folder.name.startswith("checkpoint-"):
-        # To push a checkpoint, Trainer copies its weights to the folder above, and expects the subfolder there.
+        # To push a checkpoint, Trainer copies its weights to the parent folder, and expects the subfolder there.
         (folder.parent / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
     with replace_files(folder) as staging:
         _write_files(model, staging, state)
-        _write_card(model, staging, folder, any(file_of(name) == BACKBONE_FILE for name in state))
+        try:
+            backbone_stored = any(file_of(name) == BACKBONE_FILE for name in state)
+            model.write_model_card(staging, folder, backbone_stored=backbone_stored)
+        except Exception as error:  # a card is rendered from whatever users record; the weights are saved in any case
+            logger.warning(f"the model card of '{folder}' could not be written, and stays as it was: {error!r}")
+            (staging / CARD_FILE).unlink(missing_ok=True)
         save_peft_adapter(model, staging, peft_state)
-
-
-def _write_card(model: Any, staging: Path, folder: Path, backbone_stored: bool) -> None:
-    """Weights are saved also if the model card can't be written."""
-    try:
-        model.write_model_card(staging, folder, backbone_stored=backbone_stored)
-    except Exception as error:  # a card is rendered from whatever users record
-        logger.warning(f"the model card of '{folder}' could not be written, and stays as it was: {error!r}")
-        (staging / CARD_FILE).unlink(missing_ok=True)
 
 
 def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -139,7 +118,7 @@ def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
 
 
 def _copy_code(model: PreTrainedModel, folder: Path, config: Any) -> None:
-    """Copies this folder's modules, and that of a user's own head which was registered with `register_for_auto_class`."""
+    """Copies this folder's modules, and that of a user's own head, if `register_for_auto_class` was called."""
     if type(model).is_remote_code() and not is_own_class(type(model)):
         for path in map(Path, custom_object_save(model, folder, config=config) or ()):
             # In a repository, the package's modules are beside the user's.

@@ -1,8 +1,7 @@
-"""Where a K-Adapter or a knowledge adapter comes from: a file, a folder, or a repository on the Hub."""
+"""Locating a K-Adapter or a knowledge adapter: a file, a folder, or a repository on the Hub."""
 
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,30 +27,27 @@ from .reading_kadapter import adapter_names
 logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# How often a request to the Hub is tried, and the longest wait in seconds that is accepted if the Hub asks for one.
+# The number of attempts of a request to the Hub, and the longest wait between them in seconds.
 ATTEMPTS, LONGEST_WAIT = 5, 300
 T = TypeVar("T")
 
 
 def hub_arguments(kwargs: Mapping[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The arguments among `kwargs` that say where on the Hub, and how, a repository is found."""
+    """The arguments that tell how to find a repository on the Hub."""
     return {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs and key not in without}
 
 
 def adapter_file(source: str | os.PathLike, name: str | None, **hub_kwargs) -> Path:
     """
-    The adapter file in a repository or folder, or `source` itself if it is a file.
-
-    `name` chooses among several adapters; if there is only one, it is that one.
+    The adapter file in a repository or folder, or `source` itself if it is a file. `name` only chooses among several.
 
     Raises:
         KAdapterLoadError: there is none, or several and none of them has that name.
-        KAdapterConfigError: `source` is no place.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise KAdapterConfigError(
-            "a knowledge adapter is loaded from a repository, a folder or a file, or made from a KnowledgeAdapterConfig; not "
-            f"from {type(source).__name__}."
+            "the source of a knowledge adapter must be a repository, a folder or a file, or a KnowledgeAdapterConfig for a new "
+            f"one; not {type(source).__name__}."
         )
     path = Path(source)
     if path.is_file() or path.suffix == ".safetensors":
@@ -68,17 +64,13 @@ def adapter_file(source: str | os.PathLike, name: str | None, **hub_kwargs) -> P
     if name not in names:
         wanted = "no name was given" if name is None else f"there is no '{name}'"
         raise KAdapterLoadError(
-            f"'{source}' has the knowledge adapters {names}, and {wanted}. Say which with name=…, or give the file."
+            f"'{source}' has the knowledge adapters {names}, and {wanted}. Choose one with name=…, or pass its file."
         )
     return locate(folder, adapter_path(name))
 
 
 def patiently(call: Callable[..., T], *args, **kwargs) -> T:
-    """
-    Calls the Hub's client, and again after a wait if the Hub answers that there were too many requests.
-
-    The client itself waits only where it transfers files.
-    """
+    """Calls a function of the Hub's client, which only retries transfers, again if there were too many requests."""
     for attempt in range(1, ATTEMPTS):
         try:
             return call(*args, **kwargs)
@@ -100,11 +92,8 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
     """
     The folder of a repository: `source` itself if it is a folder, else its snapshot in the Hub's cache, downloaded if needed.
 
-    Downloaded files are compared with the hashes that the Hub announced.
-
     Raises:
-        KAdapterLoadError: no such folder, repository or revision, or it can't be reached and is not in the cache; or the
-            hash of a file is wrong.
+        KAdapterLoadError: it does not exist, or is neither cached nor reachable; or the hash of a download is wrong.
     """
     source = os.fspath(source)
     if os.path.isdir(source):
@@ -118,7 +107,7 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
         folder = patiently(snapshot_download, source, allow_patterns=wanted, **kwargs)
     except (OSError, HFValidationError, ValueError) as error:
         raise KAdapterLoadError(
-            f"'{source}' is neither a folder here nor a repository that can be loaded from the Hub or its cache: {error}"
+            f"'{source}' is neither a local file or folder nor a repository on the Hub that can be loaded: {error}"
         ) from error
     check_downloads(Path(folder), source, started)
     return Path(folder, subfolder)
@@ -126,13 +115,8 @@ def repository_folder(source: str | os.PathLike, *, subfolder: str = "", **hub_k
 
 def check_downloads(folder: Path, source: str, since: float) -> None:
     """
-    Compares the files of a snapshot in the Hub's cache that are newer than `since` with the hashes that the Hub announced.
-
-    The cache names each file's content by its hash: SHA-256, or for small files git's, or the SHA-1 that some mirrors give.
-    The client itself compares only sizes, and a fingerprint reads only a sample of the values.
-
-    Raises:
-        KAdapterLoadError: a hash is wrong; the file is deleted from the cache.
+    Compares the files of a snapshot in the Hub's cache that are newer than `since` with their hashes, as the client only
+    compares sizes. Raises `KAdapterLoadError` if a hash is wrong, and deletes the file.
     """
     # The clock of a file system may be behind.
     new = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mtime >= since - 1]
@@ -146,13 +130,13 @@ def check_downloads(folder: Path, source: str, since: float) -> None:
 
 
 def _has_its_hash(blob: Path) -> bool:
-    """Whether the content of a file in the Hub's cache has the hash that is its name; true if its name is no hash."""
+    """Whether a file in the Hub's cache has the hash that is its name: SHA-256, git's, or the SHA-1 of some mirrors."""
     header = b"blob %d\0" % blob.stat().st_size
     if len(blob.name) == 64:
         digests = [hashlib.sha256()]
     elif len(blob.name) == 40:
         digests = [hashlib.sha1(start, usedforsecurity=False) for start in (header, b"")]
-    else:  # on a file system without links the hash is not kept
+    else:  # without symbolic links, the cache does not keep the hash
         return True
     with open(blob, "rb") as file:
         while block := file.read(2**20):
@@ -162,23 +146,18 @@ def _has_its_hash(blob: Path) -> bool:
 
 
 def snapshot_of(name: str | os.PathLike, **hub_kwargs) -> Path | None:
-    """The folder in the Hub's cache of a backbone that was just loaded; None for a local folder."""
+    """The folder in the Hub's cache of a backbone that was loaded; None for a local folder."""
     if os.path.isdir(name):
         return None
-    kwargs = hub_arguments(hub_kwargs, ("force_download", "local_files_only", "proxies", "subfolder"))
+    given = {key: value for key in ("cache_dir", "revision", "token") if (value := hub_kwargs.get(key)) is not None}
     try:
-        path = cached_file(
-            name,
-            CONFIG_NAME,
-            local_files_only=True,
-            **{key: value for key, value in kwargs.items() if value is not None},
-        )
+        path = cached_file(name, CONFIG_NAME, local_files_only=True, **given)
     except OSError:
         return None
     return Path(path).parent if path else None
 
 
 def commit_of(name: str | os.PathLike, **hub_kwargs) -> str | None:
-    """The commit of the Hub repository that a backbone was just loaded from; None for a local folder."""
-    match = re.search(r"[\\/]snapshots[\\/]([0-9a-f]{40})$", str(snapshot_of(name, **hub_kwargs)))
-    return match.group(1) if match else None
+    """The commit of the repository that a backbone was loaded from; None for a local folder."""
+    snapshot = snapshot_of(name, **hub_kwargs)
+    return snapshot.name if snapshot else None

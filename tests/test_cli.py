@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig
 from typer.testing import CliRunner
 
-from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
+from kadapter_hf import KAdapterConfig, KAdapterForRelationClassification, KAdapterModel
 from kadapter_hf.cli import _common, app
 
 
@@ -38,10 +38,10 @@ def printed(*arguments) -> dict:
     return json.loads(result.stdout)
 
 
-def refused(*arguments) -> str:
+def refused(*arguments, code: int = 1) -> str:
     """The one sentence with which a command fails."""
     result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     return result.stderr
 
@@ -204,7 +204,7 @@ def test_another_model_is_no_kadapter_nor_is_an_empty_folder(backbone, tmp_path)
 def test_changed_metadata_and_changed_weights_are_refused(file):
     shutil.copy(file, file.with_name("weights.safetensors"))
     rewrite(file, lambda metadata, tensors: metadata["config"].update(provenance={"corpus": "better"}))
-    assert "its metadata were changed" in refused("info", file)
+    assert "metadata that was changed" in refused("info", file)
     rewrite(file.with_name("weights.safetensors"), lambda metadata, tensors: next(iter(tensors.values())).zero_())
     assert "does not hold what was saved" in refused("info", file.with_name("weights.safetensors"))
 
@@ -393,7 +393,7 @@ def test_pull_refuses_another_model_and_what_is_not_in_the_cache(cached):
     (cached / "config.json").write_text('{"model_type": "roberta"}')
     assert "holds a 'roberta' model, not a K-Adapter" in refused("pull", "owner/both")
     assert "'owner/nowhere' is not completely cached" in refused("pull", "owner/nowhere")
-    assert "can't name a knowledge adapter" in refused("pull", "owner/both", "--adapter", "../config")
+    assert "can't name a knowledge adapter" in refused("pull", "owner/both", "--adapter", "../config", code=2)
 
 
 # ---- combine --------------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_combine_prints_json_too(folder, file, backbone, tmp_path):
 
 def test_adapters_of_the_same_name_are_named_anew(file, build, tmp_path):
     build(seed=1).save_knowledge_adapter(tmp_path / "other", "factual")
-    said = refused("combine", file, tmp_path / "other", "--output", tmp_path / "out")
+    said = refused("combine", file, tmp_path / "other", "--output", tmp_path / "out", code=2)
     assert f"'{file}' and '{tmp_path / 'other'}' both have an adapter named 'factual'" in said
     assert f"factual2={tmp_path / 'other'}" in said and not (tmp_path / "out").exists()
     found = printed("combine", file, f"news={tmp_path / 'other'}", "--output", tmp_path / "out")
@@ -440,6 +440,52 @@ def test_a_backbone_without_a_tokenizer_is_told(build, tmp_path):
     build(backbone=other).save_knowledge_adapter(tmp_path / "alone.safetensors", "factual")
     result = run("combine", tmp_path / "alone.safetensors", "--output", tmp_path / "out")
     assert result.exit_code == 0 and f"'{other}' has no tokenizer" in result.stdout
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def own_backbone(request, backbone, tmp_path) -> Path:
+    """A copy of the tiny RoBERTa with its tokenizer."""
+    folder = Path(shutil.copytree(backbone, tmp_path / "backbone"))
+    AutoModelForMaskedLM.from_pretrained(backbone, dtype=request.param).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fusion", ["concat", "add"])
+def test_combine_writes_the_same_bytes_without_the_backbones_weights(fusion, own_backbone, build, tmp_path):
+    for name in ("factual", "linguistic"):
+        build(adapters=[name], backbone=str(own_backbone)).save_knowledge_adapter(tmp_path, name)
+    sources = [tmp_path / "adapters" / f"{name}.safetensors" for name in ("factual", "linguistic")]
+    written = []
+    for folder in ("with", "without"):
+        torch.manual_seed(0)  # a new fusion has some noise
+        result = run("combine", *sources, "--fusion", fusion, "--output", tmp_path / folder)
+        assert result.exit_code == 0, result.stderr
+        assert ("the weights of the backbone are not available" in result.stdout) is (folder == "without")
+        written.append(contents(tmp_path / folder))
+        (own_backbone / "model.safetensors").unlink(missing_ok=True)
+    assert written[0] == written[1]
+
+
+def test_without_weights_adapters_of_different_backbones_are_refused(build, tmp_path):
+    for number in (1, 2):
+        other = backbone_of(tmp_path / f"backbone{number}")
+        build(backbone=str(other)).save_knowledge_adapter(tmp_path / f"{number}.safetensors", "factual")
+        (other / "model.safetensors").unlink()
+    said = refused(
+        "combine", tmp_path / "1.safetensors", f"two={tmp_path / '2.safetensors'}", "--output", tmp_path / "out"
+    )
+    assert "'2.safetensors' was trained on the backbone" in said.replace(f"{tmp_path}/", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_records_no_fingerprint_needs_the_backbones_weights(build, tmp_path):
+    other = backbone_of(tmp_path / "backbone")
+    build(backbone=str(other)).save_knowledge_adapter(tmp_path / "alone.safetensors", "factual")
+    rewrite(tmp_path / "alone.safetensors", forget_backbone)
+    (other / "model.safetensors").unlink()
+    assert f"the backbone '{other}' can't be loaded" in refused(
+        "combine", tmp_path / "alone.safetensors", "--output", "x"
+    )
 
 
 def test_combine_says_whether_the_output_is_the_backbones(file, tmp_path):
@@ -501,11 +547,26 @@ def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
         ([*PRETRAIN, "--fusion", "ad"], "fusion must be one of ['add', 'concat'"),
         ([*PRETRAIN, "--name", "a/b"], "'a/b' can't name a knowledge adapter"),
         ([*PRETRAIN, "--adapter_hidden_size", "7"], "num_attention_heads (12) must divide hidden_size (7)"),
+        ([*PRETRAIN, "--max_length", "0"], "--max_length must be at least 1, not 0"),
+        ([*PRETRAIN, "--cache_activations", "setup.cfg"], "--cache_activations must be a folder"),
+        ([*PRETRAIN, "--output_dir", "setup.cfg"], "--output_dir must be a folder; 'setup.cfg' is a file"),
+        ([*PRETRAIN, "--learning_rate", "nan"], "--learning_rate must be at least 0, not nan"),
+        ([*PRETRAIN, "--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be at least 1, not 0"),
+        ([*PRETRAIN, "--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be at least 1, not 0"),
+        ([*PRETRAIN, "--seed", "-1"], "--seed must be at least 0, not -1"),
+        ([*PRETRAIN, "--dataloader_num_workers", "-1"], "--dataloader_num_workers must be at least 0, not -1"),
+        ([*PRETRAIN, "--adam_beta1", "2"], "--adam_beta1 must be in [0, 1), not 2.0"),
+        ([*PRETRAIN, "--report_to", "unknownthing"], "--report_to: unknownthing is not supported"),
+        ([*PRETRAIN, "--lr_scheduler_kwargs", "x"], "--lr_scheduler_kwargs must be a JSON object, not x"),
+        ([*PRETRAIN, "--accelerator_config", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        ([*PRETRAIN, "--hub_model_id", "a/b/c"], "'a/b/c' is not a valid name of a repository on the Hub"),
         ([*PRETRAIN, "--max_steps", "many"], "--max_steps/--max-steps: invalid int value: 'many'"),
         ([*PRETRAIN, "--load_best_model_at_end", "true"], "requires the save and eval strategy to match"),
         ([*PRETRAIN, "--whatever", "x"], "there is no flag --whatever. Try 'kadapter pretrain factual --help'"),
         ([*PRETRAIN, "more", "rows"], "unexpected arguments: more rows"),
         (["combine", "x", "--output", "y", "--fusion", "ad"], "fusion must be one of ['add', 'concat'"),
+        (["pull", "owner/x", "--adapter", "../x"], "'../x' can't name a knowledge adapter"),
+        (["prepare", "trex", "docs", "--output", "x", "--seed", "-1"], "Invalid value for '--seed'"),
         (["convert", "setup.cfg", "--output", "x", "--layers", "0,a"], "comma-separated numbers are expected"),
     ],
 )
@@ -559,6 +620,15 @@ def test_faults_of_data_machine_and_hub_are_one_line(error, capsys):
         raise error
     said = capsys.readouterr().err
     assert ended.value.exit_code == 1 and said.startswith("Error: ") and "a b" in said and said.count("\n") == 1
+
+
+def test_an_impossible_value_is_wrong_usage_and_one_in_a_file_is_not(folder):
+    with pytest.raises(typer.Exit) as ended, _common.plain_errors():
+        KAdapterConfig(fusion="ad")
+    assert ended.value.exit_code == 2
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"fusion": "ad"}))
+    assert "fusion must be one of" in refused("info", folder)
 
 
 def test_a_message_is_shown_with_its_beginning_and_its_end_if_it_is_long(capsys):

@@ -19,7 +19,14 @@ import pytest
 import torch
 from conftest import TINY, assert_same_weights, contents, free_port, small_adapter
 from datasets import Dataset
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, RobertaModel, TrainerCallback
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    RobertaConfig,
+    RobertaModel,
+    TrainerCallback,
+)
 from typer.testing import CliRunner, Result
 
 from kadapter_hf import KAdapterForDependencyParsing, KAdapterForRelationClassification, KAdapterModel, pretraining
@@ -412,9 +419,62 @@ def test_two_processes_learn_what_one_does(facts, backbone, tmp_path):
 
 def test_an_earlier_runs_checkpoint_is_neither_used_nor_replaced_unasked(factual, facts, backbone):
     before = contents(factual)
-    with pytest.raises(ValueError, match="--resume_from_checkpoint true, or choose another --output_dir"):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint true, replace it with --overwrite_output_dir, or"):
         run("factual", facts, backbone, factual, "--max_steps", "4")
     assert contents(factual) == before
+
+
+def test_an_earlier_runs_adapter_is_not_replaced_unasked(facts, backbone, tmp_path):
+    run("factual", facts, backbone, tmp_path, "--max_steps", "1", "--save_strategy", "no")
+    before = contents(tmp_path)
+    with pytest.raises(
+        ValueError, match="has the results of an earlier run: replace it with --overwrite_output_dir, or"
+    ):
+        run("factual", facts, backbone, tmp_path, "--max_steps", "1", "--save_strategy", "no")
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_replaces_the_adapter_and_removes_old_checkpoints(facts, backbone, tmp_path):
+    run("factual", facts, backbone, tmp_path, "--max_steps", "4", "--save_steps", "4")
+    run("factual", facts, backbone, tmp_path, "--max_steps", "2", "--save_steps", "2", "--overwrite_output_dir")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+
+
+# ---- Defaults -------------------------------------------------------------------------------------------------------
+
+
+def chosen(objective: str, width: int, folder: Path, *flags: str) -> tuple[float, int, float]:
+    """The learning rate, batch size and number of epochs for a backbone of this width, of which there are no weights."""
+    RobertaConfig(hidden_size=width, num_attention_heads=16).save_pretrained(folder)
+    required = ["--data", "x", "--output_dir", "y", "--backbone", str(folder)]
+    _, training = pretraining.parser(objective).parse([*required, *flags])
+    return training.learning_rate, training.per_device_train_batch_size, training.num_train_epochs
+
+
+@pytest.mark.parametrize(
+    ("objective", "width", "expected"),
+    [
+        ("factual", 768, (5e-4, 32, 3)),
+        ("factual", 1024, (2e-5, 128, 5)),
+        ("linguistic", 768, (1e-3, 32, 3)),
+        ("linguistic", 1024, (1e-5, 256, 10)),
+    ],
+)
+def test_a_large_backbone_has_the_papers_defaults(objective, width, expected, tmp_path):
+    assert chosen(objective, width, tmp_path) == expected
+
+
+def test_flags_win_over_the_defaults_of_a_large_backbone(tmp_path):
+    flags = ("--learning_rate", "1e-4", "--num_train_epochs=2")
+    assert chosen("factual", 1024, tmp_path, *flags) == (1e-4, 128, 2)
+
+
+def test_the_first_line_says_how_the_adapter_is_trained(facts, backbone, tmp_path):
+    flags = ["--data", facts, "--backbone", backbone, "--output_dir", str(tmp_path), *small_without("--learning_rate")]
+    done = invoke("pretrain", "factual", *flags, "--num_train_epochs", "1")
+    said = f"Training on the backbone {backbone}: learning rate 0.0005, 32 rows per device and step, 1 epoch."
+    assert done.stdout.splitlines()[0] == said
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------
@@ -640,6 +700,7 @@ def test_each_objective_has_defaults_of_its_own_which_help_shows():
     for objective in OBJECTIVES:
         said = " ".join(invoke("pretrain", objective, "--help").stdout.split())
         rates[objective] = re.search(r"--learning-rate LEARNING_RATE .*?\(default: (.*?)\)", said)[1]
+        assert "For a backbone of width 1024 or more, the default is " in said
     assert rates == {"factual": "0.0005", "linguistic": "0.001", "typing": "0.0005"}
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 from rich.console import Console
 
 from ..messages import did_you_mean, is_repo_id, sentence
-from ..modeling.format_kadapter import KAdapterLoadError
+from ..modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError, SavedConfigError
 
 
 # Errors caused by the data, the machine or the Hub. KAdapterLoadError and errors from the Hub are OSErrors;
@@ -34,7 +34,8 @@ FAULTS = (
 @contextmanager
 def plain_errors(repo: str | None = None) -> Iterator[None]:
     """
-    Exits with code 1 and a one-sentence message if an error is caused by the data, the machine or the Hub.
+    Exits with a one-sentence message: with code 1 if an error is caused by the data, the machine or the Hub, and with 2 if
+    the value of an argument is impossible.
 
     Args:
         repo: the repository that errors from the Hub are about.
@@ -45,7 +46,8 @@ def plain_errors(repo: str | None = None) -> Iterator[None]:
         raise
     except FAULTS as error:
         Console(stderr=True, soft_wrap=True).print(f"Error: {sentence(error, repo)}", markup=False, highlight=False)
-        raise typer.Exit(1) from None
+        usage = isinstance(error, KAdapterConfigError) and not isinstance(error, SavedConfigError)
+        raise typer.Exit(2 if usage else 1) from None
 
 
 def check_new(output: Path) -> None:

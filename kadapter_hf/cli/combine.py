@@ -1,17 +1,23 @@
 """`kadapter combine`: combines separately trained adapters in one K-Adapter."""
 
-import re
+import os
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from transformers import AutoConfig
 
 from ..features import load_tokenizer
+from ..modeling.backbone_kadapter import load_backbone, new_backbone
+from ..modeling.compat_kadapter import quiet
+from ..modeling.configuration_kadapter import KAdapterConfig
 from ..modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
 from ..modeling.fusion_kadapter import check_fusion
 from ..modeling.heads_kadapter import KAdapterModel
-from ..modeling.reading_kadapter import read_adapter
-from ..modeling.sources_kadapter import adapter_file
+from ..modeling.sources_kadapter import commit_of
+from ..named_adapters import named_adapters
+from ..summary import knowledge_summary
 from ._common import AsJson, check_new, plain_errors, print_json
 
 
@@ -57,28 +63,27 @@ def combine(
     """
     with plain_errors():
         check_new(output)
-        adapters: dict[str, str] = {}
-        for argument in sources:
-            name, source = split_name(argument)
-            saved = read_adapter(adapter_file(source, name))
-            name = name or saved.name
-            if name in adapters:
-                raise KAdapterConfigError(
-                    f"'{adapters[name]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, "
-                    f"e.g. {name}2={source}."
-                )
-            adapters[name] = source
-            backbone = backbone or saved.config.backbone_name_or_path
+        adapters = named_adapters(sources)
+        configs = [config for _, config in adapters.values()]
+        fingerprint = next((config.backbone_fingerprint for config in configs if config.backbone_fingerprint), None)
+        backbone = backbone or next((name for config in configs if (name := config.backbone_name_or_path)), None)
         if backbone is None:
             raise KAdapterLoadError(f"'{sources[0]}' does not name its backbone: specify it with --backbone.")
-        model = KAdapterModel.from_backbone(backbone, adapters, fusion)
+        model = on_backbone(backbone, fingerprint, fusion)
+        for name, (source, _) in adapters.items():
+            model.load_knowledge_adapter(source, name)
         model.save_pretrained(output)
         has_tokenizer = save_tokenizer(backbone, output)
     if as_json:
         names = model.active_knowledge_adapters
         print_json({"output": str(output), "backbone": model.config.backbone_name_or_path, "adapters": names})
         return
-    typer.echo(model.knowledge_summary())
+    typer.echo(knowledge_summary(model))
+    if next(model.backbone.parameters()).is_meta:
+        typer.echo(
+            "Here, the weights of the backbone are not available. When the K-Adapter is loaded, they are compared with the "
+            "fingerprint that its adapters record."
+        )
     if fusion == "concat":
         typer.echo(
             "Until it is fine-tuned, its output is that of the backbone, as a new concat fusion passes it on. With --fusion "
@@ -88,10 +93,38 @@ def combine(
         typer.echo(f"The backbone '{backbone}' has no tokenizer that could be saved with it.")
 
 
-def split_name(argument: str) -> tuple[str | None, str]:
-    """The name, if there is one, and the source of `NAME=SOURCE`."""
-    found = re.fullmatch(r"([\w-]+)=(.+)", argument)
-    return (found[1], found[2]) if found and not Path(argument).exists() else (None, argument)
+def on_backbone(backbone: str, fingerprint: str | None, fusion: str) -> KAdapterModel:
+    """
+    A K-Adapter without adapters.
+
+    If the backbone's fingerprint is known and its weights are not available locally, they are not downloaded: for saving, the
+    configuration is sufficient.
+    """
+    if fingerprint is None:
+        return KAdapterModel.from_backbone(backbone, fusion=fusion)
+    try:
+        with quiet():
+            load_backbone(backbone, local_files_only=True)
+    except KAdapterLoadError:
+        pass
+    else:
+        return KAdapterModel.from_backbone(backbone, fusion=fusion)
+    try:
+        backbone_config = AutoConfig.from_pretrained(backbone)
+    except Exception as error:  # a foreign configuration class may raise anything
+        raise KAdapterLoadError(f"the configuration of the backbone '{backbone}' can't be read: {error}") from error
+    with torch.device("meta"):
+        encoder = new_backbone(backbone_config)
+    config = KAdapterConfig(
+        backbone_name_or_path=os.path.abspath(backbone) if os.path.isdir(backbone) else backbone,
+        backbone_revision=commit_of(backbone),
+        backbone_fingerprint=fingerprint,
+        backbone_config=backbone_config,
+        fusion=fusion,
+    )
+    model = KAdapterModel(config, encoder)
+    model.origins.sources["backbone"] = config.backbone_name_or_path
+    return model.eval()
 
 
 def save_tokenizer(backbone: str, output: Path) -> bool:

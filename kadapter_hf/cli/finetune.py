@@ -31,7 +31,8 @@ def finetune(
     if task in ("", "-h", "--help"):  # after a task, --help lists all of its flags
         typer.echo(context.get_help())
         raise typer.Exit(0 if task else 2)
-    from ..finetuning import described_settings, finetune as run, parse
+    from ..finetuning import finetune as run, parser, trained_parts
+    from ..runs import schedule
     from ..tasks import TASKS
 
     if task not in TASKS:
@@ -39,16 +40,16 @@ def finetune(
             f"'{task}' is not one of {', '.join(TASKS)}.{did_you_mean(task, TASKS)}", param_hint="TASK"
         )
     with plain_errors():
-        arguments, options, training = parse(task, context.args)
+        arguments, options, training = parser(task).parse(context.args)
     try:
         with plain_errors():
-            if training.should_log:
-                typer.echo(f"Settings: {described_settings(arguments, training)}", err=True)
+            if training.should_save:  # of several processes, one reports
+                typer.echo(f"Training {trained_parts(arguments)}: {schedule(training)}.")
             results = run(TASKS[task], arguments, options, training)
     except KeyboardInterrupt as stop:
         typer.echo(str(stop) or "Stopped.", err=True)
         raise typer.Exit(130) from None
-    if not training.should_save:  # of several processes, one reports
+    if not training.should_save:
         return
     for split, metrics in results.items():
         for key, value in metrics.items():

@@ -30,6 +30,7 @@ Files = Annotated[
 ]
 Output = Annotated[Path, typer.Option(show_default=False, help="The output folder, created if needed.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unusable record.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the rows of an earlier run.")]
 Names = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="JSON file that maps Wikidata numbers to relation names."),
@@ -72,7 +73,7 @@ def trex(
     output: Output,
     min_examples: Annotated[int, typer.Option(min=1, help="Drop relations with fewer examples.")] = 50,
     split: Annotated[Unit, typer.Option(help="The unit to split into train and test.")] = Unit.document,
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
     names: Names = None,
     executor: Annotated[Executor, typer.Option(help="Where to run.")] = Executor.local,
     workers: Annotated[
@@ -81,15 +82,17 @@ def trex(
     partition: Annotated[str, typer.Option(help="Slurm: partition.")] = "normal",
     time: Annotated[str, typer.Option(help="Slurm: time limit of each job.")] = "24:00:00",
     strict: Strict = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """
     T-REx: Wikidata triples aligned with Wikipedia, from the raw JSON files, split 90 to 10.
 
-    An interrupted run is resumed by running the command again; after a complete run, only the split is repeated.
+    An interrupted run is resumed by running the command again; after a complete run, `--overwrite` repeats only the split.
 
     Example: `kadapter prepare trex re-nlg/ --output data/trex --workers 8`
     """
     with plain_errors():
+        check_not_there(output, Split.train, overwrite)
         from ..corpora.trex import prepare_trex
 
         report = prepare_trex(
@@ -117,16 +120,26 @@ def add_command(name: str, corpus: Corpus) -> None:
     """Adds the command for a corpus."""
 
     def convert(
-        files: Files, output: Output, names: Names = None, split: SplitName = Split.train, strict: Strict = False
+        files: Files,
+        output: Output,
+        names: Names = None,
+        split: SplitName = Split.train,
+        strict: Strict = False,
+        overwrite: Overwrite = False,
     ) -> None:
         options = {"strict": strict} if names is None else {"names": names, "strict": strict}
         with plain_errors():
+            check_not_there(output, split, overwrite)
             write(files, [corpus.read(file, **options) for file in files], output, split)
 
     def convert_without_names(
-        files: Files, output: Output, split: SplitName = Split.train, strict: Strict = False
+        files: Files,
+        output: Output,
+        split: SplitName = Split.train,
+        strict: Strict = False,
+        overwrite: Overwrite = False,
     ) -> None:
-        convert(files, output, split=split, strict=strict)
+        convert(files, output, split=split, strict=strict, overwrite=overwrite)
 
     takes_names = "names" in inspect.signature(corpus.read).parameters
     help = f"{corpus.help}\n\nExample: `kadapter prepare {name} {corpus.example}`"
@@ -147,6 +160,7 @@ def conllu(
     ] = None,
     split: SplitName = Split.train,
     strict: Strict = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """
     Dependency trees from a CoNLL-U file, or from raw text that spaCy parses.
@@ -156,11 +170,19 @@ def conllu(
     Example: `kadapter prepare conllu news.txt --pipeline en_core_web_sm --output data/news`
     """
     with plain_errors():
+        check_not_there(output, split, overwrite)
         if pipeline:
             made = [parse_text(lines_of(file), pipeline, strict) for file in files]
         else:
             made = [read_conllu(file, strict) for file in files]
         write(files, made, output, split)
+
+
+def check_not_there(output: Path, split: Split, overwrite: bool) -> None:
+    """Raises an error if the rows of this split would be replaced unasked."""
+    file = output / f"{split.value}.parquet"
+    if file.exists() and not overwrite:
+        raise ValueError(f"'{file}' exists: replace it with --overwrite, or choose another --output.")
 
 
 def lines_of(file: Path) -> list[str]:

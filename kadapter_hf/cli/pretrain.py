@@ -30,6 +30,7 @@ def pretrain(
         return
     from ..objectives import OBJECTIVES  # imported here, as importing Trainer takes seconds
     from ..pretraining import parser, pretrain as run
+    from ..runs import schedule
 
     if objective not in OBJECTIVES:
         suggestion = did_you_mean(objective, OBJECTIVES)
@@ -37,13 +38,15 @@ def pretrain(
             f"'{objective}' is not one of {', '.join(OBJECTIVES)}.{suggestion}", param_hint="OBJECTIVE"
         )
     arguments, training = parser(objective).parse(context.args)
+    if training.should_save:  # of several processes, one reports
+        typer.echo(f"Training on the backbone {arguments.backbone}: {schedule(training)}.")
     try:
         with plain_errors():
             metrics = run(objective, arguments, training)
     except KeyboardInterrupt as stop:
         typer.echo(str(stop) or "Stopped.", err=True)
         raise typer.Exit(130) from None
-    if not training.should_save:  # of several processes, one reports
+    if not training.should_save:
         return
     for key, value in metrics.items():
         typer.echo(f"{key.removeprefix('eval_')}: {value:.4f}")

@@ -8,7 +8,7 @@ from ..corpora import RELATION
 from ..features import relation_features
 from ..metrics import relation_metrics, require_scikit_learn
 from ..modeling.heads_kadapter import KAdapterForRelationClassification
-from .objective import Objective
+from .objective import LARGE_DEFAULTS, Objective
 
 
 def metrics(labels: list[str]) -> Callable:
@@ -23,4 +23,5 @@ FACTUAL = Objective(
     model_class=KAdapterForRelationClassification,
     collator=DataCollatorWithPadding,
     metrics=metrics,
+    large_defaults=LARGE_DEFAULTS,
 )

@@ -13,6 +13,9 @@ from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 # From docs/knowledge.md. A share of all steps: warmup_steps and logging_steps.
 DEFAULTS = {"learning_rate": 5e-4, "per_device_train_batch_size": 32, "warmup_steps": 0.1, "logging_steps": 0.02}
+# The paper's for roberta-large (section 3.3), for backbones of at least this width.
+LARGE_WIDTH = 1024
+LARGE_DEFAULTS = {"learning_rate": 2e-5, "per_device_train_batch_size": 128, "num_train_epochs": 5}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Objective:
             training, so this is the place to look for packages that the metrics need.
         preprocess_logits: Trainer's `preprocess_logits_for_metrics`.
         defaults: the default values of flags of TrainingArguments; transformers' are for fine-tuning a whole model.
+        large_defaults: those that differ for a large backbone, of width `LARGE_WIDTH` or more.
     """
 
     features: Callable[..., dict[str, list]]
@@ -40,6 +44,11 @@ class Objective:
     metrics: Callable[[list[str]], Callable] | None = None
     preprocess_logits: Callable | None = None
     defaults: Mapping[str, Any] = field(default_factory=lambda: DEFAULTS)
+    large_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def defaults_for(self, width: int) -> dict[str, Any]:
+        """The default values of flags for a backbone of this width."""
+        return {**self.defaults, **(self.large_defaults if width >= LARGE_WIDTH else {})}
 
     def labels_of(self, rows: Dataset) -> list[str]:
         """The labels in these rows, sorted."""

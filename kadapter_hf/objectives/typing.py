@@ -6,7 +6,7 @@ from ..corpora import TYPING as SCHEMA
 from ..features import typing_features
 from ..metrics import typing_metrics
 from ..modeling.heads_kadapter import KAdapterForEntityTyping
-from .objective import Objective
+from .objective import LARGE_DEFAULTS, Objective
 
 
 TYPING = Objective(
@@ -15,4 +15,5 @@ TYPING = Objective(
     model_class=KAdapterForEntityTyping,
     collator=DataCollatorWithPadding,
     metrics=lambda labels: typing_metrics,
+    large_defaults=LARGE_DEFAULTS,
 )

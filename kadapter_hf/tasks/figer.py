@@ -27,6 +27,7 @@ class Figer(OpenEntity):
         "max_length": 256,
     }
     published = {"": 77.83, "multitask": 78.84, "untrained": 77.90, "F": 80.42, "L": 79.18, "F+L": 80.54}
+    reproduced = {}
 
     def records(self, path: Path) -> Named:
         return _mentions(path) if path.suffix.lower() == ".label" else super().records(path)

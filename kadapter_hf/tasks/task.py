@@ -66,8 +66,9 @@ class Task:
         metric: the metric by which the best checkpoint is chosen.
         paper: flags of TrainingArguments, and `max_length`. A dict instead of a value has one for each combination of
             adapters: `F` (factual), `L` (linguistic), `F+L`.
-        published: the paper's result on the test set, by combination of adapters, in percent; of `metric` unless the
-            key `metric` names another.
+        published: the paper's `metric` on the test set, in percent, by combination of adapters; the empty string is the
+            backbone alone.
+        reproduced: what others got with public forks of the original's code, single runs each.
         group: a column whose values must not be divided between training and held-out rows.
     """
 
@@ -84,6 +85,7 @@ class Task:
     metric: ClassVar[str] = "accuracy"
     paper: ClassVar[Mapping[str, Any]] = {}
     published: ClassVar[Mapping[str, float]] = {}
+    reproduced: ClassVar[Mapping[str, str]] = {}
     group: ClassVar[str | None] = None
 
     def __init__(self, name: str):

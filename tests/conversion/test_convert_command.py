@@ -239,7 +239,7 @@ def test_a_task_with_another_number_of_labels_is_refused(save, tmp_path, backbon
     weights = save(backbone_file(backbone), "pytorch_pretrained_model.bin")
     arguments = ("--output", tmp_path / "out", "--backbone", backbone, "--backbone-weights", weights)
     result = run(save(fine_tuned(labels=5)), *arguments, "--task", "open-entity")
-    assert result.exit_code == 1 and "the checkpoint has 5 labels, not 9" in words(result.output)
+    assert result.exit_code == 2 and "the checkpoint has 5 labels, not 9" in words(result.output)
 
 
 def test_a_backbone_that_was_not_changed_is_not_stored_twice(save, tmp_path, backbone):
@@ -312,43 +312,60 @@ def test_a_missing_unknown_or_impossible_tensor_is_named(save, tmp_path, config_
         (["--layers", "0,22"], "has hidden states 0 to 4"),
         (["--heads", 5], r"must divide hidden_size"),
         (["--name", "a/b"], "can't name a knowledge adapter"),
-        (["--backbone", "nowhere"], "the configuration of the backbone 'nowhere' can't be read"),
         (["--backbone", "FacebookAI/roberta-large"], "of width 32, but 'FacebookAI/roberta-large' has width 1024"),
         (["--backbone-weights", "x.bin"], "is a single adapter, which has no backbone weights"),
     ],
 )
-def test_an_argument_that_does_not_fit_is_one_sentence_and_exit_code_1(save, tmp_path, config_only, arguments, said):
+def test_an_argument_that_does_not_fit_is_wrong_usage(save, tmp_path, config_only, arguments, said):
     result = run(save(factual()), "--output", tmp_path / "out", "--backbone", config_only, *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith("Error: ") and said in result.stderr
     assert "Traceback" not in result.output
 
 
+def test_a_backbone_that_can_not_be_found_is_no_wrong_usage(save, tmp_path):
+    result = run(save(factual()), "--output", tmp_path / "out", "--backbone", "nowhere")
+    assert result.exit_code == 1
+    assert "Error: the configuration of the backbone 'nowhere' can't be read" in result.stderr
+
+
 @pytest.mark.parametrize(
-    ("content", "arguments", "said"),
+    ("content", "arguments", "code", "said"),
     [
-        (fine_tuned, [], "pass that file with --backbone-weights"),
-        (fine_tuned, ["--name", "mine"], "whose names are fixed"),
-        (fine_tuned, ["--backbone-weights", "{path}"], "no tensor's name starts with 'model.'"),
+        (fine_tuned, [], 1, "pass that file with --backbone-weights"),
+        (fine_tuned, ["--name", "mine"], 2, "whose names are fixed"),
+        (fine_tuned, ["--backbone-weights", "{path}"], 1, "no tensor's name starts with 'model.'"),
         (
             lambda: fine_tuned() | linear("fac_adapter.task_dense", WIDTH, 2 * WIDTH),
             [],
+            1,
             "'fac_adapter.task_dense.weight' is a fusion inside an adapter",
         ),
         (
             lambda: fine_tuned() | {"model.x": torch.ones(1)},
             [],
+            1,
             "'model.embeddings.word_embeddings.weight' is missing",
         ),
-        (lambda: fine_tuned() | {"model.x": torch.ones(1)}, ["--backbone-weights", "{path}"], "includes a backbone"),
-        (lambda: {"bert.encoder.layer.0.output.dense.weight": torch.ones(2, 2)}, [], "a checkpoint of something else"),
+        (
+            lambda: fine_tuned() | {"model.x": torch.ones(1)},
+            ["--backbone-weights", "{path}"],
+            2,
+            "includes a backbone",
+        ),
+        (
+            lambda: {"bert.encoder.layer.0.output.dense.weight": torch.ones(2, 2)},
+            [],
+            1,
+            "a checkpoint of something else",
+        ),
     ],
 )
-def test_a_fine_tuned_model_that_is_not_whole_is_refused(save, tmp_path, config_only, content, arguments, said):
+def test_a_fine_tuned_model_that_is_not_whole_is_refused(save, tmp_path, config_only, content, arguments, code, said):
     path = save(content())
     arguments = [argument.format(path=path) for argument in arguments]
     result = run(path, "--output", tmp_path / "out", "--backbone", config_only, *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert said in result.stderr
 
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from conftest import contents
 from datasets import load_dataset
 from typer.testing import CliRunner
 
@@ -93,8 +94,27 @@ def test_a_split_gets_a_file_of_its_own_beside_the_others(write_file, tmp_path):
     assert json.loads((out / "relations.json").read_text()) == ["P1", "P403", "P5"]
     report = json.loads((out / "report.json").read_text())
     assert (report["kept"], report["validation"]["kept"]) == (4, 1)
-    run("fewrel", write_file({"P6": FEWREL["P1"]}), "--output", out, "--split", "validation")
-    assert json.loads((out / "relations.json").read_text()) == ["P1", "P403", "P6"]
+
+
+def test_rows_of_an_earlier_run_are_replaced_with_overwrite_only(write_file, tmp_path):
+    out = tmp_path / "out"
+    for split, relation in (("train", "P5"), ("validation", "P6")):
+        run("fewrel", write_file({relation: FEWREL["P1"]}), "--output", out, "--split", split)
+    before = contents(out)
+    again = ["fewrel", write_file({"P7": FEWREL["P1"]}), "--output", out, "--split", "validation"]
+    result = run(*again)
+    assert result.exit_code == 1 and "validation.parquet' exists: replace it with --overwrite" in result.stderr
+    assert contents(out) == before
+    assert run(*again, "--overwrite").exit_code == 0
+    assert json.loads((out / "relations.json").read_text()) == ["P5", "P7"]
+
+
+@pytest.mark.parametrize("command", ["trex", "conllu"])
+def test_every_corpus_has_overwrite(command, write_file, tmp_path):
+    (tmp_path / "train.parquet").write_text("mine")
+    result = run(command, write_file(TREE, "corpus.json"), "--output", tmp_path)
+    assert result.exit_code == 1 and "exists: replace it with --overwrite" in " ".join(result.stderr.split())
+    assert (tmp_path / "train.parquet").read_text() == "mine"
 
 
 LONG = "x" * 100_000

@@ -120,10 +120,11 @@ def test_the_example_facts_are_of_the_relation_schema():
     assert report.labels["author_of"] == 30
 
 
-def test_the_example_entities_are_of_the_typing_schema():
-    _, report = read_jsonl(EXAMPLES / "typing.jsonl", TYPING)
-    assert (report.kept, report.dropped.total()) == (420, 0)
-    assert report.labels["person"] == 105
+@pytest.mark.parametrize(("file", "rows", "persons"), [("typing.jsonl", 420, 105), ("typing_more.jsonl", 1664, 384)])
+def test_the_example_entities_are_of_the_typing_schema(file, rows, persons):
+    _, report = read_jsonl(EXAMPLES / file, TYPING)
+    assert (report.kept, report.dropped.total()) == (rows, 0)
+    assert report.labels["person"] == persons
 
 
 def test_other_columns_are_left_out(write_file):

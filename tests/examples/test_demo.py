@@ -1,5 +1,6 @@
 """examples/demo.py: the complete program on a tiny backbone, the models' inputs, and the conclusions from the scores."""
 
+import json
 import os
 import re
 import subprocess
@@ -66,7 +67,7 @@ def test_the_table_of_sizes_is_that_of_the_files(printed, output_dir):
         assert cells(printed, name) == [f"{(output_dir / 'model' / name).stat().st_size / 1e6:.1f}"]
 
 
-def test_the_saved_folder_gives_the_printed_probabilities(printed, output_dir):
+def test_the_saved_folder_gives_the_printed_probabilities(demo, printed, output_dir):
     model = AutoModelForSequenceClassification.from_pretrained(output_dir / "model")
     assert type(model) is KAdapterForEntityTyping
     assert model.active_knowledge_adapters == ["factual", "linguistic"]
@@ -74,10 +75,12 @@ def test_the_saved_folder_gives_the_printed_probabilities(printed, output_dir):
     inputs = tokenizer("marie curie was born in @ vienna @ , the capital", return_tensors="pt")
     with torch.no_grad():  # <s> marie curie was born in @
         probabilities = model(**inputs, entity_start=torch.tensor([6])).logits[0].sigmoid().tolist()
-    best = sorted(zip(probabilities, model.config.id2label.values(), strict=True), reverse=True)[:5]
+    # In this order, and not in that of config.json, where "10" comes before "2".
+    labels = sorted({label for example in demo.read_jsonl("typing.jsonl") for label in example["types"]})
+    best = sorted(zip(probabilities, labels, strict=True), reverse=True)[:5]
     shown = re.findall(r"^  (0\.\d\d) (\w+)$", printed, flags=re.MULTILINE)
     assert [float(probability) for probability, _ in shown] == pytest.approx([p for p, _ in best], abs=0.0051)
-    assert {label for _, label in shown} == {label for _, label in best}
+    assert [label for _, label in shown] == [label for _, label in best]
 
 
 def test_the_model_holds_the_adapters_that_were_trained_apart(printed, output_dir):
@@ -168,6 +171,43 @@ def test_a_wrong_argument_is_refused_by_name(demo, monkeypatch, capsys, argument
 def test_a_folder_without_a_backbone_is_refused_before_any_training(demo, tmp_path):
     with pytest.raises(SystemExit, match=f"--backbone {re.escape(str(tmp_path))}.*config.json"):
         demo.find_backbone(demo.Arguments(backbone=str(tmp_path)))
+
+
+def held_out_sentences() -> list[dict]:
+    """Sentences with their entities in brackets and the types; chosen before any model had seen them."""
+    file = Path(__file__).with_name("held_out_sentences.jsonl")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_held_out_sentences_and_the_default_one_have_entities_that_are_not_trained_on(demo):
+    entities = set()
+    for example in (example for file in demo.LAST_EXAMPLES for example in demo.read_jsonl(file)):
+        entities.add(example["text"][slice(*example["entity"])])
+    for sentence in (demo.Arguments().sentence, *(row["sentence"] for row in held_out_sentences())):
+        text, span = demo.unbracket(sentence)
+        assert text[slice(*span)] not in entities
+
+
+@pytest.mark.slow
+def test_the_last_model_types_unseen_entities_correctly(demo, tmp_path):
+    args = demo.Arguments(output_dir=str(tmp_path))
+    args.backbone, tokenizer = demo.find_backbone(args)
+    with demo.Progress(disable=True) as progress:
+        factual = demo.pretrain(
+            "factual", demo.KAdapterForRelationClassification, demo.read_facts(tokenizer), progress, args
+        )
+        linguistic = demo.pretrain(
+            "linguistic", demo.KAdapterForTokenClassification, demo.read_trees(tokenizer), progress, args
+        )
+        files = {"factual": factual, "linguistic": linguistic}
+        model = demo.train_last(tokenizer, files, str(tmp_path / "cache"), progress, args).eval()
+
+    def right(sentence: str, types: list[str]) -> bool:
+        return {label for p, label in demo.predict(model, tokenizer, sentence) if p > 0.5} == set(types)
+
+    assert right(args.sentence, ["person", "artist"])
+    rows = held_out_sentences()
+    assert sum(right(row["sentence"], row["types"]) for row in rows) / len(rows) > 0.6
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def snapshot(model, *parts: str) -> dict[str, torch.Tensor]:
 
 
 def assert_unchanged(model, before: dict[str, torch.Tensor]) -> None:
-    """Bit for bit, and none of them has gone."""
+    """Compares bit for bit, and checks that no tensor is missing."""
     after = model.state_dict()
     assert before
     for name, tensor in before.items():
@@ -256,7 +256,7 @@ def test_activation_comes_back(build, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = KAdapterModel.from_pretrained(tmp_path)
     assert loaded.active_knowledge_adapters == ["c", "a"]
-    loaded.set_active_knowledge_adapters(["a", "b", "c"])  # the inactive one is there too
+    loaded.set_active_knowledge_adapters(["a", "b", "c"])  # including the inactive one
     model.set_active_knowledge_adapters(["a", "b", "c"])
     with torch.no_grad():
         assert torch.equal(loaded(**batch()).last_hidden_state, model(**batch()).last_hidden_state)
@@ -470,7 +470,7 @@ def test_refused_adapter_leaves_the_model_as_it_was(build, backbones, tmp_path):
 
 
 def rows(summary: str) -> dict[str, list[str]]:
-    """The cells of each row by its first."""
+    """The cells of each row, by its first cell."""
     lines = summary.splitlines()
     assert lines[0].split() == ["part", "parameters", "trainable", "dtype", "device", "source"]
     cells = [re.split(r"\s{2,}", line) for line in lines[2:]]
@@ -500,7 +500,7 @@ def test_summary_tells_parameters_dtype_device_and_source_of_each_part(build, ba
     adapter = model.adapters["linguistic"]
     assert table["adapter linguistic (inactive)"] == [count(adapter), "0", "float32", "cpu", "new"]
     assert table["adapter factual"] == [count(model.adapters["factual"]), "0", "float32", "cpu", str(path)]
-    # Of the fusion, the active adapter's first block: one adapter is not mixed with others.
+    # The active adapter's part of the fusion; a single adapter is not mixed.
     block = count(model.fusion.states["factual"])
     assert table["fusion (concat)"] == [count(model.fusion), block, "float32", "cpu", "new"]
     head = 32 * 32 + 32 + 32 * 9 + 9

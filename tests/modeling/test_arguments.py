@@ -1,4 +1,4 @@
-"""Arguments of from_backbone, from_pretrained and the configurations: applied, or refused by name; none is swallowed."""
+"""Arguments of from_backbone, from_pretrained and the configurations: each is applied, or refused by name."""
 
 import json
 import os
@@ -35,6 +35,7 @@ def folder(build, tmp_path):
         (lambda **kwargs: KnowledgeAdapterConfig(**kwargs), "hiden_size", "hidden_size"),
         (lambda **kwargs: KAdapterConfig(**kwargs), "num_lables", "num_labels"),
         (lambda **kwargs: KAdapterConfig(**kwargs), "fusions", "fusion"),
+        (lambda **kwargs: KAdapterConfig(knowledge_adapters={"factual": kwargs}), "hiden_size", "hidden_size"),
     ],
 )
 def test_misspelt_field_is_refused_with_the_nearest(make, field, near):

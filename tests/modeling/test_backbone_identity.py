@@ -254,7 +254,7 @@ def test_an_adapter_of_a_wider_or_deeper_backbone_is_refused_whatever_is_ignored
 
 
 def test_an_adapter_stays_with_the_backbone_that_it_was_trained_on(saved, tmp_path):
-    """Loading it elsewhere against the warning, and saving it there, does not make it an adapter of that backbone."""
+    """An adapter that is loaded on another backbone, despite the warning, and saved there still belongs to its own."""
     model = KAdapterModel.from_backbone(make_backbone(tmp_path / "other"))
     model.load_knowledge_adapter(saved, "factual", ignore_backbone_mismatch=True)
     path = model.save_knowledge_adapter(tmp_path / "elsewhere", "factual")
@@ -464,7 +464,7 @@ def test_a_change_that_the_fingerprint_does_not_see_is_stored(tmp_path, build):
 
 @pytest.fixture
 def saved_twice(own_backbone, build, tmp_path, monkeypatch):
-    """A model that has been saved, and the loads of its backbone since then."""
+    """A model that has been saved, and the loads of its backbone after that."""
     model, loads = build(backbone=own_backbone), []
     model.save_pretrained(tmp_path / "first")
     load = backbone_kadapter.load_backbone

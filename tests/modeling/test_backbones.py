@@ -42,7 +42,7 @@ READ = [0, 1, 3, 4]
 
 @pytest.fixture
 def on(backbones, build):
-    """`on(model_type, …)`: a model with one adapter on the tiny backbone of that type, all of it random."""
+    """`on(model_type, …)`: a model with one adapter on the tiny backbone of that type, with random weights."""
 
     def on(model_type, model_class=KAdapterModel, **kwargs):
         model = build(model_class, adapters=(), backbone=backbones[model_type], **kwargs)
@@ -194,7 +194,7 @@ def test_language_model_without_active_adapter_is_the_stock_one_bit_for_bit(mode
 @every_backbone
 @torch.no_grad()
 def test_language_model_head_comes_from_the_backbones_repository(model_type, on, backbones, tmp_path):
-    """Of a K-Adapter that was saved without one."""
+    """For a K-Adapter that was saved without a head."""
     on(model_type).save_pretrained(tmp_path)
     model = KAdapterForMaskedLM.from_pretrained(tmp_path)
     model.set_active_knowledge_adapters(None)
@@ -204,7 +204,7 @@ def test_language_model_head_comes_from_the_backbones_repository(model_type, on,
 
 @every_backbone
 def test_fused_states_go_through_the_backbones_head(model_type, on, backbones):
-    """Its own class, with the fused states in place of its encoder's output."""
+    """The backbone's own class, with the fused states instead of its encoder's output."""
     model = on(model_type, KAdapterForMaskedLM)
     whole = stock(backbones[model_type], AutoModelForMaskedLM)
 
@@ -310,7 +310,7 @@ def test_head_of_a_loaded_classifier_is_not_mistaken_for_a_language_model_head(b
 @pytest.mark.parametrize("model_class", [KAdapterModel, KAdapterForMaskedLM, KAdapterForSequenceClassification])
 @torch.no_grad()
 def test_saved_model_loads_on_a_backbone_that_is_loaded_already(model_class, auto_class, build, backbone, tmp_path):
-    """With its own head, also where the loaded model has one."""
+    """With its own head, even if the loaded model has one."""
     model = build(model_class)
     disturb(model.fusion)
     if model_class is KAdapterForMaskedLM:
@@ -339,7 +339,7 @@ def test_backbone_by_repository_id_is_pinned_to_its_commit(backbone, tmp_path):
     for revision in ("v1", "b" * 40):
         assert KAdapterModel.from_backbone("org/tiny", revision=revision, **cache).config.backbone_revision == "b" * 40
     latest.save_pretrained(tmp_path / "saved")
-    # The branch moves on to other weights; the saved model keeps to its commit.
+    # The branch gets other weights; the saved model uses its commit.
     moved = AutoModelForMaskedLM.from_config(copy.deepcopy(TINY["roberta"]))
     moved.save_pretrained(repository / "snapshots" / ("c" * 40))
     (repository / "refs" / "main").write_text("c" * 40)
@@ -405,7 +405,7 @@ def test_device_map_places_the_backbone_and_all_that_stands_beside_it(model_clas
 
 @torch.no_grad()
 def test_offloaded_backbone_runs_and_is_not_stored(build, tmp_path):
-    """Layers on disk are read as they are needed."""
+    """Layers on disk are read when they are needed."""
     plain = build()
     plain.save_pretrained(tmp_path / "saved")
     device_map = {"embeddings": "cpu"} | {f"encoder.layer.{i}": "disk" if i else "cpu" for i in range(4)}
@@ -502,7 +502,7 @@ def test_what_is_no_text_encoder_is_refused_in_a_sentence(model_type, given, tmp
 
 
 class Silent(PreTrainedModel):
-    """An encoder that keeps its hidden states to itself."""
+    """An encoder that does not return its hidden states."""
 
     config_class = BertConfig
 
@@ -594,9 +594,7 @@ def test_an_argument_that_would_replace_the_files_is_refused(argument, stored, b
 def test_a_variant_that_the_backbone_lacks_is_named(build, backbone, tmp_path):
     build().save_pretrained(tmp_path)
     for load in (KAdapterModel.from_pretrained, KAdapterModel.from_backbone):
-        with pytest.raises(
-            KAdapterLoadError, match="variant='fp16' asks for files of the backbone that are called so"
-        ):
+        with pytest.raises(KAdapterLoadError, match="variant='fp16' applies to the backbone's files"):
             load(tmp_path if load == KAdapterModel.from_pretrained else backbone, variant="fp16")
 
 

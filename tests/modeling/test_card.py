@@ -132,7 +132,7 @@ def test_sections_that_a_user_changed_added_or_removed_stay_so(model, tmp_path):
         model.save_pretrained(tmp_path)
         text = (tmp_path / "README.md").read_text().split("<!--")[0]
         assert "of which I checked ten" in text and "Only rivers." in text and "## Citation" not in text
-        assert "| factual | micro f1 | 0.9000 |" in text  # a section that was left as it was
+        assert "| factual | micro f1 | 0.9000 |" in text  # a section that was not edited
 
 
 def test_metadata_that_a_user_changed_added_or_removed_stay_so(model, tmp_path):

@@ -29,7 +29,7 @@ def config_with(**adapters) -> KAdapterConfig:
 
 @pytest.fixture
 def warnings(caplog):
-    """What transformers' logger has warned of: it does not propagate by default."""
+    """The warnings of transformers' logger, which does not propagate by default."""
     logger = logging.getLogger("transformers")
     propagate, logger.propagate = logger.propagate, True
     with caplog.at_level(logging.WARNING, logger="transformers"):
@@ -47,7 +47,7 @@ def test_default_is_roberta_large_without_adapters():
     assert config.fusion == "concat" and config.freeze_backbone
     with torch.device("meta"):
         model = KAdapterModel(config)
-        # The sizes as the model's own repository has them.
+        # The sizes in the model's own repository.
         roberta_large = RobertaModel(
             RobertaConfig(
                 vocab_size=50265,
@@ -106,7 +106,7 @@ def test_given_adapter_configuration_is_not_changed():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        # Of the wrong type.
+        # Wrong types.
         ("backbone_layers", "0,11,22"),
         ("backbone_layers", 3),
         ("backbone_layers", [0, "1"]),
@@ -130,7 +130,7 @@ def test_given_adapter_configuration_is_not_changed():
         ("backbone_name_or_path", 1),
         ("backbone_fingerprint", b"00"),
         ("provenance", "Wikipedia"),
-        # Impossible.
+        # Impossible values.
         ("backbone_layers", []),
         ("backbone_layers", [-1]),
         ("num_hidden_layers", 0),
@@ -156,7 +156,7 @@ def test_adapter_field_is_refused_by_name(field, value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        # Of the wrong type.
+        # Wrong types.
         ("backbone_name_or_path", 1),
         ("backbone_revision", 1),
         ("backbone_fingerprint", 1),
@@ -175,7 +175,7 @@ def test_adapter_field_is_refused_by_name(field, value):
         ("freeze_head", 1),
         ("dtype", "float33"),
         ("dtype", "nn"),
-        # Impossible.
+        # Impossible values.
         ("backbone_config", {}),
         ("backbone_config", {"model_type": "no-such-model"}),
         ("backbone_config", {"model_type": ["roberta"]}),
@@ -241,8 +241,8 @@ def test_adapter_name_that_is_not_one_safe_segment_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["train", "forward", "keys", "items", "training", "to"])
-def test_adapter_name_that_torch_would_refuse_is_refused_with_another(name):
-    with pytest.raises(KAdapterConfigError, match=f"'{name}_knowledge'"):
+def test_adapter_name_that_torch_would_refuse_is_refused(name):
+    with pytest.raises(KAdapterConfigError, match="can't name a knowledge adapter.*torch"):
         KAdapterConfig(knowledge_adapters={name: None})
 
 

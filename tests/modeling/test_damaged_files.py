@@ -88,7 +88,7 @@ def rewrite(path, change):
 
 
 def reindex(folder, file, tensors):
-    """Makes the index agree with a file that was rewritten, as a careful forger would."""
+    """Updates the index for a file that was rewritten, as a forger would."""
 
     def change(index):
         index["weight_map"] = {name: place for name, place in index["weight_map"].items() if place != file}
@@ -118,7 +118,7 @@ def test_a_missing_config_is_named(folder):
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(KAdapterLoadError, match="nowhere' is neither a folder here nor a repository"):
+    with pytest.raises(KAdapterLoadError, match="nowhere' is neither a local file or folder nor a repository"):
         KAdapterForSequenceClassification.from_pretrained(tmp_path / "nowhere")
 
 
@@ -140,7 +140,7 @@ def test_a_file_with_more_bytes_than_its_header_says_is_refused(folder):
 
 
 def flips(path, step=1):
-    """Flips each `step`th bit of a safetensors file's header in turn, its length included; yields while it is flipped."""
+    """Flips every `step`th bit of a safetensors file's header and its length, one at a time; yields while it is flipped."""
     content = bytearray(path.read_bytes())
     (length,) = struct.unpack("<Q", content[:8])
     with open(path, "rb+", buffering=0) as file:
@@ -156,7 +156,7 @@ def test_a_flipped_bit_of_an_adapter_header_is_refused_or_changes_nothing(folder
     saved = read_adapter(folder / FACTUAL)
     expected = {name: tensor.clone() for name, tensor in saved.tensors.items()}
     refused = 0
-    for bit in flips(folder / FACTUAL, step=3):  # each bit of a byte in turn
+    for bit in flips(folder / FACTUAL, step=3):  # each bit of a byte
         try:
             found = read_adapter(folder / FACTUAL)
             check_tensors(expected, found.tensors, folder / FACTUAL)
@@ -353,7 +353,7 @@ def plain_model(backbone):
 
 
 def assert_adapter_refused(model, path, *words):
-    """The file does not load, and the model is as it was."""
+    """The file is refused, and the model does not change."""
     with pytest.raises(KAdapterLoadError) as caught:
         model.load_knowledge_adapter(path, ignore_backbone_mismatch=True)
     for word in (str(path), *words):
@@ -399,7 +399,7 @@ def test_changed_metadata_is_refused(folder, plain_model, field):
         metadata["kadapter"] = json.dumps(content, sort_keys=True)
 
     rewrite(folder / FACTUAL, change)
-    assert_adapter_refused(plain_model, folder / FACTUAL, "metadata were changed or damaged")
+    assert_adapter_refused(plain_model, folder / FACTUAL, "metadata that was changed or damaged")
 
 
 def test_a_file_that_is_not_an_adapter_is_refused(folder, plain_model):
@@ -530,7 +530,7 @@ def test_a_config_of_ten_megabytes_of_junk_is_refused(folder, kind):
 
 
 def test_ten_megabytes_of_unknown_fields_change_nothing(original, folder):
-    """They may be a newer version's."""
+    """They may be from a newer version."""
     junk = {f"field_{i}": "x" * 1000 for i in range(MEGABYTES // 1000)}
     edit_json(folder / "config.json", lambda config: config.update(junk=junk, **dict(list(junk.items())[:100])))
     assert_same_weights(KAdapterForSequenceClassification.from_pretrained(folder), original[0])
@@ -538,7 +538,7 @@ def test_ten_megabytes_of_unknown_fields_change_nothing(original, folder):
 
 def test_a_config_beyond_all_measure_is_refused_unread(folder):
     with open(folder / "config.json", "rb+") as file:
-        file.truncate(2**40)  # takes no place on disk
+        file.truncate(2**40)  # uses no space on disk
     with pytest.raises(KAdapterLoadError, match="larger than 64 MB"):
         KAdapterForSequenceClassification.from_pretrained(folder)
 

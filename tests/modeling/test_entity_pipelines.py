@@ -92,7 +92,7 @@ def test_the_relation_of_one_or_several_pairs(batch_size, saved, tokenizer):
         assert scores(labels) == approx(expected(pipe, features, lambda logits: logits.softmax(-1)))
     assert first != many[1]
     (best,) = pipe(one)
-    assert best == {"label": first[0]["label"], "score": pytest.approx(first[0]["score"], rel=1e-4)}
+    assert (best["label"], best["score"]) == (first[0]["label"], pytest.approx(first[0]["score"], rel=1e-4))
 
 
 def test_the_markers_and_the_length_are_those_that_the_model_records(saved, tokenizer):
@@ -152,7 +152,7 @@ def test_a_model_without_markers_is_refused(saved):
 
 
 def test_text_classification_on_a_relation_model_names_the_pipeline_to_use(saved):
-    with pytest.raises(ValueError, match=r"pipeline\('relation-classification'\)"):
+    with pytest.raises(ValueError, match="subject_start is missing.*relation-classification"):
         pipeline("text-classification", saved(KAdapterForRelationClassification))(TEXT)
 
 

@@ -21,7 +21,7 @@ CLUES = {"place": ["rome", "paris", "vienna"], "person": ["curie", "mozart", "da
 
 
 def write_sentences(path: Path, rows: int, seed: int) -> None:
-    """Random words, one of which decides about the label."""
+    """Random words, one of which determines the label."""
     generator = random.Random(seed)
     others = [word for word in WORDS if word.isalpha() and not any(word in clues for clues in CLUES.values())]
     with path.open("w", newline="") as file:
@@ -47,7 +47,7 @@ def write_sentences(path: Path, rows: int, seed: int) -> None:
 def test_script_like_those_of_transformers_trains_evaluates_saves_and_loads(
     saved_class, flags, build, tokenizer, tmp_path
 ):
-    """Also from a model without a head, and from one with another number of labels."""
+    """Also from a model without a head or with another number of labels."""
     model = build(saved_class)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

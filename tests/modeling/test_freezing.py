@@ -14,7 +14,7 @@ FUSION = {"fusion.states.factual", "fusion.states.linguistic", "fusion.mix.factu
 
 
 def trainable_parts(model) -> set[str]:
-    """The parts all of whose parameters train; fails where a part does so by half."""
+    """The parts whose parameters all train; fails if only some parameters of a part do."""
     parts: dict[str, set[bool]] = {}
     for name, parameter in model.named_parameters():
         steps = {"adapters": 2, "fusion": 3}.get(name.split(".")[0], 1)
@@ -24,7 +24,7 @@ def trainable_parts(model) -> set[str]:
 
 
 def backward(model):
-    """One training step's gradients."""
+    """Computes the gradients of one training step."""
     inputs = inputs_for(type(model))
     output = model.train()(**inputs, **labels_for(type(model), inputs))
     (output.last_hidden_state.square().mean() if type(model) is KAdapterModel else output.loss).backward()
@@ -117,7 +117,7 @@ def test_each_freezing_has_its_opposite(build):
 def test_inactive_adapter_does_not_train_and_does_again_when_active(build):
     model = build()
     model.set_active_knowledge_adapters("factual")
-    assert trainable_parts(model) == {FACTUAL, "fusion.states.factual"}  # with one adapter there is nothing to mix
+    assert trainable_parts(model) == {FACTUAL, "fusion.states.factual"}  # a single adapter is not mixed
     model.set_active_knowledge_adapters(None)
     assert trainable_parts(model) == set()
     model.set_active_knowledge_adapters(["factual", "linguistic"])
@@ -139,7 +139,7 @@ def test_whatever_trains_gets_a_gradient_and_nothing_else_does(model_class, free
     backward(model)
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
-        if parameter.grad is not None and name.endswith("weight"):  # a softmax takes no notice of some biases
+        if parameter.grad is not None and name.endswith("weight"):  # a softmax ignores some biases
             assert parameter.grad.abs().sum() > 0, name
 
 

@@ -22,14 +22,15 @@ from kadapter_hf import (
     KAdapterModel,
     KnowledgeAdapterConfig,
 )
-from kadapter_hf.modeling.format_kadapter import _checksum, decode_floats
+from kadapter_hf.modeling.compat_kadapter import decode_floats
+from kadapter_hf.modeling.format_kadapter import metadata_checksum
 
 
 # BackboneMismatchError is a KAdapterLoadError.
 DOCUMENTED = (KAdapterConfigError, KAdapterLoadError)
 INDEX = "model.safetensors.index.json"
 FACTUAL = "adapters/factual.safetensors"
-# How many examples each test tries. `make slow` asks for more, and then these tests are among the slow ones.
+# The number of examples per test. `make slow` increases it, and these tests are then slow ones.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 40))
 FUZZ = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), max_examples=EXAMPLES
@@ -85,7 +86,7 @@ def mutations(draw, original):
 
 
 def config_dict() -> dict:
-    """What config.json holds, as a starting point that is valid."""
+    """A valid config.json, as a starting point."""
     config = KAdapterConfig(
         backbone_name_or_path="somewhere",
         backbone_config={"model_type": "roberta", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2},
@@ -96,7 +97,7 @@ def config_dict() -> dict:
 
 @pytest.fixture(scope="module")
 def saved(backbone, tmp_path_factory):
-    """Two saved models by folder; the second stores its backbone."""
+    """Two saved models, by folder; the second stores its backbone."""
     models = {}
     for own_backbone in (False, True):
         set_seed(0)
@@ -113,7 +114,7 @@ def saved(backbone, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scratch(saved, tmp_path_factory):
-    """Copies of them to overwrite, each with its original and its model."""
+    """Copies to overwrite, each with its original and its model."""
     copies = []
     for folder, model in saved.items():
         copies.append((shutil.copytree(folder, tmp_path_factory.mktemp("scratch") / "model"), folder, model))
@@ -121,7 +122,7 @@ def scratch(saved, tmp_path_factory):
 
 
 def assert_a_model_or_an_error(folder, model, **kwargs):
-    """Where a model comes of it, all its weights are those that were saved, or were announced as new."""
+    """If a model is loaded, all its weights are those that were saved, or announced as new."""
     try:
         found, info = KAdapterForSequenceClassification.from_pretrained(folder, output_loading_info=True, **kwargs)
     except DOCUMENTED as error:
@@ -264,7 +265,7 @@ def test_changed_metadata_gives_an_adapter_or_a_documented_error(scratch, backbo
     content = data.draw(mutations(saved), label="metadata")
     if forged:
         content.pop("checksum", None)
-        content["checksum"] = _checksum(content)
+        content["checksum"] = metadata_checksum(content)
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
     save_file(tensors, path, metadata={"kadapter": json.dumps(content)})
     model = KAdapterModel(KAdapterConfig(backbone_config=trained.config.backbone_config), trained.backbone)

@@ -1,4 +1,4 @@
-"""Repositories that an earlier version wrote load and compute as then, and are written the same (fixtures/golden)."""
+"""Repositories of an earlier version (fixtures/golden) load, give the same results, and are written in the same way."""
 
 import json
 import shutil
@@ -18,9 +18,9 @@ from kadapter_hf import KAdapterConfig, KAdapterForTokenClassification, KAdapter
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 golden = load_script(GOLDEN / "make.py")
 CHECKPOINT = "checkpoint-2"
-# Of bfloat16 a processor may round the last of the 8 bits otherwise.
+# Processors may round the last of bfloat16's 8 bits differently.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
-# What PEFT's version does not change in adapter_config.json; it also writes each setting that it knows.
+# The fields of adapter_config.json that don't depend on the version of PEFT.
 PEFT_FIELDS = (
     "peft_type",
     "task_type",
@@ -34,7 +34,7 @@ PEFT_FIELDS = (
 
 @pytest.fixture(scope="module", autouse=True)
 def workspace(tmp_path_factory) -> Iterator[Path]:
-    """The working directory, with the backbones where the repositories name them: in `backbones/`."""
+    """The working directory, with the backbones in `backbones/`, as the repositories name them."""
     folder = tmp_path_factory.mktemp("workspace")
     golden.write_backbones(folder / "backbones")
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +70,7 @@ def written_again(name, loaded, workspace) -> Path:
     """The golden repository, loaded and saved by the code under test."""
     folder = workspace / "again" / name
     if name == CHECKPOINT:
-        golden.set_to_train(loaded)  # or its backbone, which no step has changed, would not be stored
+        golden.set_to_train(loaded)  # otherwise its backbone, which no step has changed, would not be stored
     golden.save(loaded, folder)
     return folder
 
@@ -107,7 +107,7 @@ def adapters(folder: Path) -> dict[str, bytes]:
 
 
 def described(path: Path) -> dict:
-    """The header of a file: its metadata, and each tensor's dtype and shape, in the order that they are stored in."""
+    """The header of a file: its metadata, and each tensor's dtype and shape, in their order."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return {"metadata": file.metadata()} | {
@@ -146,7 +146,7 @@ def test_each_golden_repository_is_known():
 
 
 def test_golden_repositories_hold_no_code(name):
-    """So that what loads them is the installed package, whatever `auto_map` names."""
+    """The installed package loads them, whatever `auto_map` names."""
     assert "auto_map" in read(GOLDEN / name / "config.json")
     assert not list((GOLDEN / name).rglob("*.py"))
 
@@ -223,7 +223,7 @@ def test_tensors_of_each_file_have_the_same_values(name, written):
 
 
 def test_index_is_written_the_same(name, written):
-    """Its weight_map, the fingerprint of each file, and the sizes."""
+    """The weight_map, the fingerprint of each file, and the sizes."""
     index = "model.safetensors.index.json"
     assert read(written / index) == read(GOLDEN / name / index)
 

@@ -33,7 +33,7 @@ def linear(states: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
 
 
 def log_probability(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of each label under the softmax of its row."""
+    """The log-probability of each label."""
     exponentials = logits.double().exp()
     return (exponentials[torch.arange(len(labels)), labels] / exponentials.sum(-1)).log().float()
 
@@ -183,7 +183,7 @@ def test_regression_on_several_numbers(build):
 
 @torch.no_grad()
 def test_problem_type_of_the_configuration_decides(build):
-    """Two columns of integers could be either."""
+    """Two columns of integers could mean either."""
     model = build(KAdapterForSequenceClassification, num_labels=2, problem_type="multi_label_classification")
     labels = torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0]])
     output = model(**inputs_for(type(model)), labels=labels)
@@ -280,7 +280,7 @@ def test_losses_of_parts_add_up_to_that_of_the_whole_batch(model_class, num_labe
     inputs = inputs_for(model_class, rows=8)
     inputs |= labels_for(model_class, inputs, num_labels)
     if model_class in (KAdapterForTokenClassification, KAdapterForMaskedLM):
-        inputs["labels"][0, :7] = -100  # so that the parts have different numbers of labels
+        inputs["labels"][0, :7] = -100  # the parts then have different numbers of labels
     if num_labels == 1:
         inputs["labels"] = inputs["labels"].float()
     whole = model(**inputs).loss
@@ -333,7 +333,7 @@ def test_marker_of_another_shape_or_dtype_is_named(model_class, marker, position
 @pytest.mark.parametrize(("model_class", "marker"), MARKERS)
 @pytest.mark.parametrize("position", [10, -1])
 def test_marker_outside_the_text_is_named(model_class, marker, position, build):
-    """Truncation may have cut the entity off; -1 would silently read the last token."""
+    """Truncation may have removed the entity; -1 would silently read the last token."""
     inputs = inputs_for(model_class, length=10)
     inputs[marker][2] = position
     with pytest.raises(ValueError, match=f"{marker} has {position}, but the rows are 10 tokens long"):

@@ -22,7 +22,7 @@ from kadapter_hf.modeling.reading_kadapter import read_adapter
 from kadapter_hf.modeling.sources_kadapter import adapter_file
 
 
-# What Python announces before it changes something in a file system.
+# The audit events before a change of the file system.
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 
 
@@ -42,7 +42,7 @@ class Watch:
             return
         path = os.fsdecode(args[0]) if isinstance(args[0], (str, bytes, os.PathLike)) else ""
         if os.path.isabs(path) and not path.startswith(self.folder):
-            return  # a relative one is of `shutil.rmtree`, which goes from folder to folder
+            return  # a relative path is one of `shutil.rmtree`
         if self.from_move and not (event == "os.rename" and os.fsdecode(args[1]) == f"{self.folder}/config.json"):
             return
         self.from_move = False
@@ -60,7 +60,7 @@ sys.addaudithook(WATCH)
 
 
 def in_child(action, seconds=60) -> int:
-    """Runs a function in a fork of this process, which has everything imported; its exit status, or minus its signal."""
+    """Runs a function in a fork of this process; returns its exit status, or the negative number of its signal."""
     pid = os.fork()
     if pid == 0:
         faulthandler.dump_traceback_later(seconds - 1, exit=True)
@@ -81,7 +81,7 @@ def in_child(action, seconds=60) -> int:
 
 
 def killed_at(change, folder, action, from_move=False) -> bool:
-    """Runs `action` in a child that is killed before its change number `change` below the folder; whether it was."""
+    """Runs `action` in a child that is killed before the given change below the folder; returns whether it was killed."""
 
     def run():
         WATCH.folder, WATCH.left, WATCH.from_move = str(folder), change, from_move
@@ -104,7 +104,7 @@ def make_model(backbone, adapters, seed, **kwargs):
 
 @pytest.fixture(scope="module", autouse=True)
 def two_code_files():
-    """A save copies two of the code files instead of all: one more is two more moments to be killed at, and no other case."""
+    """A save copies only two code files: each file adds two moments to be killed at, but no new case."""
     with pytest.MonkeyPatch.context() as patch:
         users = [module for name, module in sys.modules.items() if name.startswith("kadapter_hf.modeling.")]
         users = [module for module in users if hasattr(module, "code_files")]
@@ -121,7 +121,7 @@ def test_a_save_copies_the_code_files_that_it_is_told_to(old, two_code_files, tm
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """One layer is enough here, where much is saved and loaded."""
+    """One layer, as much is saved and loaded here."""
     set_seed(0)
     folder = tmp_path_factory.mktemp("backbone")
     RobertaModel(RobertaConfig(**{**TINY["roberta"].to_dict(), "num_hidden_layers": 1})).save_pretrained(folder)
@@ -135,7 +135,7 @@ def old(backbone):
 
 @pytest.fixture(scope="module")
 def new(backbone):
-    """One adapter is gone, one came, one is another; so is everything else but the backbone."""
+    """One adapter was removed, one added and one changed, and so was everything else but the backbone."""
     model = make_model(backbone, ["factual", "causal"], 1, classifier_dropout=0.3)
     model.set_active_knowledge_adapters(["causal"])
     return model
@@ -158,7 +158,7 @@ def is_model(found, expected) -> bool:
 
 
 def which(folder, models) -> int:
-    """The index of the model that the folder loads as, with all readers."""
+    """Loads the folder with all readers; returns the index of the model that they find."""
     found = KAdapterForSequenceClassification.from_pretrained(folder)
     (index,) = (index for index, model in enumerate(models) if is_model(found, model))
     assert is_model(AutoModelForSequenceClassification.from_pretrained(folder), models[index])
@@ -168,7 +168,7 @@ def which(folder, models) -> int:
 
 
 def assert_adapters_are_of(folder, model, names):
-    """Of these adapters, those of the model come from the folder, and no others."""
+    """The folder has exactly the model's adapters."""
     for name in names:
         if name in model.adapters:
             path = adapter_file(folder, name)
@@ -183,7 +183,7 @@ def same_tensors(found, expected) -> bool:
 
 
 def assert_stock_reader_sees_one(folder, models):
-    """What transformers itself reads a sharded checkpoint with refuses, or gets the tensors of one model."""
+    """transformers' own reader of sharded checkpoints fails, or gets the tensors of a single model."""
 
     class Reader(torch.nn.Module):
         def __init__(self):
@@ -218,7 +218,7 @@ def saved_alone(model, folder):
 
 
 def kill_everywhere(tmp_path, first, second, least, from_move=False):
-    """Saves `second` where `first` is, killed at each change in turn until it isn't; checks the folder each time."""
+    """Saves `second` over `first`, killed at each change in turn, until a save completes; checks the folder each time."""
     first.save_pretrained(tmp_path / "first")
     expected = saved_alone(second, tmp_path / "alone")
     folder = tmp_path / "folder"
@@ -229,7 +229,7 @@ def kill_everywhere(tmp_path, first, second, least, from_move=False):
         seen.append(which(folder, [first, second]))
         if not killed:
             break
-        second.save_pretrained(folder)  # a later save is none the worse for it
+        second.save_pretrained(folder)  # a later save works
         assert visible(folder) == expected
         shutil.rmtree(folder)
         change += 1
@@ -255,7 +255,7 @@ def test_it_does_so_when_only_the_old_model_had_its_own_backbone(old, new_with_b
 def test_a_save_that_is_killed_after_one_that_was_killed_leaves_the_first_new_model_or_the_second(
     old, new, new_with_backbone, tmp_path
 ):
-    """The second save finds a folder that is neither model yet, because moving had started."""
+    """The second save finds a folder whose files were being moved."""
     old.save_pretrained(tmp_path / "first")
     assert killed_at(5, tmp_path / "first", lambda: new.save_pretrained(tmp_path / "first"), from_move=True)
     assert (tmp_path / "first" / STAGING).is_dir() and which(tmp_path / "first", [old, new]) == 1
@@ -273,7 +273,7 @@ def test_a_save_that_is_killed_after_one_that_was_killed_leaves_the_first_new_mo
 
 
 def test_a_first_save_that_is_killed_is_refused_or_the_model(old, tmp_path):
-    """There was nothing before, so there is nothing to lose."""
+    """The folder was empty before."""
     folder = tmp_path / "folder"
     seen, killed = [], True
     while killed:
@@ -310,7 +310,7 @@ def test_an_adapter_that_was_being_saved_when_killed_is_the_old_or_the_new_one(o
 
 
 def fails_for_space(limit, action):
-    """Runs `action` where no file can grow beyond `limit` bytes; checks that it fails with the system's reason."""
+    """Runs `action` with files limited to `limit` bytes; checks that it fails with the system's error."""
 
     def run():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_the_old_adapter_file(old, new, tmp_path):
 
 
 def test_a_save_that_fails_can_be_repeated_elsewhere(new, tmp_path):
-    """Failing does not leave the model itself in a state from which it can't be saved."""
+    """The model can be saved after a save that failed."""
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match="is a file"):
         new.save_pretrained(tmp_path / "file")

@@ -41,14 +41,14 @@ HEADS = {
     },
 }
 every_class = pytest.mark.parametrize("model_class", ALL_CLASSES, ids=lambda model_class: model_class.__name__)
-# Where the classes share the code: without a head, with the backbone's own, with one that reads marked positions.
+# One class for each kind: without a head, with the backbone's own head, with a head that reads marked positions.
 KINDS = (KAdapterModel, KAdapterForMaskedLM, KAdapterForRelationClassification)
 each_kind = pytest.mark.parametrize("model_class", KINDS, ids=lambda model_class: model_class.__name__)
 every_new_head = pytest.mark.parametrize("model_class", HEADS, ids=lambda model_class: model_class.__name__)
 
 
 def tensors_of(output) -> list[torch.Tensor]:
-    """All tensors of a model's output, in its order."""
+    """All tensors of a model's output, in order."""
     found = []
     for value in output.to_tuple() if hasattr(output, "to_tuple") else output:
         if isinstance(value, torch.Tensor):
@@ -61,7 +61,7 @@ def tensors_of(output) -> list[torch.Tensor]:
 
 
 def assert_same(one, two, **tolerance) -> None:
-    """The same number of tensors, with the same values: bit for bit unless a tolerance is given."""
+    """The same number of tensors with the same values, bit for bit unless a tolerance is given."""
     first, second = tensors_of(one), tensors_of(two)
     assert len(first) == len(second) > 0
     for left, right in zip(first, second, strict=True):
@@ -188,7 +188,7 @@ def test_from_config_builds_with_random_weights_and_no_files(build):
 
 @every_class
 def test_every_weight_is_initialised(model_class, backbone):
-    """Memory that was never written would hold NaN here: `torch.empty` is filled with it."""
+    """`torch.empty` is filled with NaN, so that memory that was never written holds NaN."""
     filled, torch.utils.deterministic.fill_uninitialized_memory = (
         torch.utils.deterministic.fill_uninitialized_memory,
         True,
@@ -371,7 +371,7 @@ def test_labels_give_a_loss_that_reaches_every_trainable_weight(model_class, bui
 
 @every_class
 def test_forward_names_its_arguments_as_trainer_looks_for_them(model_class):
-    """Trainer drops columns of a data set that forward does not name."""
+    """Trainer drops the columns of a data set that forward does not name."""
     named = inspect.signature(model_class.forward).parameters
     inputs = inputs_for(model_class)
     assert inputs.keys() | labels_for(model_class, inputs).keys() <= named.keys()
@@ -509,7 +509,7 @@ def test_builds_on_the_meta_device(model_class, build):
 
 @each_kind
 def test_model_built_on_the_meta_device_can_be_initialised_later(model_class, build):
-    """Also the backbone's buffers, which no file holds. The memory is filled with NaN or the largest integer first."""
+    """Also the backbone's buffers, which are in no file. Memory is filled with NaN or the largest integer first."""
     expected = build(model_class)
     with torch.device("meta"):
         model = model_class(copy.deepcopy(expected.config))
@@ -563,7 +563,7 @@ def test_half_precision_backbone_with_full_precision_adapters(model_class, build
     precise = main_output(run(model))
     model.backbone.to(torch.bfloat16)
     if model_class is KAdapterForMaskedLM:
-        model.lm_head.to(torch.bfloat16)  # it is the backbone's
+        model.lm_head.to(torch.bfloat16)  # it belongs to the backbone
     output = main_output(run(model))
     torch.testing.assert_close(output.float(), precise, rtol=0.1, atol=0.2)
     assert {parameter.dtype for parameter in model.adapters.parameters()} == {torch.float32}
@@ -572,7 +572,7 @@ def test_half_precision_backbone_with_full_precision_adapters(model_class, build
     assert main_output(run(model)).isfinite().all()
     model.set_active_knowledge_adapters(["factual", "linguistic"])
     model.save_pretrained(tmp_path)
-    assert not (tmp_path / "backbone.safetensors").exists()  # the named one, cast, and no other
+    assert not (tmp_path / "backbone.safetensors").exists()  # the named one, cast
     loaded = model_class.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in loaded.backbone.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in loaded.adapters.parameters()} == {torch.float32}

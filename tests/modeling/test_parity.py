@@ -66,7 +66,7 @@ def adapter_config() -> KnowledgeAdapterConfig:
 
 @functools.cache
 def reference_model(model_class, adapters=("factual", "linguistic"), fusion="concat", **kwargs):
-    """A model with the weights of the original run. Tests share it, and choose the active adapters if that matters."""
+    """A model with the weights of the original run, shared by the tests, which choose the active adapters if necessary."""
     backbone = RobertaModel(
         RobertaConfig(**{key: value for key, value in SIZES["backbone"].items() if key != "model_type"}),
         add_pooling_layer=False,
@@ -203,6 +203,6 @@ def test_without_attend_to_padding_real_positions_ignore_it(arrays):
 
 
 def test_reference_file_names_every_backbone_tensor():
-    """The parameters that the rule fills are those that the original run had."""
+    """The formula fills the parameters of the original run."""
     names = {name for name, _ in reference_model(KAdapterModel).backbone.named_parameters()}
     assert names == {name for name in SIZES["backbone_parameters"] if not name.startswith("pooler.")}

@@ -15,8 +15,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from kadapter_hf import KAdapterForDependencyParsing
 from kadapter_hf.collators import DataCollatorForDependencyParsing
-from kadapter_hf.metrics import decode_for_metrics, dependency_metrics
-from kadapter_hf.modeling.parsing_kadapter import decode_tree, words_in
+from kadapter_hf.metrics import decode_for_metrics, dependency_metrics, words_in
+from kadapter_hf.modeling.parsing_kadapter import decode_tree
 
 
 RELATIONS = ["det", "nsubj", "obj", "punct", "root"]
@@ -141,7 +141,7 @@ def test_half_precision_stays_finite_and_its_padding_is_seen(dtype, build, input
 
 @torch.no_grad()
 def test_loss_is_each_rows_mean_over_arcs_and_over_relations_at_the_right_heads(parser, inputs, labels):
-    labels["head_labels"][1, 2] = -100  # its relation doesn't count either
+    labels["head_labels"][1, 2] = -100  # its relation is ignored too
     labels["relation_labels"][3, 0] = -100
     output = parser(**inputs, **labels)
     arcs, relations = output.arc_logits.log_softmax(-1), output.relation_logits.log_softmax(-1)
@@ -274,10 +274,10 @@ def test_tree_is_the_best_of_all(words):
 @pytest.mark.parametrize("words", [5, 20, 40])
 def test_tree_of_a_long_sentence_has_one_root_and_the_sum_that_another_search_finds(words):
     scores = torch.randn(words, words + 1, generator=torch.Generator().manual_seed(words), dtype=torch.float64)
-    scores[:, 0] += 9  # greedily, each word hangs on the root
+    scores[:, 0] += 9  # the greedy solution attaches each word to the root
     graph = networkx.DiGraph()
     for word, row in enumerate(scores.tolist(), start=1):
-        # The root costs so much that only one word gets it.
+        # The root costs so much that only one word is attached to it.
         arcs = enumerate([row[0] - 1000, *row[1:]])
         graph.add_weighted_edges_from((head, word, score) for head, score in arcs if head != word)
     best = networkx.maximum_spanning_arborescence(graph)

@@ -75,7 +75,7 @@ def lora(**kwargs) -> LoraConfig:
 
 
 def train(model, steps: int = 3) -> None:
-    """A few steps; PEFT starts LoRA's second matrix from zero, so the first of them moves that alone."""
+    """A few steps: PEFT starts LoRA's second matrix from zero, so the first step changes only that."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     model.train()
     for _ in range(steps):
@@ -98,7 +98,7 @@ def trainable(model) -> set[str]:
 
 @pytest.fixture
 def messages(caplog):
-    """What is logged: transformers' loggers, which the package uses, keep their messages from caplog otherwise."""
+    """The log: transformers' loggers, which the package uses, don't propagate to caplog by default."""
     logger = logging.getLogger("transformers")
     propagated, logger.propagate = logger.propagate, True
     with caplog.at_level(logging.WARNING, logger="transformers"):
@@ -107,7 +107,7 @@ def messages(caplog):
 
 
 def plain(model) -> dict[str, torch.Tensor]:
-    """Copies of the tensors that are not PEFT's, under the names that they have without it."""
+    """Copies of the tensors that are not PEFT's, under their names without PEFT."""
     return {
         name.replace(".base_layer", "").replace(".original_module", ""): tensor.clone()
         for name, tensor in model.state_dict().items()
@@ -191,7 +191,7 @@ def test_knowledge_adapters_come_and_go_beside_lora(build, tmp_path):
 
 
 def test_adapter_that_changed_beside_lora_fits_its_backbone(build, tmp_path):
-    """Its file records the fingerprint of the backbone's own weights, those that LoRA wraps included."""
+    """Its file records the fingerprint of the backbone's own weights, including those that LoRA wraps."""
     model = build()
     model.add_adapter(lora())
     disturb(model.adapters["factual"])
@@ -204,7 +204,7 @@ def test_adapter_that_changed_beside_lora_fits_its_backbone(build, tmp_path):
 
 @pytest.mark.parametrize("model_class", [KAdapterModel, KAdapterForSequenceClassification, KAdapterForMaskedLM])
 def test_model_with_lora_comes_back_whole(model_class, build, tmp_path):
-    """The K-Adapter was never saved before: its own parts must be in there too."""
+    """The K-Adapter was not saved before: its own parts must be saved too."""
     model = build(model_class)
     before = plain(model)
     model.add_adapter(lora())
@@ -264,7 +264,7 @@ def test_saved_again_it_is_the_same(build, tmp_path):
 
 
 def test_model_without_lora_leaves_none_in_the_folder(build, tmp_path):
-    """A save replaces what an earlier one left: an old LoRA would be loaded on top of the new model."""
+    """A save removes an earlier LoRA, which would otherwise be loaded on top of the new model."""
     model = build(KAdapterForSequenceClassification)
     before = result(model)
     model.add_adapter(lora())
@@ -324,7 +324,7 @@ def test_several_lora_adapters_are_told_apart(build):
 
 
 def test_lora_saved_by_peft_alone_loads_onto_the_model(build, tmp_path):
-    """A folder with nothing but PEFT's two files, which name the K-Adapter that they are for."""
+    """A folder with only PEFT's two files, which name their K-Adapter."""
     model = build(KAdapterForSequenceClassification)
     model.save_pretrained(tmp_path / "base")
     model = KAdapterForSequenceClassification.from_pretrained(tmp_path / "base")
@@ -359,12 +359,12 @@ def test_lora_of_a_wrapped_model_survives_freezing_by_name_and_merges(build, tmp
     merged = wrapped.merge_and_unload()
     torch.testing.assert_close(result(merged), wanted)
     merged.save_pretrained(tmp_path)
-    assert "backbone.safetensors" in contents(tmp_path)  # it is not the named one any more
+    assert "backbone.safetensors" in contents(tmp_path)  # it is no longer the named one
     assert_same_weights(KAdapterForSequenceClassification.from_pretrained(tmp_path), merged)
 
 
 def test_a_lora_interrupted_in_saving_is_not_loaded_onto_another_save(build, tmp_path, monkeypatch):
-    """The new model's files half moved: its LoRA, or the old one's, must not end up on the other."""
+    """The files are partly moved: the LoRA of one model must not be loaded onto the other."""
     model = build(KAdapterForSequenceClassification)
     plain_result = result(model)
     model.add_adapter(lora())
@@ -451,7 +451,7 @@ def test_weights_of_peft_that_would_not_be_saved_are_refused(attach, build, tmp_
 
 
 def test_a_second_peft_adapter_is_saved_by_activating_it(build, tmp_path, messages):
-    """A folder holds one, as with every transformers model; which ones it lacks is said."""
+    """A folder holds one PEFT adapter, as with every transformers model; a warning names the others."""
     model = build(KAdapterForSequenceClassification)
     for name in ("first", "second"):
         model.add_adapter(lora(), adapter_name=name)
@@ -490,7 +490,7 @@ def test_a_merged_lora_is_not_saved_a_second_time(build, tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "gaussian", "orthogonal", "eva", False])
 def test_every_initialisation_of_lora_comes_back_exactly(init, build, tmp_path):
-    """Some take LoRA's start off the base weights, which are saved so: loading must not do it a second time."""
+    """Some subtract LoRA's start from the base weights, which are saved like that: loading must not repeat it."""
     model = build(KAdapterForSequenceClassification)
     model.add_adapter(lora(init_lora_weights=init))
     disturb_lora(model)
@@ -501,10 +501,10 @@ def test_every_initialisation_of_lora_comes_back_exactly(init, build, tmp_path):
 
 
 def test_corda_comes_back_exactly(build, tmp_path):
-    """It reads covariances that the loading side does not have."""
+    """It needs covariances that are not there when loading."""
     model = build(KAdapterForSequenceClassification)
     config = lora(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
-    preprocess_corda(model, config, run_model=lambda: model(**batch(rows=1)))  # it takes one row at a time
+    preprocess_corda(model, config, run_model=lambda: model(**batch(rows=1)))  # it takes single rows
     model.add_adapter(config)
     disturb_lora(model)
     model.save_pretrained(tmp_path)
@@ -561,7 +561,7 @@ MASKED_LM_HEADS = {"roberta": "lm_head.lm_head", "bert": "lm_head", "distilbert"
 
 @pytest.mark.parametrize("model_type", MASKED_LM_HEADS)
 def test_masked_lm_head_that_trains_with_lora_comes_back(model_type, build, backbones, tmp_path):
-    """Tensors that share their memory are in the file all the same, as PEFT reads each of them."""
+    """Tensors that share memory are all in the file, as PEFT reads each of them."""
     model = build(KAdapterForMaskedLM, backbone=backbones[model_type])
     before = result(model)
     model.add_adapter(lora(target_modules="adapters.*query", modules_to_save=[MASKED_LM_HEADS[model_type]]))
@@ -584,7 +584,7 @@ def test_a_copied_masked_lm_head_has_the_same_backbone(build):
 
 @pytest.mark.parametrize("attach", ["add_adapter", "get_peft_model"])
 def test_a_name_that_fits_a_module_and_one_inside_it_is_refused(attach, build, tmp_path):
-    """PEFT would train the inner one, which is not used. RoBERTa's head is called as its place here."""
+    """PEFT would train the inner one, which is not used. RoBERTa's own head has the same name."""
     model = build(KAdapterForMaskedLM)
     config = lora(modules_to_save=["lm_head"])
     wrapped = get_peft_model(model, config) if attach == "get_peft_model" else model
@@ -665,7 +665,7 @@ def test_nothing_that_peft_has_frozen_is_thawed_in_passing(change, attach, build
 
 
 def test_the_original_of_a_head_that_peft_trains_stays_frozen(build):
-    """It takes no part in the forward pass: DDP would wait for its gradients."""
+    """The forward pass does not use it: DDP would wait for its gradients."""
     model = build(KAdapterForSequenceClassification)
     model.add_adapter(lora(modules_to_save=["classifier"]))
     model.unfreeze_head()
@@ -780,7 +780,7 @@ def test_prompt_methods_find_the_sizes_and_come_back(config, build, tmp_path):
     "model_class", [KAdapterForEntityTyping, KAdapterForRelationClassification, KAdapterForDependencyParsing]
 )
 def test_positions_count_without_the_virtual_tokens(model_class, build):
-    """The same as shifting them by hand in a call of the model itself."""
+    """As if they were shifted in a call of the model itself."""
     model = build(model_class)
     inputs = inputs_for(model_class)
     wrapped = get_peft_model(model, PromptTuningConfig(task_type=TASKS[model_class], num_virtual_tokens=3)).eval()
@@ -805,8 +805,8 @@ def test_a_marker_among_the_virtual_tokens_is_refused_as_outside(build):
 
 @pytest.mark.parametrize("model_class", [KAdapterForEntityTyping, KAdapterForRelationClassification])
 def test_a_new_head_that_peft_does_not_train_is_named(model_class, build, messages):
-    """PEFT adds the head of a classifier to what it trains only if it is called classifier or score."""
-    logging.Logger.warning_once.cache_clear()  # other tests may have given it
+    """PEFT trains the head of a classifier only if its name is classifier or score."""
+    logging.Logger.warning_once.cache_clear()  # it is logged only once; other tests may have caused it
     model = build(model_class)
     get_peft_model(model, lora(task_type=TaskType.SEQ_CLS, target_modules="backbone.*query")).train()
     assert "modules_to_save=['dense', 'out_proj']" in messages.text
@@ -880,7 +880,7 @@ def test_trainer_trains_lora_and_its_checkpoint_is_the_whole_model(build, traine
 
 
 def test_checkpoint_that_would_not_restore_lora_is_not_resumed_from(build, trainer, tmp_path):
-    """Trainer restores what PEFT has added only to a model that PEFT has wrapped."""
+    """Trainer restores PEFT's weights only if PEFT has wrapped the model."""
     model = build(KAdapterForSequenceClassification)
     model.add_adapter(lora())
     trainer(model, tmp_path).train()

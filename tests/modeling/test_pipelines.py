@@ -60,7 +60,7 @@ def test_text_classification(saved, tokenizer):
         KAdapterForSequenceClassification, id2label=labels, label2id={v: k for k, v in labels.items()}
     )
     classify = pipeline("text-classification", model=folder)
-    for kwargs in ({}, {"batch_size": 3}):  # one by one, and padded to the longest
+    for kwargs in ({}, {"batch_size": 3}):  # one by one, and in a padded batch
         for text, found in zip(TEXTS, classify(TEXTS, top_k=None, **kwargs), strict=True):
             wanted = outputs(model, tokenizer, text).logits[0].softmax(-1)
             assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(
@@ -115,12 +115,12 @@ def test_feature_extraction(saved, tokenizer):
     for batch_size in (None, 1, 3):
         for text, features in zip(TEXTS, extract(TEXTS, batch_size=batch_size), strict=True):
             expected = outputs(model, tokenizer, text).last_hidden_state
-            found = torch.tensor(features)[:, : expected.shape[1]]  # a batch is padded
+            found = torch.tensor(features)[:, : expected.shape[1]]  # in a padded batch
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_feature_extraction_from_a_model_with_a_head(saved, tokenizer):
-    """Its task's Auto class takes the head off."""
+    """The Auto class of its task removes the head."""
     model, folder = saved(KAdapterForSequenceClassification)
     (features,) = pipeline("feature-extraction", model=folder)(TEXTS[:1])
     base = KAdapterModel.from_pretrained(folder)
@@ -175,7 +175,7 @@ def test_question_answering(saved, tokenizer):
 
 
 def test_question_answering_has_no_pipeline_in_this_transformers():
-    """Should one come back, it belongs to the tests above."""
+    """If it returns, it belongs in the tests above."""
     assert "question-answering" not in PIPELINE_REGISTRY.get_supported_tasks()
 
 

@@ -112,7 +112,7 @@ def test_auto_class_that_does_not_fit_says_so(build, tmp_path):
 
 @pytest.fixture(scope="module")
 def fresh(backbone, tmp_path_factory) -> dict:
-    """What a fresh process finds after one import of the package: the modules that came with it, and a model's class."""
+    """The state of a fresh process after importing the package: the imported modules, and a model's class."""
     folder = tmp_path_factory.mktemp("typing") / "model"
     KAdapterForEntityTyping.from_backbone(backbone, {"factual": small_adapter()}).save_pretrained(folder)
     code = (
@@ -131,7 +131,7 @@ def test_one_import_is_enough(fresh):
 
 
 def test_import_leaves_optional_packages_alone(fresh):
-    """They are slow to import and partly optional; imports by transformers itself don't count."""
+    """They are slow to import, and some are optional; imports by transformers itself don't count."""
     assert not {"peft", "datasets", "matplotlib"} & set(fresh["added"])
 
 
@@ -148,7 +148,7 @@ def test_public_names_are_there():
 
 
 def test_other_models_pipelines_still_work(tokenizer):
-    """A pipeline goes through all registered classes to see whether its model's is among them."""
+    """A pipeline looks for its model's class among all registered classes."""
     from transformers import BertConfig
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}

@@ -35,13 +35,13 @@ AUTO_MAP = {
 }
 NAMES = [model_class.__name__ for model_class in ALL_CLASSES]
 AUTO_OF = {model_class.__name__: auto_class.__name__ for model_class, auto_class in AUTO.items()}
-# A class for each way to load: without a head, one of several of an Auto class, without an Auto class.
+# A class for each way to load: without a head, sharing an Auto class with others, without an Auto class.
 SOME = ("KAdapterModel", "KAdapterForSequenceClassification", "KAdapterForDependencyParsing")
 every_class = pytest.mark.parametrize("name", NAMES)
 
 
 def run(source: Path, target: Path, mode: str, modules: Path) -> dict:
-    """`-I`: no environment variable, working directory or user folder adds anything that can be imported."""
+    """`-I`: nothing can be imported from environment variables, the working directory or user folders."""
     environment = os.environ | {"HF_MODULES_CACHE": str(modules), "HF_HOME": str(modules / "home")}
     command = [sys.executable, "-I", str(SCRIPT), str(source), str(target), mode]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -74,7 +74,7 @@ def saved(tmp_path_factory, backbone) -> Path:
 
 @pytest.fixture(scope="module")
 def first(saved, tmp_path_factory):
-    """What a process without the package found in these folders, and the place where it saved them again."""
+    """The results of a process without the package, and the folder where it saved the models again."""
     target = tmp_path_factory.mktemp("again")
     return run(saved, target, "blocked", tmp_path_factory.mktemp("modules")), target
 
@@ -114,7 +114,7 @@ def test_loads_without_the_package_and_again_from_what_that_saves(name, when, re
 
 @every_class
 def test_model_card_stays_with_the_model(name, saved, first):
-    """The code in the folder can't make one."""
+    """The code in the folder can't generate one."""
     assert (first[1] / name / "README.md").read_bytes() == (saved / name / "README.md").read_bytes()
 
 
@@ -176,7 +176,7 @@ def test_travelled_code_works_beside_the_installed_package(saved, tmp_path_facto
 
 
 def test_code_imports_nothing_that_a_plain_environment_lacks():
-    """Each module alone: only torch, transformers, safetensors, huggingface_hub, its siblings."""
+    """Each module only imports torch, transformers, safetensors, huggingface_hub and its siblings."""
     allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "peft", "yaml"} | set(
         sys.stdlib_module_names
     )
@@ -190,7 +190,7 @@ def test_code_imports_nothing_that_a_plain_environment_lacks():
 
 
 def test_the_module_that_auto_map_names_imports_each_of_the_others():
-    """Older versions of transformers copy no others."""
+    """Older versions of transformers don't copy others."""
     source = (Path(kadapter_hf.modeling.__file__).parent / "heads_kadapter.py").read_text()
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom) and node.level == 1]
     assert {f"{node.module}.py" for node in nodes} | {"heads_kadapter.py"} == set(CODE)

@@ -37,7 +37,7 @@ MODULES = sorted(Path(kadapter_hf.modeling.__file__).parent.glob("*.py"))
 
 @pytest.fixture(scope="module")
 def once(backbone, tmp_path_factory):
-    """The folder of a saved classifier with two adapters, and the model; neither to be changed."""
+    """The folder of a saved classifier with two adapters, and the model; tests must not change them."""
     set_seed(0)
     model = KAdapterForSequenceClassification.from_backbone(
         backbone,
@@ -225,7 +225,7 @@ def test_saving_over_an_earlier_save_leaves_nothing_of_it(folder, build):
 
 
 def test_code_of_an_earlier_version_goes(folder, build):
-    """A module that is renamed or removed must not be loaded, or pushed, with the new ones."""
+    """A module that was renamed or removed must not be loaded or pushed with the new ones."""
     (folder / "storage_kadapter.py").write_text("old = True")
     build(KAdapterModel).save_pretrained(folder)
     assert not (folder / "storage_kadapter.py").exists() and (folder / "format_kadapter.py").exists()
@@ -244,7 +244,7 @@ def test_saving_leaves_other_people_s_files_alone(folder, build):
 
 
 def test_a_model_is_saved_into_the_folder_that_it_was_loaded_from(folder, once):
-    """Its tensors are mapped from the very files that are replaced."""
+    """Its tensors are mapped from the files that are replaced."""
     model = KAdapterForSequenceClassification.from_pretrained(folder)
     model.set_active_knowledge_adapters(["factual"])
     model.save_pretrained(folder)
@@ -323,7 +323,7 @@ def test_every_class_loads_the_adapters_and_the_fusion_that_another_saved(once, 
     own = {name for name in model.state_dict() if name.partition(".")[0] not in ("backbone", "adapters", "fusion")}
     if model_class is KAdapterForSequenceClassification:
         assert not any(info.values())
-    elif model_class is KAdapterForMaskedLM:  # its head is the backbone's
+    elif model_class is KAdapterForMaskedLM:  # its head belongs to the backbone
         assert info["unexpected_keys"] == {"classifier.weight", "classifier.bias"} and not info["missing_keys"]
     else:
         assert info["missing_keys"] == own
@@ -500,7 +500,7 @@ def test_no_module_can_unpickle(path):
 
 
 class Bait:
-    """Unpickled, it leaves a mark."""
+    """Unpickling it creates a file."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -511,7 +511,7 @@ class Bait:
 
 def test_a_pickle_in_the_folder_is_never_read(folder, once, tmp_path):
     mark = tmp_path / "unpickled"
-    with pytest.raises(FileExistsError):  # the bait works
+    with pytest.raises(FileExistsError):  # the file does run code when it is unpickled
         pickle.loads(pickle.dumps([Bait(mark), Bait(mark)]))
     mark.rmdir()
     bait = pickle.dumps(Bait(mark))

@@ -1,5 +1,6 @@
 """Threads that load and save at the same time don't disturb each other, or the rest of the process."""
 
+import tempfile
 import threading
 
 import pytest
@@ -9,10 +10,11 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from kadapter_hf import KAdapterForSequenceClassification, KAdapterModel
+from kadapter_hf.modeling.replacing_kadapter import replace_files
 
 
 def at_once(*actions) -> None:
-    """Runs each action in a thread of its own, ten times; raises the first error of any."""
+    """Runs each action ten times in its own thread; raises the first error."""
     errors, barrier = [], threading.Barrier(len(actions))
 
     def repeat(action):
@@ -76,3 +78,13 @@ def test_a_save_is_quiet_about_comparing_the_backbone(folder, tmp_path, caplog, 
     finally:
         logger.propagate = propagate
     assert not caplog.records and capfd.readouterr().err == ""
+
+
+def test_the_number_of_lock_files_has_a_limit(tmp_path, monkeypatch):
+    """They stay where they are, as one that is deleted may be waited for."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "locks"))
+    (tmp_path / "locks").mkdir()
+    for number in range(600):
+        with replace_files(tmp_path / str(number)) as staging:
+            (staging / "config.json").write_text("{}")
+    assert 0 < len(list((tmp_path / "locks").iterdir())) <= 256

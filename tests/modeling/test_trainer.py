@@ -41,7 +41,7 @@ from kadapter_hf import (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A head and a kind of label that it is trained with."""
+    """A head and a kind of labels for it."""
 
     model_class: type
     auto_class: type
@@ -53,7 +53,7 @@ class Task:
         return build(self.model_class, num_labels=self.num_labels, problem_type=self.problem_type, **kwargs)
 
     def dataset(self, rows: int = 16, labelled: bool = True) -> Dataset:
-        """Random rows. Where each token may have a label, each row has another number of them."""
+        """Random rows. If tokens have labels, the rows have different numbers of them."""
         inputs = inputs_for(self.model_class, rows=2 * rows if self.model_class is KAdapterForMultipleChoice else rows)
         generator = torch.Generator().manual_seed(2)
         labels = labels_for(self.model_class, inputs, self.num_labels)
@@ -90,7 +90,7 @@ TASKS = {
     "relations": Task(KAdapterForRelationClassification, AutoModelForSequenceClassification, 4),
 }
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-# Where the classes share the code: a label for each token and the backbone's own head, one label, marked positions.
+# One task for each kind: labels of tokens with the backbone's own head, one label, marked positions.
 SOME_TASKS = ("masked-lm", "single-label", "entity-typing")
 some_tasks = pytest.mark.parametrize("task", [TASKS[name] for name in SOME_TASKS], ids=SOME_TASKS)
 every_task_and_backbone = pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_prediction_without_a_head_gives_the_states_by_adapter(build, trainer_fo
 
 
 def test_columns_that_the_head_does_not_take_are_left_out_and_marker_positions_are_kept(build, trainer_for, tokenizer):
-    """With the collator that pads texts of different lengths."""
+    """With the collator for texts of different lengths."""
     task = TASKS["entity-typing"]
     texts = ["the city of @ rome is in italy", "@ dante wrote", "who founded @ vienna ? he , she and it"]
     rows = [dict(tokenizer(text)) for text in texts]
@@ -288,7 +288,7 @@ def test_accumulation_weighs_micro_batches_by_their_labels(build, trainer_for, t
     for row in rows:
         row["attention_mask"] = [1] * len(row["input_ids"])
     model = without_dropout(TASKS["tokens"].build(build))
-    losses = []  # of each text, summed over its tokens
+    losses = []  # of each text, summed over tokens
     for row in rows:
         single = {name: torch.tensor([value]) for name, value in row.items()}
         losses.append(model(**single).loss.item() * len(row["labels"]))
@@ -371,7 +371,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(task, freeze_backb
 
 @some_tasks
 def test_a_run_goes_on_from_a_changed_and_frozen_backbone(task, build, trainer_for, tmp_path, warned):
-    """Such a backbone is in the repository, and in its checkpoints."""
+    """Such a backbone is stored in the repository and its checkpoints."""
     changed = task.build(build)
     with torch.no_grad():
         next(changed.backbone.encoder.parameters()).mul_(2)
@@ -443,7 +443,7 @@ def test_only_as_many_checkpoints_are_kept_as_asked_for(build, trainer_for, tmp_
         model, dataset, eval_dataset=dataset, compute_metrics=Falling(), max_steps=4, save_total_limit=2, **BEST
     )
     trainer.train()
-    # The best one is never among those that go.
+    # The best one is never deleted.
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
     for name in ("checkpoint-1", "checkpoint-4"):
         task.model_class.from_pretrained(tmp_path / "run" / name)
@@ -579,9 +579,9 @@ def test_gradient_checkpointing_trains_as_without_it(name, freeze_backbone, use_
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
     )
-    assert its_runs == 2 * runs  # each layer is computed once more in the backward pass
-    assert its_graphs == graphs  # a frozen backbone keeps none, and nothing is propagated back through it
-    # Identical except for the order in which gradients of states read by several parts are summed.
+    assert its_runs == 2 * runs  # the backward pass computes each layer again
+    assert its_graphs == graphs  # a frozen backbone has no activations to recompute
+    # Identical except for the order of summing the gradients of states that several parts read.
     tolerance = {"rtol": 0, "atol": 0} if freeze_backbone else {"rtol": 1e-4, "atol": 1e-5}
     assert its_steps == steps if freeze_backbone else its_steps == [pytest.approx(step, rel=1e-4) for step in steps]
     assert_close_weights(again, model, **tolerance)
@@ -589,7 +589,7 @@ def test_gradient_checkpointing_trains_as_without_it(name, freeze_backbone, use_
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_lets_gradients_reach_lora_in_an_adapter(use_reentrant, build, trainer_for):
-    """Nothing that goes into the adapter's layers requires gradients, as its projections are frozen."""
+    """No input of the adapter's layers requires gradients, as its projections are frozen."""
     task = TASKS["single-label"]
     runs = []
     for checkpointing in (False, True):
@@ -655,7 +655,7 @@ def test_torch_compile_trains_and_evaluates_as_without_it(name, backend, build, 
     found, compiled = trained_and_evaluated(
         task, build, trainer_for, torch_compile=True, torch_compile_backend=backend
     )
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # at least one for each mode
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # at least one per mode
     assert found == pytest.approx(expected, rel=1e-4)
     assert_close_weights(compiled.model, plain.model, rtol=1e-3, atol=1e-5)
     compiled.save_model(tmp_path / "compiled")

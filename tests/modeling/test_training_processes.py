@@ -37,7 +37,7 @@ def launch() -> tuple[str, ...]:
 
 
 def start(command: Sequence[str], settings: dict, **environment: str) -> subprocess.Popen:
-    """A process in a separate group, so that its children can be killed with it."""
+    """A process in its own group, so that its children can be killed too."""
     return subprocess.Popen(
         [sys.executable, *command, SCRIPT, json.dumps(settings)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
@@ -49,7 +49,7 @@ def start(command: Sequence[str], settings: dict, **environment: str) -> subproc
 
 
 def finish(process: subprocess.Popen) -> str:
-    """What it printed; it must end well."""
+    """Its output, after it has ended without an error."""
     try:
         printed, _ = process.communicate(timeout=300)
     except BaseException:
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights_bit_for_bi
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(backbone, tmp_path):
-    """What is in the unfinished folder is replaced when the run gets there again."""
+    """The content of the unfinished folder is replaced when the run reaches that step again."""
     settings = {
         "backbone": backbone,
         "head": "KAdapterForTokenClassification",
@@ -130,7 +130,7 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_
         finished = [folder for folder in run.glob("checkpoint-*") if (folder / "trainer_state.json").exists()]
         left |= {folder.name for folder in run.glob("checkpoint-*")} - {folder.name for folder in finished}
         resume = str(max(finished, key=lambda folder: int(folder.name.partition("-")[2])))
-    assert left  # or it was killed too late each time
+    assert left  # otherwise it was always killed too late
     finish(whole)
     train(settings | {"output": str(run), "resume": resume})
     assert_same_weights(trained(tmp_path / "killed", settings), trained(tmp_path / "whole", settings))
@@ -193,7 +193,7 @@ def test_two_processes_train_as_one_does(head, active, freeze_backbone, argument
         "freeze_backbone": freeze_backbone,
         "arguments": arguments,
     }
-    wrapped = train_side_by_side(settings, tmp_path, "--multi_gpu")  # the launcher's word for it, GPUs or not
+    wrapped = train_side_by_side(settings, tmp_path, "--multi_gpu")  # the launcher's term, with or without GPUs
     assert "DistributedDataParallel" in wrapped
 
 
@@ -206,7 +206,7 @@ FSDP = ("--use_fsdp", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fs
     [
         ("KAdapterForTokenClassification", "roberta", ["factual"], True),
         ("KAdapterForSequenceClassification", "bert", ["factual", "linguistic"], False),
-        # The output layers of RoBERTa and BERT have a bias by two names, and accelerate can't share that out.
+        # The output layers of RoBERTa and BERT have a bias with two names, which accelerate can't shard.
         ("KAdapterForMaskedLM", "modernbert", ["factual", "linguistic"], False),
     ],
 )
@@ -245,7 +245,7 @@ def test_processes_that_share_the_weights_out_can_be_resumed(backbone, tmp_path)
 @pytest.mark.cuda
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_gpus_that_share_the_weights_out_train_as_one_does(version, backbone, tmp_path):
-    """With one GPU it is one process, whose weights go through all that several would share."""
+    """With one GPU there is one process, whose weights are still gathered and sharded."""
     settings = {
         "backbone": backbone,
         "head": "KAdapterForTokenClassification",
@@ -259,7 +259,7 @@ def test_gpus_that_share_the_weights_out_train_as_one_does(version, backbone, tm
 
 
 def test_two_processes_save_into_one_folder_in_turn(backbone, tmp_path):
-    """Each save is complete, whoever comes last: neither crashes, and the folder is never a mix."""
+    """Whichever save comes last is complete: neither crashes, and the folder is never a mix."""
     code = f"""
 import sys
 from transformers import set_seed

@@ -1,4 +1,4 @@
-"""A K-Adapter under what wraps or changes any model: DataParallel's replicas, dynamic quantisation, accelerate's offloading."""
+"""A K-Adapter that is wrapped or changed: DataParallel's replicas, dynamic quantisation, accelerate's offloading."""
 
 import copy
 import sys
@@ -18,7 +18,7 @@ every_class = pytest.mark.parametrize("model_class", ALL_CLASSES, ids=lambda mod
 
 @pytest.fixture
 def replicas(monkeypatch):
-    """`replicas(model)`: two of DataParallel's replicas, on the CPU, where it does not make any itself."""
+    """`replicas(model)`: two of DataParallel's replicas on the CPU, where it creates none itself."""
     clone = lambda tensors, devices, detach=False: [[tensor.clone() for tensor in tensors] for _ in devices]  # noqa: E731
     monkeypatch.setattr(sys.modules[replicate.__module__], "_broadcast_coalesced_reshape", clone)
     return lambda model: replicate(model, [0, 1])

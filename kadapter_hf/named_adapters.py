@@ -1,0 +1,47 @@
+"""Adapters as they are named on the command line: SOURCE or NAME=SOURCE."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .modeling.configuration_kadapter import KnowledgeAdapterConfig
+from .modeling.format_kadapter import KAdapterConfigError
+from .modeling.reading_kadapter import adapter_names, read_adapter
+from .modeling.sources_kadapter import adapter_file, repository_folder
+
+
+def named_adapters(arguments: Sequence[str]) -> dict[str, tuple[str, KnowledgeAdapterConfig]]:
+    """
+    The source and the configuration of each adapter, by name. A SOURCE with several adapters stands for all of them.
+
+    Raises:
+        KAdapterLoadError: an adapter can't be found or read.
+        KAdapterConfigError: two have the same name.
+    """
+    found: dict[str, tuple[str, KnowledgeAdapterConfig]] = {}
+    for argument in arguments:
+        name, source = split_name(argument)
+        for chosen in [name] if name else _names_in(source):
+            saved = read_adapter(adapter_file(source, chosen))
+            name = chosen or saved.name
+            if name in found:
+                raise KAdapterConfigError(
+                    f"'{found[name][0]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, "
+                    f"e.g. {name}2={source}."
+                )
+            found[name] = (source, saved.config)
+    return found
+
+
+def _names_in(source: str) -> Sequence[str | None]:
+    """The names of the adapters in a folder or repository; None for the one in a file."""
+    path = Path(source)
+    if path.is_file() or path.suffix == ".safetensors":
+        return [None]
+    return adapter_names(repository_folder(source)) or [None]
+
+
+def split_name(argument: str) -> tuple[str | None, str]:
+    """The name, if there is one, and the source of `NAME=SOURCE`."""
+    found = re.fullmatch(r"([\w-]+)=(.+)", argument)
+    return (found[1], found[2]) if found and not Path(argument).exists() else (None, argument)

@@ -1,0 +1,173 @@
+"""What the runs of Trainer have in common: arguments and their errors, checkpoints, interruption."""
+
+import argparse
+import shlex
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from datasets import Dataset
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, logging
+
+from .messages import did_you_mean, is_repo_id, one_line
+
+
+logger = logging.get_logger(__name__)
+
+
+class Parser(HfArgumentParser):
+    """
+    Reports wrong usage without the list of all flags, and with exit code 2.
+
+    Args:
+        defaults: returns the default values of flags that depend on other flags.
+    """
+
+    def __init__(self, *args, defaults: Callable[[argparse.Namespace], Mapping[str, Any]] | None = None, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.defaults = defaults
+        for action in self._actions:
+            if action.dest == "output_dir" and TrainingArguments in list(self.dataclass_types):
+                # transformers' default is a folder in the current one.
+                action.required, action.help = True, "The output folder, also for checkpoints."
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
+
+    def parse(self, flags: Sequence[str]) -> tuple[Any, ...]:
+        """The arguments, an object of each dataclass; exits with code 2 if they are wrong."""
+        *parsed, rest = self.parse_known(flags)
+        for word in rest:
+            flag = word.partition("=")[0]
+            if flag.startswith("--"):
+                self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
+        if rest:
+            self.error(f"unexpected arguments: {shlex.join(rest)}")
+        return tuple(parsed)
+
+    def parse_known(self, flags: Sequence[str]) -> tuple[Any, ...]:
+        """As `parse`, and a list of the flags that are not known."""
+        if self.defaults is not None:
+            self.set_defaults(**self.defaults(self.parse_known_args(list(flags))[0]))
+        try:
+            # transformers changes the arguments of some flags in place.
+            parsed = self.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
+            for arguments in parsed:
+                if isinstance(arguments, TrainingArguments):
+                    check_training_arguments(arguments)
+        except (ValueError, TypeError, OSError, ImportError) as error:  # what the dataclasses check
+            self.error(str(error))
+        return parsed
+
+
+# The smallest values that make sense. Trainer refuses others after minutes of preparation, or not at all.
+_LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_epochs": 0, "seed": 0} | {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+}
+
+
+def check_training_arguments(training: TrainingArguments) -> None:
+    """Raises a ValueError for a value that Trainer can't use, which it would notice only later."""
+    for name, least in _LEAST.items():
+        value = getattr(training, name)
+        if not value >= least:  # not even if it is NaN
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= (value := getattr(training, name)) < 1:
+            raise ValueError(f"--{name} must be in [0, 1), not {value}")
+    if not isinstance(training.lr_scheduler_kwargs or {}, dict):
+        raise ValueError(f"--lr_scheduler_kwargs must be a JSON object, not {training.lr_scheduler_kwargs}")
+    if Path(str(training.output_dir)).is_file():
+        raise ValueError(f"--output_dir must be a folder; '{training.output_dir}' is a file")
+    if training.hub_model_id is not None and not is_repo_id(training.hub_model_id):
+        raise ValueError(f"--hub_model_id: '{training.hub_model_id}' is not a valid name of a repository on the Hub")
+    try:
+        get_reporting_integration_callbacks(training.report_to)
+    except ValueError as error:
+        raise ValueError(f"--report_to: {error}") from None
+
+
+def schedule(training: TrainingArguments) -> str:
+    """How long and how fast an adapter will be trained, in words."""
+    number, unit = (training.num_train_epochs, "epoch") if training.max_steps <= 0 else (training.max_steps, "step")
+    rate, rows = training.learning_rate, training.per_device_train_batch_size
+    return f"learning rate {rate:g}, {rows} rows per device and step, {number:g} {unit}{'' if number == 1 else 's'}"
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C stops the training after the current step and saves a checkpoint; a second one stops it immediately."""
+
+    interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = signal.signal(signal.SIGINT, self.interrupt)
+
+    def interrupt(self, *_):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self.before)
+
+
+def check_report_to(training: TrainingArguments) -> None:
+    """Raises an ImportError if a package for --report_to is missing, which Trainer would do after minutes of preparation."""
+    for callback in get_reporting_integration_callbacks(training.report_to):
+        try:
+            callback()
+        except RuntimeError as error:
+            raise ImportError(f"--report_to: {error}") from None
+
+
+def checkpoint_to_resume(training: TrainingArguments, overwrite: bool) -> str | None:
+    """The checkpoint to continue from. Raises a ValueError if an earlier run's results would be replaced unasked."""
+    folder = Path(str(training.output_dir))
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    wanted = training.resume_from_checkpoint
+    if wanted is None:
+        ways = "replace it with --overwrite_output_dir, or choose another --output_dir."
+        if last is not None and not overwrite:
+            raise ValueError(
+                f"'{last}' is from an earlier run: continue it with --resume_from_checkpoint true, {ways}"
+            )
+        if (folder / CONFIG_NAME).exists() and not overwrite:
+            raise ValueError(f"'{folder}' has the results of an earlier run: {ways}")
+        return None
+    if str(wanted).lower() != "true":
+        return str(wanted)
+    if last is None:
+        logger.warning(f"'{folder}' has no checkpoint to resume from: starting from the beginning.")
+    return last
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Removes those of an earlier run, which a resumed run would take for its own."""
+    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
+        shutil.rmtree(checkpoint)
+
+
+def sample(rows: Dataset, seed: int, *limits: int | None) -> Dataset:
+    """As many random rows as the smallest limit allows. Files are often sorted, so the first rows would be one-sided."""
+    count = min([len(rows), *(limit for limit in limits if limit is not None)])
+    return rows if count == len(rows) else rows.shuffle(seed=seed).select(range(count))
+
+
+def quality(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics without those about speed."""
+    return {
+        key: value
+        for key, value in metrics.items()
+        if not key.endswith(("_second", "runtime", "epoch", "preparation_time"))
+    }

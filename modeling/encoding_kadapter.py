@@ -1,0 +1,163 @@
+"""Running the backbone and the knowledge adapters, the first step of every model's `forward`."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .compat_kadapter import parameters_of, running_position_ids
+from .configuration_kadapter import KAdapterConfig
+from .format_kadapter import KAdapterConfigError
+from .peft_kadapter import virtual_tokens
+
+
+@dataclass
+class Encoded:
+    """
+    The result of `encode`, which heads read.
+
+    Args:
+        backbone_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the backbone's last hidden state.
+        knowledge (`dict[str, torch.FloatTensor]`): the output of each active adapter, of the same shape.
+        hidden_states, attentions (`tuple`, *optional*): the backbone's, if requested.
+        virtual_tokens (`int`): the number of positions that PEFT's prompt methods put before those of the text. Positions
+            that the caller passes don't count them.
+    """
+
+    backbone_state: torch.Tensor
+    knowledge: dict[str, torch.Tensor]
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    virtual_tokens: int = 0
+
+
+class EncodingMixin(nn.Module):
+    """The methods of `KAdapterPreTrainedModel` that run its backbone and adapters."""
+
+    config: KAdapterConfig
+
+    def encode(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        *,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Encoded:
+        """
+        Runs the backbone and the active adapters.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: `(batch, length)`, as for the backbone.
+            inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
+            past_key_values: keys and values of a prefix for each layer of the backbone, as PEFT's prefix tuning passes them;
+                `attention_mask` then covers the prefix too.
+            kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`; and
+                `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read` and the backbone's
+                last, computed before. The backbone then does not run.
+        """
+        read = self.backbone_states_read()
+        given = kwargs.pop("backbone_states", None)
+        if given is not None:
+            states, output = self._given_states(given, read)
+        else:
+            inputs: dict[str, Any] = dict(input_ids=input_ids, attention_mask=attention_mask)
+            inputs |= dict(token_type_ids=token_type_ids, position_ids=position_ids)
+            inputs |= dict(inputs_embeds=inputs_embeds, past_key_values=past_key_values)
+            inputs = {name: value for name, value in inputs.items() if value is not None}
+            states, output = self._run_backbone(read, inputs | kwargs)
+        last = output["last_hidden_state"]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, -last.shape[1] :]  # without the part for past_key_values
+        active = self.config.active_knowledge_adapters
+        return Encoded(
+            backbone_state=last,
+            knowledge={name: self.adapters[name](states, attention_mask) for name in active},
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            virtual_tokens=virtual_tokens() if inputs_embeds is not None and past_key_values is None else 0,
+        )
+
+    def backbone_states_read(self) -> list[int]:
+        """The indices of the backbone's hidden states that the active adapters read, in ascending order."""
+        return sorted({layer for config in self._active_configs() for layer in config.backbone_layers})
+
+    def _active_configs(self) -> list[Any]:
+        return [self.adapters[name].config for name in self.config.active_knowledge_adapters]
+
+    def _given_states(self, given: torch.Tensor, read: list[int]) -> tuple[dict[int, torch.Tensor], ModelOutput]:
+        if given.dim() != 4 or given.shape[1] != len(read) + 1:
+            raise ValueError(
+                f"backbone_states must be of shape (batch, {len(read) + 1}, length, width), the states {read} and the "
+                f"backbone's last; not {tuple(given.shape)}."
+            )
+        given = given.to(self.own_dtype())
+        output = BaseModelOutput(last_hidden_state=given[:, -1])
+        return {layer: given[:, place] for place, layer in enumerate(read)}, output
+
+    def _run_backbone(self, read: list[int], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        past, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        if past is not None and "past_key_values" not in inspect.signature(self.backbone.forward).parameters:
+            raise KAdapterConfigError(
+                f"the backbone ({self.backbone.config.model_type}) takes no past_key_values, which PEFT's prefix tuning puts "
+                "before the text. Use another of PEFT's methods, such as LoRA or prompt tuning."
+            )
+        if "position_ids" not in kwargs and any(config.attend_to_padding for config in self._active_configs()):
+            start = 0 if past is None else past.get_seq_length()
+            position_ids = running_position_ids(self.backbone, kwargs.get("input_ids", embeds), start)
+            kwargs |= {} if position_ids is None else {"position_ids": position_ids}
+        kwargs.pop("num_items_in_batch", None)
+        wants = kwargs.pop("output_hidden_states", None)
+        wants = self.config.output_hidden_states if wants is None else wants
+        if kwargs.get("output_attentions") is None and self.config.output_attentions:
+            kwargs["output_attentions"] = True
+        # With gradient checkpointing, the embeddings' output requires gradients even if nothing in the backbone does.
+        needs_graph = not self.training or past is not None or (embeds is not None and embeds.requires_grad)
+        needs_graph = needs_graph or any(parameter.requires_grad for parameter in parameters_of(self.backbone))
+        # Newer versions of transformers keep only the states with the given indices, older ones keep all.
+        wanted = [*read, *wants] if isinstance(wants, list) else True if wants else read
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph):
+            output = self.backbone(**kwargs, output_hidden_states=wanted, return_dict=True)
+        states = output.get("hidden_states")
+        if read and (states is None or len(states) <= read[-1]):
+            raise KAdapterConfigError(
+                f"the backbone ({self.backbone.config.model_type}) returned {len(states or ())} hidden states, and the "
+                f"adapters read number {read[-1]}; it can't be a backbone."
+            )
+        if not wants:
+            output["hidden_states"] = None
+        elif isinstance(wants, list):
+            kept = {index % len(states) for index in wants}
+            output["hidden_states"] = tuple(state if index in kept else None for index, state in enumerate(states))
+        return states, output
+
+
+def encodes_inputs(forward: Callable[..., ModelOutput]) -> Callable[..., Any]:
+    """
+    Decorator for a model's `forward(self, encoded, …)`: takes the inputs of `encode`, and calls it with the result.
+
+    The signature, which Trainer, pipelines and PEFT read, has the inputs of `encode` first, then the parameters of
+    `forward` itself. With `return_dict=False`, the result is a tuple.
+    """
+    own = list(inspect.signature(forward).parameters.values())[2:]
+    *inputs, past, others = inspect.signature(EncodingMixin.encode).parameters.values()
+
+    @functools.wraps(forward)
+    def encode_first(self, *args, **kwargs):
+        own_kwargs = {parameter.name: kwargs.pop(parameter.name) for parameter in own if parameter.name in kwargs}
+        encoded = self.encode(*args[: len(inputs) - 1], **kwargs)
+        return forward(self, encoded, *args[len(inputs) - 1 :], **own_kwargs)
+
+    encode_first.__signature__ = inspect.Signature([*inputs, *own, past, others])  # type: ignore[attr-defined]
+    del encode_first.__wrapped__  # accelerate unwraps a model's `forward` as far as it can
+    return can_return_tuple(encode_first)
