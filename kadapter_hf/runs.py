@@ -96,9 +96,9 @@ def check_training_arguments(training: TrainingArguments) -> None:
 
 
 def schedule(training: TrainingArguments) -> str:
-    """How long and how fast an adapter will be trained, in words."""
+    """How long and how fast a model will be trained, in words."""
     number, unit = (training.num_train_epochs, "epoch") if training.max_steps <= 0 else (training.max_steps, "step")
-    rate, rows = training.learning_rate, training.per_device_train_batch_size
+    rate, rows = training.learning_rate, training.per_device_train_batch_size * training.gradient_accumulation_steps
     return f"learning rate {rate:g}, {rows} rows per device and step, {number:g} {unit}{'' if number == 1 else 's'}"
 
 

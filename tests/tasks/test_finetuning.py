@@ -16,6 +16,7 @@ from kadapter_hf import KAdapterModel
 from kadapter_hf.cli import app
 from kadapter_hf.finetuning import main, parser, predict
 from kadapter_hf.named_adapters import named_adapters
+from kadapter_hf.runs import schedule
 from kadapter_hf.tasks import TASKS
 
 
@@ -262,6 +263,12 @@ def test_a_source_with_several_adapters_stands_for_all_of_them(tmp_path, backbon
     KAdapterModel.from_backbone(backbones["roberta"], adapters).save_pretrained(tmp_path)
     assert named_adapters([str(tmp_path)]).keys() == {"factual", "linguistic"}
     assert named_adapters([f"linguistic={tmp_path}"]).keys() == {"linguistic"}
+
+
+def test_the_rows_of_a_step_include_those_that_are_accumulated(tmp_path):
+    flags = ["--data", "x", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    _, _, training = parser("figer").parse(flags)
+    assert schedule(training) == "learning rate 5e-06, 2048 rows per device and step, 3 epochs"
 
 
 def test_without_evaluation_the_last_checkpoint_is_the_model(adapter):
