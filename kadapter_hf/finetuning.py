@@ -191,7 +191,12 @@ def finetune(
     )
     if checkpoint is None and trainer.is_world_process_zero():
         remove_checkpoints(Path(str(training.output_dir)))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0]) from None  # names the metrics there are
     if stop.interrupted:
         raise KeyboardInterrupt(
             f"Stopped after saving '{get_last_checkpoint(str(training.output_dir))}'. To continue from it, add "

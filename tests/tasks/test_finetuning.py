@@ -265,6 +265,13 @@ def test_a_source_with_several_adapters_stands_for_all_of_them(tmp_path, backbon
     assert named_adapters([f"linguistic={tmp_path}"]).keys() == {"linguistic"}
 
 
+def test_an_unknown_metric_for_the_best_model_is_an_error_that_names_the_known_ones(trained, adapter, tmp_path):
+    data, _, _ = trained("relation")
+    flags = ("--data", data, "--adapters", adapter, "--output_dir", tmp_path, *STEPS[:-2])
+    result = run("finetune", "relation", *flags, "--metric_for_best_model", "f1")
+    assert result.exit_code == 1 and "eval_micro_f1" in result.output
+
+
 def test_the_rows_of_a_step_include_those_that_are_accumulated(tmp_path):
     flags = ["--data", "x", "--output_dir", str(tmp_path), "--use_cpu", "true"]
     _, _, training = parser("figer").parse(flags)
