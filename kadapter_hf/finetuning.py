@@ -6,6 +6,7 @@ A task defines how its files are read, its features, head and metrics; see `kada
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -393,10 +394,25 @@ def _used(
     for name, rows in splits.items():
         rows = task.used_rows(rows, options, training=name == "train")
         most = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
+        if task.group == "id" and most is not None:
+            rows = whole_questions(rows, most, seed)
         used[name] = sample(rows, seed, most)
         if not len(used[name]):
             raise ValueError(f"no row is left for {name}.")
     return used
+
+
+def whole_questions(rows: Dataset, most: int, seed: int) -> Dataset:
+    """The passages of as many random questions as have at most this many passages together, but of one at least."""
+    passages = Counter(rows["id"])
+    names = sorted(passages)
+    np.random.default_rng(seed).shuffle(names)
+    kept: set[str] = set()
+    for name in names:
+        if kept and sum(passages[other] for other in kept) + passages[name] > most:
+            break
+        kept.add(name)
+    return rows.select([number for number, name in enumerate(rows["id"]) if name in kept])
 
 
 def _check_labels(task: Task, splits: DatasetDict) -> None:

@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from samples import FACTS, SAMPLES, files_of, write_sample
 
-from kadapter_hf.finetuning import held_out
+from kadapter_hf.finetuning import held_out, whole_questions
 from kadapter_hf.tasks import TASKS
 
 
@@ -346,3 +346,12 @@ def test_a_test_split_without_public_labels_is_left_out(label, tmp_path, caplog)
     assert TASKS["cosmos-qa"].read_splits(str(tmp_path)).keys() == {"train", "validation"}
     assert "have no labels and are left out; `kadapter predict` takes them" in caplog.text
     assert len(TASKS["cosmos-qa"].read(tmp_path / "test.jsonl", labelled=False)[0]) == 1
+
+
+def test_a_sample_of_passages_has_whole_questions():
+    rows = Dataset.from_dict({"id": ["a"] * 3 + ["b"] * 4 + ["c"] * 5})
+    for most, seed in ((8, 0), (8, 1), (5, 2), (1, 3)):
+        chosen = whole_questions(rows, most, seed)["id"]
+        assert all(chosen.count(name) == rows["id"][:].count(name) for name in set(chosen))
+        assert len(chosen) <= most or len(set(chosen)) == 1
+    assert len(whole_questions(rows, 12, 0)) == 12
