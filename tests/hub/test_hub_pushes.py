@@ -143,6 +143,36 @@ def test_the_snippet_of_the_card_runs_as_printed(hub, tmp_path):
     assert hub.run(code, tmp_path).stdout.startswith("torch.Size([1, ")
 
 
+# ---- Pipelines ------------------------------------------------------------------------------------------------------------
+
+PREDICT = """
+row = {"text": "dante was born in rome .", "entities": [[0, 5], [18, 22]]}
+print([[label["label"], round(label["score"], 4)] for labels in pipe(row, threshold=0.0) for label in labels])
+"""
+PUSH_TYPING = """
+from transformers import AutoTokenizer, pipeline
+from kadapter_hf import KAdapterForEntityTyping
+
+task = {"name": "open-entity", "marker": " @", "max_length": 32}
+KAdapterForEntityTyping.from_backbone("user/encoder", num_labels=3, task=task).push_to_hub("user/typing")
+AutoTokenizer.from_pretrained("user/encoder").push_to_hub("user/typing")
+pipe = pipeline("entity-typing", model="user/typing")
+"""
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["kadapter_hf"] = None  # can't be imported
+from transformers import pipeline
+
+pipe = pipeline("entity-typing", model="user/typing", trust_remote_code=True)
+"""
+
+
+def test_a_pipeline_comes_from_the_hub_with_and_without_the_package(hub, tmp_path):
+    with_package = hub.run(PUSH_TYPING + PREDICT, tmp_path / "with", token="token").stdout.splitlines()[-1]
+    assert hub.run(WITHOUT_THE_PACKAGE + PREDICT, tmp_path / "without").stdout.splitlines()[-1] == with_package
+    assert with_package.count("LABEL_") == 6
+
+
 # ---- Training -----------------------------------------------------------------------------------------------------------
 
 
