@@ -4,7 +4,6 @@ Fine-tuning, evaluation and predictions on a downstream task, with the stock Tra
 A task defines how its files are read, its features, head and metrics; see `kadapter_hf.tasks`.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,12 +16,10 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .features import load_tokenizer, most_tokens
 from .figures import warn_without_matplotlib
-from .hub import push_folder
 from .messages import did_you_mean, shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterLoadError
@@ -32,7 +29,17 @@ from .modeling.reading_kadapter import read_adapter
 from .modeling.sources_kadapter import adapter_file
 from .named_adapters import named_adapters
 from .reports import write_report
-from .runs import Parser, StopOnInterrupt, check_report_to, checkpoint_to_resume, quality, remove_checkpoints, sample
+from .runs import (
+    Parser,
+    StopOnInterrupt,
+    check_report_to,
+    checkpoint_to_resume,
+    label_fields,
+    quality,
+    sample,
+    save_and_push,
+    train,
+)
 from .tasks import TASKS, Options, Task
 from .tasks.task import warn_of_dropped
 
@@ -190,19 +197,7 @@ def finetune(
         compute_metrics=task.metrics_on(splits["validation"], data["validation"], labels, options),
         callbacks=[stop],
     )
-    if checkpoint is None and trainer.is_world_process_zero():
-        remove_checkpoints(Path(str(training.output_dir)))
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyError as error:
-        if "metric_for_best_model" not in str(error):
-            raise
-        raise ValueError(error.args[0]) from None  # names the metrics there are
-    if stop.interrupted:
-        raise KeyboardInterrupt(
-            f"Stopped after saving '{get_last_checkpoint(str(training.output_dir))}'. To continue from it, add "
-            "--resume_from_checkpoint true."
-        )
+    train(trainer, checkpoint, stop)
     folder = Path(str(training.output_dir))
     results: dict[str, dict[str, float]] = {}
     for name in ("validation", "test"):
@@ -212,20 +207,7 @@ def finetune(
         if trainer.is_world_process_zero():  # the test split, if there is one
             write_report(folder, task, splits[name], found, labels)
     model.config.task["results"] = results
-    pushes, training.push_to_hub = training.push_to_hub, False  # Trainer's model card would overwrite the K-Adapter's
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-        if pushes:
-            push_folder(
-                folder,
-                str(trainer.hub_model_id),
-                commit_message=f"Upload a K-Adapter fine-tuned on {task.name}",
-                private=training.hub_private_repo,
-                token=training.hub_token,
-                revision=training.hub_revision,
-            )
+    save_and_push(trainer, f"Upload a K-Adapter fine-tuned on {task.name}", {"metrics.json": results})
     return results
 
 
@@ -478,12 +460,7 @@ def _new_model(task: Task, arguments: FinetuningArguments, labels: Sequence[str]
         if sources:
             raise KAdapterLoadError(f"'{', '.join(sources)}' does not name its backbone: specify it with --backbone.")
         backbone = DEFAULT_BACKBONE
-    fields: dict[str, Any] = {"freeze_backbone": arguments.freeze_backbone}
-    if labels:
-        fields |= {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: number for number, label in enumerate(labels)},
-        }
+    fields = {"freeze_backbone": arguments.freeze_backbone, **label_fields(labels)}
     model = task.model_class.from_backbone(backbone, adapters, arguments.fusion, **fields)
     if arguments.freeze_adapters:
         model.freeze_knowledge_adapters()

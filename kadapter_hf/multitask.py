@@ -3,7 +3,6 @@ The paper's "RoBERTa + multitask": a backbone that is trained on the adapters' o
 with adapters (paper, section 4).
 """
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +16,14 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoModel, Trainer, TrainingArguments, set_seed
 
+from .corpora.schema import write_json
 from .features import encode, load_tokenizer, most_tokens
 from .messages import did_you_mean
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .objectives import OBJECTIVES
 from .pretraining import known_labels, split_rows
-from .runs import Parser, checkpoint_to_resume, quality, sample
+from .runs import Parser, StopOnInterrupt, checkpoint_to_resume, label_fields, quality, sample, train
 
 
 @dataclass
@@ -119,6 +119,7 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
 
     Raises:
         ValueError: the data does not fit an objective.
+        KeyboardInterrupt: Ctrl-C; its message says what was saved.
     """
     if training.world_size > 1:
         raise ValueError("training on several objectives at once runs in a single process.")
@@ -135,10 +136,7 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
         labels[name] = objective.labels_of(rows["train"])
         if objective.schema is not None:
             rows["eval"] = known_labels(rows["eval"], objective.schema, set(labels[name]))
-        numbers = {label: number for number, label in enumerate(labels[name])}
-        fields: dict[str, Any] = {"freeze_backbone": False}
-        if numbers:
-            fields |= {"label2id": numbers, "id2label": dict(enumerate(numbers))}
+        fields = {"freeze_backbone": False, **label_fields(labels[name])}
         models[name] = objective.model_class.from_backbone(backbone, **fields)
         features = partial(objective.features, labels=labels[name]) if labels[name] else objective.features
         most = most_tokens(tokenizer, arguments.max_length, backbone.config)
@@ -155,15 +153,16 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
         ((name, rows),) = batch
         return {**collators[name](rows), "objective": name}
 
-    trainer = Trainer(MultitaskModel(models), training, data_collator=collate, train_dataset=groups)
+    stop = StopOnInterrupt()
+    trainer = Trainer(MultitaskModel(models), training, data_collator=collate, train_dataset=groups, callbacks=[stop])
     trainer.model_accepts_loss_kwargs = False  # labels of different objectives can't be counted together
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train(trainer, checkpoint, stop)
     metrics = dict(_metrics(models, data["eval"], labels, collators))
     folder = Path(str(training.output_dir))
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     trainer.save_state()
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", metrics)
     return metrics
 
 

@@ -17,14 +17,12 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .activations import ROW, CachedActivationsCollator, cached_activations
 from .corpora import Schema
 from .features import encode, load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
-from .hub import push_folder
 from .messages import did_you_mean, shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import check_adapter_name
@@ -32,7 +30,17 @@ from .modeling.fusion_kadapter import check_fusion
 from .objectives import OBJECTIVES, Objective
 from .objectives.objective import LARGE_WIDTH, label_set, row_labels
 from .rows import load_rows
-from .runs import Parser, StopOnInterrupt, check_report_to, checkpoint_to_resume, quality, remove_checkpoints, sample
+from .runs import (
+    Parser,
+    StopOnInterrupt,
+    check_report_to,
+    checkpoint_to_resume,
+    label_fields,
+    quality,
+    sample,
+    save_and_push,
+    train,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -166,10 +174,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     rows["eval"] = sample(rows["eval"], training.seed, arguments.max_eval_samples)
     compute_metrics = task.metrics(labels) if task.metrics else None
     tokenizer = load_tokenizer(arguments.backbone)
-    numbers = {label: number for number, label in enumerate(labels)}
-    fields: dict[str, Any] = {"classifier_dropout": arguments.dropout, "fusion": arguments.fusion}
-    if labels:
-        fields |= {"label2id": numbers, "id2label": dict(enumerate(labels))}
+    fields = {"classifier_dropout": arguments.dropout, "fusion": arguments.fusion, **label_fields(labels)}
     model = task.model_class.from_backbone(arguments.backbone, {name: arguments.adapter_config()}, **fields)
     model.train_knowledge_adapter(name, train_head=True)
     features = partial(task.features, labels=labels) if labels else task.features
@@ -199,14 +204,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         with training.main_process_first(desc="activations"):
             cache = cached_activations(model, all_rows, tokenizer, arguments.cache_activations, dtype)
         trainer.data_collator = CachedActivationsCollator(trainer.data_collator, cache)
-    if checkpoint is None and trainer.is_world_process_zero():
-        remove_checkpoints(Path(str(training.output_dir)))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.interrupted:
-        raise KeyboardInterrupt(
-            f"Stopped after saving '{get_last_checkpoint(str(training.output_dir))}'. To continue from it, add "
-            "--resume_from_checkpoint true."
-        )
+    train(trainer, checkpoint, stop)
     metrics = quality(trainer.evaluate())
     on_hub = [data for data in arguments.data if not Path(data).exists()]
     described = {
@@ -227,22 +225,9 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         "versions": {package: version(package) for package in ("kadapter-hf", "torch", "transformers", "datasets")},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    pushes = training.push_to_hub
-    training.push_to_hub = False  # Trainer's model card would overwrite the K-Adapter's
-    trainer.save_model()
-    trainer.save_state()
-    folder = Path(str(training.output_dir))
     if trainer.is_world_process_zero():
-        _draw_losses(trainer.state.log_history, folder / "training.png")
-        if pushes:
-            push_folder(
-                folder,
-                str(trainer.hub_model_id),
-                commit_message=f"Upload the {name} knowledge adapter",
-                private=training.hub_private_repo,
-                token=training.hub_token,
-                revision=training.hub_revision,
-            )
+        _draw_losses(trainer.state.log_history, Path(str(training.output_dir), "training.png"))
+    save_and_push(trainer, f"Upload the {name} knowledge adapter")
     return metrics
 
 

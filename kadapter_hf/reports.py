@@ -25,10 +25,7 @@ def write_report(
     """Writes all files about predictions for rows that have labels."""
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(folder / PREDICTIONS, rows, found)
-    submission = task.submission(rows, found)
-    if submission is not None:
-        name, text = submission
-        (folder / name).write_text(text, encoding="utf-8")
+    write_submission(folder, task, rows, found)
     table = per_class(task, rows, found)
     if table:
         with open(folder / "per_class.csv", "w", encoding="utf-8", newline="") as file:
@@ -37,6 +34,16 @@ def write_report(
             writer.writerows(table)
     if table and isinstance(rows[0][task.schema.labels], str) and len(labels) <= MOST_CLASSES:
         draw_confusion_matrix(task, rows, found, labels, folder / "confusion_matrix.png")
+
+
+def write_submission(folder: Path, task: Task, rows: Dataset, found: Mapping[int, dict[str, Any]]) -> Path | None:
+    """Writes the file for the task's leaderboard or scorer, if it has one, and returns its path."""
+    submission = task.submission(rows, found)
+    if submission is None:
+        return None
+    name, text = submission
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
 
 
 def write_predictions(path: Path, rows: Dataset, found: Mapping[int, dict[str, Any]]) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from datasets import Dataset
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
+from .corpora.schema import write_json
+from .hub import push_folder
 from .messages import did_you_mean, is_repo_id, one_line
 
 
@@ -156,6 +158,63 @@ def remove_checkpoints(folder: Path) -> None:
     """Removes those of an earlier run, which a resumed run would take for its own."""
     while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
         shutil.rmtree(checkpoint)
+
+
+def train(trainer: Trainer, checkpoint: str | None, stop: StopOnInterrupt) -> None:
+    """
+    Trains, from a checkpoint if there is one, otherwise after removing those of an earlier run.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; its message says what was saved.
+        ValueError: --metric_for_best_model is not one of the metrics.
+    """
+    folder = str(trainer.args.output_dir)
+    if checkpoint is None and trainer.is_world_process_zero():
+        remove_checkpoints(Path(folder))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0]) from None  # names the metrics there are
+    if stop.interrupted:
+        raise KeyboardInterrupt(
+            f"Stopped after saving '{get_last_checkpoint(folder)}'. To continue from it, add "
+            "--resume_from_checkpoint true."
+        )
+
+
+def save_and_push(trainer: Trainer, commit_message: str, files: Mapping[str, Any] | None = None) -> None:
+    """
+    Saves the model, Trainer's state, and these files of JSON, and with --push_to_hub pushes all of it.
+
+    It is not Trainer that pushes, as its model card would overwrite the K-Adapter's.
+    """
+    training = trainer.args
+    pushes, training.push_to_hub = training.push_to_hub, False
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(str(training.output_dir))
+    for name, content in (files or {}).items():
+        write_json(folder / name, content)
+    if pushes:
+        push_folder(
+            folder,
+            str(trainer.hub_model_id),
+            commit_message=commit_message,
+            private=training.hub_private_repo,
+            token=training.hub_token,
+            revision=training.hub_revision,
+        )
+
+
+def label_fields(labels: Sequence[str]) -> dict[str, Any]:
+    """The fields of a configuration for these labels, in the order of the model's outputs; none without labels."""
+    if not labels:
+        return {}
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: number for number, label in enumerate(labels)}}
 
 
 def sample(rows: Dataset, seed: int, *limits: int | None) -> Dataset:

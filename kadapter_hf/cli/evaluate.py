@@ -47,6 +47,7 @@ def evaluate(
 
     Example: `kadapter evaluate open-entity --model open-entity-model --data OpenEntity/test.json`
     """
+    from ..corpora.schema import write_json
     from ..reports import write_report
     from ..tasks import TASKS
 
@@ -55,7 +56,7 @@ def evaluate(
         found, metrics, labels = _run(task, model, rows, batch_size)
         if output is not None:
             write_report(output, TASKS[task], rows, found, labels)
-            _write_json(output / "metrics.json", {split: metrics})
+            write_json(output / "metrics.json", {split: metrics})
     if as_json:
         print_json(metrics)
         return
@@ -87,7 +88,7 @@ def predict(
 
     Example: `kadapter predict relation --model relation-model --input sentences.csv`
     """
-    from ..reports import write_predictions
+    from ..reports import write_predictions, write_submission
     from ..tasks import TASKS
 
     path = output or input.with_name(f"{input.name}.predictions.jsonl")
@@ -96,16 +97,13 @@ def predict(
         path.parent.mkdir(parents=True, exist_ok=True)
         found, _, _ = _run(task, model, rows, batch_size)
         write_predictions(path, rows, found)
-        submission = TASKS[task].submission(rows, found)
-        if submission is not None:
-            name, text = submission
-            path.with_name(name).write_text(text, encoding="utf-8")
+        submission = write_submission(path.parent, TASKS[task], rows, found)
     skipped = sum(report.dropped.values())
     typer.echo(
         f"{len(found)} predictions for {len(rows)} rows are in {path}.{f' {skipped} rows are skipped.' if skipped else ''}"
     )
     if submission is not None:
-        typer.echo(f"The file for the task's scorer is {path.with_name(submission[0])}.")
+        typer.echo(f"The file for the task's scorer is {submission}.")
 
 
 def _rows(task: str, data: str, split: str, skip_bad_rows: bool):
@@ -127,10 +125,3 @@ def _run(task: str, model: str, rows, batch_size: int):
     loaded, tokenizer = load_finetuned(model, TASKS[task])
     found, metrics = run(loaded, tokenizer, rows, TASKS[task], batch_size)
     return found, metrics, labels_of(loaded, TASKS[task])
-
-
-def _write_json(path: Path, content) -> None:
-    from ..corpora.schema import write_json
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)

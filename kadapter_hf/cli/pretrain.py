@@ -58,8 +58,12 @@ def _train_backbone(flags: list[str]) -> None:
     from ..multitask import parse, train_backbone
 
     arguments, training = parse(flags)
-    with plain_errors():
-        results = train_backbone(arguments, training)
+    try:
+        with plain_errors():
+            results = train_backbone(arguments, training)
+    except KeyboardInterrupt as stop:
+        typer.echo(str(stop) or "Stopped.", err=True)
+        raise typer.Exit(130) from None
     for objective, metrics in results.items():
         for key, value in metrics.items():
             typer.echo(f"{objective} {key.removeprefix('eval_')}: {value:.4f}")
