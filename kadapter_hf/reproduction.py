@@ -126,6 +126,7 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Ca
     """
     warn_without_matplotlib("results.png")
     runs, output = planned(arguments, flags), Path(arguments.output_dir)
+    published = published_names(arguments)  # which reads the adapters
     output.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs, start=1):
         if not (run.folder / "metrics.json").exists():
@@ -136,7 +137,7 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Ca
             parsed = parser(run.task).parse([*run.flags, "--output_dir", str(run.folder), *more])
             finetune(task, *parsed)
             _remove_weights(run.folder)
-        write_tables(runs, arguments)
+        write_tables(runs, published, output)
     return output / "results.md"
 
 
@@ -161,10 +162,9 @@ def results_of(runs: Sequence[Run]) -> dict[tuple[str, str], list[float]]:
     return found
 
 
-def write_tables(runs: Sequence[Run], arguments: ReproductionArguments) -> None:
-    """Writes the results of all finished runs as Markdown, CSV and a figure."""
-    found, output = results_of(runs), Path(arguments.output_dir)
-    published = published_names(arguments)
+def write_tables(runs: Sequence[Run], published: dict[str, str], output: Path) -> None:
+    """Writes the results of all finished runs as Markdown, CSV and a figure; `published` as `published_names` returns."""
+    found = results_of(runs)
     tasks = list(dict.fromkeys(run.task for run in runs))
     models = list(dict.fromkeys(run.model for run in runs))
     rows: list[dict[str, Any]] = []

@@ -237,14 +237,15 @@ class ExtractiveQATask(Task):
         return rows
 
     def metrics_on(self, rows, features, labels, options: ExtractiveQAOptions):  # type: ignore[override]
+        names = list(rows["id"])
         right: dict[str, set[str]] = defaultdict(set)
-        for name, answers in zip(rows["id"], rows["answers"], strict=True):
+        for name, answers in zip(names, rows["answers"], strict=True):
             right[name].update(answers["text"])
         right = {name: answers for name, answers in right.items() if answers}
 
         def compute(prediction) -> dict[str, float]:
             found = self.predictions(prediction.predictions, rows, features, labels, options)
-            texts = {rows[number]["id"]: answer["prediction"] for number, answer in found.items()}
+            texts = {names[number]: answer["prediction"] for number, answer in found.items()}
             scores = [(exact_match(texts[name], right[name]), token_f1(texts[name], right[name])) for name in right]
             em, f1 = np.mean(scores, axis=0) if scores else (0.0, 0.0)
             return {"exact_match": float(em), "f1": float(f1)}
@@ -253,7 +254,8 @@ class ExtractiveQATask(Task):
 
     def submission(self, rows: Dataset, found: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
         """The answer to each question, as the scorer of SQuAD takes them."""
-        answers = {rows[number]["id"]: answer["prediction"] for number, answer in found.items()}
+        names = list(rows["id"])
+        answers = {names[number]: answer["prediction"] for number, answer in found.items()}
         return "answers.json", json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
 
     def predictions(self, logits, rows, features, labels, options: ExtractiveQAOptions):  # type: ignore[override]
