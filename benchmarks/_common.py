@@ -39,6 +39,16 @@ def machine() -> str:
     )
 
 
+def kind_of_machine(device: torch.device) -> str:
+    """What decides about ratios of times: the model of the GPU, or the processor's widest units for bfloat16 and float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    capabilities = torch.cpu.get_capabilities()
+    units = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
+    found = next((unit for unit in units if capabilities.get(unit)), platform.machine())
+    return f"{os.cpu_count()}-cores-{found.replace('_', '-')}"
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))

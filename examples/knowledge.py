@@ -38,7 +38,7 @@ from transformers import (
     set_seed,
 )
 
-from kadapter_hf import Encoded, KAdapterForRelationClassification, KAdapterModel, KnowledgeAdapterConfig
+from kadapter_hf import KAdapterForRelationClassification, KAdapterModel, KnowledgeAdapterConfig
 from kadapter_hf.features import encode, relation_features
 from kadapter_hf.pretraining import PretrainingArguments, pretrain
 
@@ -127,20 +127,9 @@ def pretrain_adapter(objective: str, data: str, args: Arguments, folder: Path) -
 # ---- Tasks ----------------------------------------------------------------------------------------------------------
 
 
-class OnStates(KAdapterForRelationClassification):
-    """
-    The head and the fusion on precomputed states, as frozen parts compute the same states in every step.
-
-    `states` has shape `(batch, 1 + adapters, 2, width)`: the last state of the backbone and the output of each adapter, at
-    both markers.
-    """
-
-    def encode(self, *_, states: torch.Tensor, **kwargs) -> Encoded:
-        backbone, *adapters = states.unbind(1)
-        return Encoded(backbone, dict(zip(self.config.active_knowledge_adapters, adapters, strict=True)))
-
-
-def fit(model: OnStates, states: dict[str, list[dict]], metrics: Any, args: Arguments, seed: int) -> dict[str, float]:
+def fit(
+    model: KAdapterForRelationClassification, states: dict[str, list[dict]], metrics: Any, args: Arguments, seed: int
+) -> dict[str, float]:
     training = TrainingArguments(
         output_dir=args.output_dir,
         max_steps=args.steps,
@@ -171,10 +160,11 @@ def fit(model: OnStates, states: dict[str, list[dict]], metrics: Any, args: Argu
 
 
 def with_states(rows: Dataset, states: dict[str, torch.Tensor], names: list[str]) -> list[dict[str, Any]]:
+    """Rows with what the fusion reads at both markers, as frozen parts compute the same states in every step."""
     stacked = torch.stack([states[name] for name in ("", *names)], dim=1)
     labels = rows["labels"]
     return [
-        {"states": stacked[row], "subject_start": 0, "object_start": 1, "labels": labels[row]}
+        {"fusion_states": stacked[row], "subject_start": 0, "object_start": 1, "labels": labels[row]}
         for row in range(len(rows))
     ]
 
@@ -203,7 +193,7 @@ def compare(task: Task, adapters: dict[str, Any], tokenizer: Any, args: Argument
         chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:examples].tolist()
         rows["train"] = [rows["train"][place] for place in chosen]
         set_seed(seed)
-        model = OnStates.from_backbone(
+        model = KAdapterForRelationClassification.from_backbone(
             args.backbone,
             {name: adapters[name] for name in names},
             fusion=args.fusion,

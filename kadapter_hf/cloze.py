@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from .corpora import Report
 from .corpora.schema import progress
 from .lama import MASK, Fact
-from .modeling.head_base_kadapter import states_at
 from .modeling.heads_kadapter import KAdapterForMaskedLM
 
 
@@ -237,7 +236,7 @@ def logits_at(model: KAdapterForMaskedLM, input_ids: torch.Tensor, positions: to
     """
     input_ids = input_ids.to(model.device)
     encoded = model.encode(input_ids, torch.ones_like(input_ids))  # type: ignore[arg-type]
-    fused = states_at(model.fusion(encoded.backbone_state, encoded.knowledge), positions)
+    fused = model.fusion(*encoded.at(positions))
     return model.lm_head(None, inputs_embeds=fused, return_dict=True).logits
 
 

@@ -19,6 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from . import precision
 from .activations import ROW, CachedActivationsCollator, cached_activations
 from .corpora import Schema
 from .features import encode, load_tokenizer, most_tokens
@@ -63,6 +64,7 @@ class PretrainingArguments:
     )
     name: str | None = _help(None, "Name of the adapter. Default: the name of the objective.")
     backbone: str = _help(DEFAULT_BACKBONE, "The frozen backbone: a repository or folder.")
+    backbone_dtype: str = _help("auto", precision.HELP)
     eval_size: float = _help(0.1, "Fraction of the rows to hold out if the data has no split for evaluation.")
     max_train_samples: int | None = _help(None, "Train on at most this many rows, chosen at random.")
     max_eval_samples: int | None = _help(None, "Evaluate on at most this many rows, chosen at random.")
@@ -109,6 +111,7 @@ class PretrainingArguments:
         if self.name is not None:
             check_adapter_name(self.name)
         check_fusion(self.fusion, {})
+        precision.check_dtype(self.backbone_dtype)
         self.adapter_config()
 
     def adapter_config(self) -> KnowledgeAdapterConfig:
@@ -177,6 +180,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     fields = {"classifier_dropout": arguments.dropout, "fusion": arguments.fusion, **label_fields(labels)}
     model = task.model_class.from_backbone(arguments.backbone, {name: arguments.adapter_config()}, **fields)
     model.train_knowledge_adapter(name, train_head=True)
+    precision.cast_backbone(model, arguments.backbone_dtype, training.device)
     features = partial(task.features, labels=labels) if labels else task.features
     with training.main_process_first(desc="features"):
         most = most_tokens(tokenizer, arguments.max_length, model.backbone.config)

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, initialization as init
 
 from .configuration_kadapter import KnowledgeAdapterConfig
 from .fusion_kadapter import to_layer
-from .layers_kadapter import TransformerEncoder
+from .layers_kadapter import TransformerEncoder, states_at
 
 
 class KnowledgeAdapterLayer(nn.Module):
@@ -31,15 +31,21 @@ class KnowledgeAdapterLayer(nn.Module):
             init.normal_(projection.weight, mean=0.0, std=self.initializer_range)
             init.zeros_(projection.bias)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Maps `(batch, length, backbone width)` to the same shape; `attention_mask` is `(batch, length)`."""
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Maps `(batch, length, backbone width)` to the same shape or, with `positions` of shape `(batch, number)`, to
+        `(batch, number, backbone width)`; `attention_mask` is `(batch, length)`.
+        """
         projected = self.down_project(hidden_states)
         checkpointing = self.training and any(layer.gradient_checkpointing for layer in self.encoder.layer)
         if checkpointing and torch.is_grad_enabled() and not projected.requires_grad:
             # With use_reentrant=True, a checkpointed layer has no gradients unless an input requires them. If PEFT trains
             # the layer and not the projection, none does.
             projected.requires_grad_()
-        return hidden_states + self.up_project(self.encoder(projected, attention_mask))
+        read = hidden_states if positions is None else states_at(hidden_states, positions)
+        return read + self.up_project(self.encoder(projected, attention_mask, positions))
 
 
 class KnowledgeAdapter(nn.Module):
@@ -61,21 +67,26 @@ class KnowledgeAdapter(nn.Module):
         self,
         hidden_states: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states: the backbone's by index, `(batch, length, width)` each; at least those that it reads.
             attention_mask: `(batch, length)`, 1 at real tokens. Ignored with `attend_to_padding`.
+            positions: `(batch,)` or `(batch, number)`: compute the output at these positions only.
 
         Returns:
-            `(batch, length, width)`, in the adapter's dtype and on its device.
+            `(batch, length, width)`, in the adapter's dtype and on its device; with positions, `(batch, width)` or
+            `(batch, number, width)`.
         """
         states = [to_layer(hidden_states[i], self.layers[0].down_project) for i in self.config.backbone_layers]
         if self.config.attend_to_padding:
             attention_mask = None
         elif attention_mask is not None:
             attention_mask = attention_mask.to(states[0].device)
-        output = self.layers[0](states[0], attention_mask)
-        for layer, state in zip(self.layers[1:], states[1:], strict=True):
-            output = layer(state + output, attention_mask)
-        return output
+        columns = positions[:, None] if positions is not None and positions.dim() == 1 else positions
+        output = None
+        for number, (layer, state) in enumerate(zip(self.layers, states, strict=True), start=1):
+            state = state if output is None else state + output
+            output = layer(state, attention_mask, columns if number == len(self.layers) else None)
+        return output if columns is positions else output[:, 0]

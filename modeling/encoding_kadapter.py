@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .compat_kadapter import parameters_of, running_position_ids
 from .configuration_kadapter import KAdapterConfig
 from .format_kadapter import KAdapterConfigError
+from .layers_kadapter import states_at
 from .peft_kadapter import virtual_tokens
 
 
@@ -25,17 +26,41 @@ class Encoded:
 
     Args:
         backbone_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the backbone's last hidden state.
-        knowledge (`dict[str, torch.FloatTensor]`): the output of each active adapter, of the same shape.
+        run_adapters (`Callable`): runs the active adapters and returns their outputs by name. It takes the positions that
+            are read, `(batch,)` or `(batch, number)`, or None for all: the last layer computes no others.
         hidden_states, attentions (`tuple`, *optional*): the backbone's, if requested.
         virtual_tokens (`int`): the number of positions that PEFT's prompt methods put before those of the text. Positions
             that the caller passes don't count them.
+        at_positions (`bool`): whether `backbone_state` is `(batch, number, hidden_size)`, at the positions that the head
+            reads, as `fusion_states` were passed.
     """
 
     backbone_state: torch.Tensor
-    knowledge: dict[str, torch.Tensor]
+    run_adapters: Callable[[torch.Tensor | None], dict[str, torch.Tensor]]
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     virtual_tokens: int = 0
+    at_positions: bool = False
+
+    @functools.cached_property
+    def knowledge(self) -> dict[str, torch.Tensor]:
+        """The output of each active adapter, of the same shape as `backbone_state`."""
+        return self.run_adapters(None)
+
+    def at(self, positions: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        The backbone's state and the adapters' outputs at one position of each row, `(batch,)`, or several,
+        `(batch, number)`; None for all. Call it once: the adapters run each time.
+        """
+        if positions is None:
+            return self.backbone_state, self.knowledge
+        select = _at_given if self.at_positions else states_at
+        return select(self.backbone_state, positions), self.run_adapters(positions)
+
+
+def _at_given(state: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """A state that was given at the positions, `(batch, number, width)`; `(batch, width)` for one position of each row."""
+    return state if positions is None or positions.dim() == 2 else state[:, 0]
 
 
 class EncodingMixin(nn.Module):
@@ -62,14 +87,23 @@ class EncodingMixin(nn.Module):
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
             past_key_values: keys and values of a prefix for each layer of the backbone, as PEFT's prefix tuning passes them;
                 `attention_mask` then covers the prefix too.
-            kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`; and
+            kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`; and states
+                that were computed before, so that the frozen parts need not run again:
                 `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read` and the backbone's
-                last, computed before. The backbone then does not run.
+                last. The backbone then does not run.
+                `fusion_states`, `(batch, 1 or 1 + adapters, number, hidden_size)`: what the fusion reads at the positions
+                that the head reads, the backbone's last state and the output of each active adapter. With all of them,
+                nothing but the fusion and the head runs; with the first alone, the adapters run on `backbone_states`,
+                which then lack the last.
         """
         read = self.backbone_states_read()
-        given = kwargs.pop("backbone_states", None)
+        given, fusion_states = kwargs.pop("backbone_states", None), kwargs.pop("fusion_states", None)
+        if fusion_states is not None:
+            return self._given_fusion_states(fusion_states, given, attention_mask)
+        states: Any
         if given is not None:
-            states, output = self._given_states(given, read)
+            states = self._given_states(given, read)
+            output: Any = BaseModelOutput(last_hidden_state=states[-1])
         else:
             inputs: dict[str, Any] = dict(input_ids=input_ids, attention_mask=attention_mask)
             inputs |= dict(token_type_ids=token_type_ids, position_ids=position_ids)
@@ -79,10 +113,9 @@ class EncodingMixin(nn.Module):
         last = output["last_hidden_state"]
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, -last.shape[1] :]  # without the part for past_key_values
-        active = self.config.active_knowledge_adapters
         return Encoded(
             backbone_state=last,
-            knowledge={name: self.adapters[name](states, attention_mask) for name in active},
+            run_adapters=functools.partial(self._run_adapters, states, attention_mask),
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
             virtual_tokens=virtual_tokens() if inputs_embeds is not None and past_key_values is None else 0,
@@ -95,15 +128,44 @@ class EncodingMixin(nn.Module):
     def _active_configs(self) -> list[Any]:
         return [self.adapters[name].config for name in self.config.active_knowledge_adapters]
 
-    def _given_states(self, given: torch.Tensor, read: list[int]) -> tuple[dict[int, torch.Tensor], ModelOutput]:
-        if given.dim() != 4 or given.shape[1] != len(read) + 1:
+    def _run_adapters(
+        self, states: Any, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        names = self.config.active_knowledge_adapters
+        return {name: self.adapters[name](states, attention_mask, positions) for name in names}
+
+    def _given_states(self, given: torch.Tensor, read: list[int], last: bool = True) -> dict[int, torch.Tensor]:
+        """The given states by index; the backbone's last has the index -1."""
+        states = [*read, -1] if last else read
+        if given.dim() != 4 or given.shape[1] != len(states):
+            and_last = " and the backbone's last" if last else ""
             raise ValueError(
-                f"backbone_states must be of shape (batch, {len(read) + 1}, length, width), the states {read} and the "
-                f"backbone's last; not {tuple(given.shape)}."
+                f"backbone_states must be of shape (batch, {len(states)}, length, width), the states {read}{and_last}; not "
+                f"{tuple(given.shape)}."
             )
-        given = given.to(self.own_dtype())
-        output = BaseModelOutput(last_hidden_state=given[:, -1])
-        return {layer: given[:, place] for place, layer in enumerate(read)}, output
+        return dict(zip(states, given.to(self.own_dtype()).unbind(1), strict=True))
+
+    def _given_fusion_states(
+        self, given: torch.Tensor, backbone_states: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> Encoded:
+        names = self.config.active_knowledge_adapters if backbone_states is None else []
+        if given.dim() != 4 or given.shape[1] != 1 + len(names):
+            outputs = f" and the outputs of {', '.join(names)}" if names else ""
+            raise ValueError(
+                f"fusion_states must be of shape (batch, {1 + len(names)}, number, width), the backbone's last state{outputs}; "
+                f"not {tuple(given.shape)}."
+            )
+        last, *outputs = given.to(self.own_dtype()).unbind(1)
+        if backbone_states is None:
+            return Encoded(
+                last,
+                lambda positions: {
+                    name: _at_given(output, positions) for name, output in zip(names, outputs, strict=True)
+                },
+                at_positions=True,
+            )
+        states = self._given_states(backbone_states, self.backbone_states_read(), last=False)
+        return Encoded(last, functools.partial(self._run_adapters, states, attention_mask), at_positions=True)
 
     def _run_backbone(self, read: list[int], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         past, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")

@@ -29,12 +29,6 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch
     return loss_of(total, (labels != -100).sum(), num_items_in_batch)
 
 
-def states_at(state: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Selects from `(batch, length, width)` one position of each row, `(batch,)`, or several, `(batch, number)`."""
-    rows = torch.arange(state.shape[0], device=state.device)
-    return state[rows if positions.dim() == 1 else rows[:, None], positions.to(state.device)]
-
-
 def first_position(encoded: Encoded) -> torch.Tensor:
     """The position of the first token of each row, `(batch,)`."""
     state = encoded.backbone_state
@@ -63,7 +57,7 @@ def checked_positions(name: str, positions: torch.Tensor | None, encoded: Encode
         raise ValueError(
             f"{name} must be a LongTensor of shape ({batch}{end}, not {positions.dtype} of {tuple(positions.shape)}."
         )
-    if can_be_checked(positions):
+    if can_be_checked(positions) and not encoded.at_positions:
         outside = positions[(positions < -bool(per_row)) | (positions >= length)]
         if outside.numel():
             raise ValueError(f"{name} has {outside[0].item()}, but the rows are {length} tokens long.")
@@ -100,11 +94,8 @@ class HeadModel(KAdapterPreTrainedModel):
     def fused(self, encoded: Encoded, positions: torch.Tensor | None = None) -> torch.Tensor:
         """
         The fused states, `(batch, length, width)`, in the head's dtype. With `positions`, of shape `(batch,)` or
-        `(batch, number)`, only those are fused, to `(batch, width)` or `(batch, number, width)`.
+        `(batch, number)`, only those are computed, `(batch, width)` or `(batch, number, width)`. Call it once per forward
+        pass, with all positions that the head reads: the adapters run each time.
         """
-        state, knowledge = encoded.backbone_state, encoded.knowledge
-        if positions is not None:
-            state = states_at(state, positions)
-            knowledge = {name: states_at(other, positions) for name, other in knowledge.items()}
         # Without an active adapter the result has the backbone's dtype.
-        return self.fusion(state, knowledge).to(self.own_dtype())
+        return self.fusion(*encoded.at(positions)).to(self.own_dtype())

@@ -240,7 +240,7 @@ class KAdapterForRelationClassification(HeadModel):
             checked_positions("subject_start", subject_start, encoded),
             checked_positions("object_start", object_start, encoded),
         )
-        pair = torch.cat([self.fused(encoded, marker) for marker in markers], dim=-1)
+        pair = self.fused(encoded, torch.stack(markers, dim=1)).flatten(1)
         logits = self.out_proj(self.dropout(self.dense(pair)))
         loss = _classification_loss(logits, labels, self.config, num_items_in_batch)
         return SequenceClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)
@@ -317,7 +317,7 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         Args:
             labels: `(batch, length)` token ids; -100 is ignored.
         """
-        fused = self.fusion(encoded.backbone_state, encoded.knowledge).to(next(parameters_of(self.lm_head)).dtype)
+        fused = self.fusion(*encoded.at(None)).to(next(parameters_of(self.lm_head)).dtype)
         # input_ids=None by position, as the wrapper of PEFT 0.18 around heads that train needs an argument there.
         logits = self.lm_head(None, inputs_embeds=fused, return_dict=True).logits
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)

@@ -16,6 +16,12 @@ from .configuration_kadapter import KnowledgeAdapterConfig
 # The names of the modules are those of the tensors in adapter files, and of the original's checkpoints.
 
 
+def states_at(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Selects from `(batch, length, width)` one position of each row, `(batch,)`, or several, `(batch, number)`."""
+    rows = torch.arange(states.shape[0], device=states.device)
+    return states[rows if positions.dim() == 1 else rows[:, None], positions.to(states.device)]
+
+
 def eager_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -48,10 +54,10 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, read: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         query, key, value = (
-            projection(states).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (batch, heads, length, head size)
-            for projection in (self.query, self.key, self.value)
+            projection(of).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (batch, heads, length, head size)
+            for projection, of in ((self.query, read), (self.key, states), (self.value, states))
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn_implementation_of(self.config), eager_attention)
         dropout = self.dropout.p if self.training else 0.0
@@ -78,8 +84,8 @@ class Attention(nn.Module):
         self.self = SelfAttention(config, attention)
         self.output = Residual(config, config.hidden_size)
 
-    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.output(self.self(states, attention_mask), states)
+    def forward(self, read: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.output(self.self(read, states, attention_mask), read)
 
 
 class Intermediate(nn.Module):
@@ -101,8 +107,17 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.intermediate = Intermediate(config)
         self.output = Residual(config, config.intermediate_size)
 
-    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        states = self.attention(states, attention_mask)
+    def forward(
+        self, states: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Maps `(batch, length, hidden_size)` to the same shape or, with `positions` of shape `(batch, number)`, to
+        `(batch, number, hidden_size)`. `attention_mask` is what the attention implementation takes.
+        """
+        read = states if positions is None else states_at(states, positions)
+        if positions is not None and attention_mask is not None:
+            attention_mask = attention_mask[:, :, :1]  # hides the same tokens from every position
+        states = self.attention(read, states, attention_mask)
         return self.output(self.intermediate(states), states)
 
 
@@ -114,9 +129,18 @@ class TransformerEncoder(nn.Module):
         self.config = attention
         self.layer = nn.ModuleList(TransformerLayer(config, attention) for _ in range(config.num_hidden_layers))
 
-    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Maps `(batch, length, hidden_size)` to the same shape; `attention_mask` is `(batch, length)`."""
+    def forward(
+        self, states: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Maps `(batch, length, hidden_size)` to the same shape or, with `positions` of shape `(batch, number)`, to
+        `(batch, number, hidden_size)`; `attention_mask` is `(batch, length)`.
+        """
         mask = create_bidirectional_mask(self.config, states, attention_mask)
-        for layer in self.layer:
-            states = layer(states, mask)
+        # Flash Attention's mask is `(batch, length)`, and flex attention's no tensor: they compute all positions.
+        early = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
+        for number, layer in enumerate(self.layer, start=1):
+            states = layer(states, mask, positions if early and number == len(self.layer) else None)
+        if positions is not None and not (early and self.layer):
+            states = states_at(states, positions)
         return states

@@ -25,6 +25,7 @@ class Origins:
         backbone_trained: whether the backbone was ever set to train. A save then stores it.
         backbone_stored: whether the repository of the last save or load stores the backbone.
         backbone_kwargs: arguments of `from_pretrained` to load the named backbone again.
+        backbone_dtype: the dtype to save for a backbone that was cast for this machine only.
     """
 
     def __init__(self):
@@ -35,6 +36,7 @@ class Origins:
         self.backbone_trained = False
         self.backbone_stored = False
         self.backbone_kwargs: dict[str, Any] = {}
+        self.backbone_dtype: torch.dtype | None = None
 
     def note_weights(self, state_dict: Mapping[str, torch.Tensor], *parts: str) -> None:
         """Remembers the weights that these parts have now."""

@@ -111,7 +111,8 @@ def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
     pipelines = custom_pipelines(type(model))
     if pipelines:
         config.custom_pipelines = pipelines
-    config.backbone_config.dtype = model.backbone.dtype if model.backbone.dtype.is_floating_point else None
+    dtype = model.origins.backbone_dtype or model.backbone.dtype
+    config.backbone_config.dtype = dtype if dtype.is_floating_point else None
     config.backbone_config.__dict__.pop("quantization_config", None)  # the named backbone has not been quantised
     _copy_code(model, folder, config)
     write_json(folder / CONFIG_NAME, json.loads(config.to_json_string()))

@@ -122,9 +122,9 @@ def test_the_head_on_states_gives_what_the_whole_model_gives(example, arguments,
     states = example.states_at_markers(KAdapterModel.from_pretrained(tmp_path / "model"), rows, tokenizer)
     given = torch.stack([states[name] for name in ("", "one", "two")], dim=1)
     markers = {"subject_start": torch.zeros(len(rows)).long(), "object_start": torch.ones(len(rows)).long()}
-    head = example.OnStates.from_pretrained(tmp_path / "model").eval()
+    head = KAdapterForRelationClassification.from_pretrained(tmp_path / "model").eval()
     wanted = model(**DataCollatorWithPadding(tokenizer)(rows.to_list())).logits
-    torch.testing.assert_close(head(states=given, **markers).logits, wanted)
+    torch.testing.assert_close(head(fusion_states=given, **markers).logits, wanted)
 
 
 def test_variants_are_trained_and_probed_and_a_run_that_was_cut_off_goes_on(corpora, backbone, tmp_path):

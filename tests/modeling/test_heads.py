@@ -127,7 +127,7 @@ def test_masked_lm_puts_the_fused_states_through_the_backbones_head(build):
         (KAdapterForSequenceClassification, [4]),
         (KAdapterForMultipleChoice, [4]),
         (KAdapterForEntityTyping, [4]),
-        (KAdapterForRelationClassification, [4, 4]),
+        (KAdapterForRelationClassification, [8]),
         (KAdapterForTokenClassification, [40]),
     ],
 )

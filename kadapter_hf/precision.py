@@ -1,0 +1,67 @@
+"""The data type of a frozen backbone: `--backbone_dtype`."""
+
+import torch
+from transformers.utils import logging
+
+from .modeling.backbone_kadapter import is_opaque
+from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+
+
+logger = logging.get_logger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16")
+HELP = (
+    "Data type of the frozen backbone: float32; bfloat16; or auto, which is bfloat16 where the processor multiplies it faster. "
+    "The adapters stay in float32; --bf16 true computes them in bfloat16 too."
+)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises a ValueError for an unknown value of --backbone_dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"--backbone_dtype must be one of {', '.join(DTYPES)}, not {dtype}")
+
+
+def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The data type in which a device multiplies fastest at the range of float32, and how that is known."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, f"{torch.cuda.get_device_name(device)} multiplies it faster"
+        return torch.float32, f"{torch.cuda.get_device_name(device)} does not support bfloat16"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # not in torch 2.6
+    for capability, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16")):
+        if capabilities.get(capability):
+            return torch.bfloat16, f"this processor multiplies it faster ({name})"
+    return torch.float32, f"this {device.type} is not known to multiply bfloat16 faster"
+
+
+def cast_backbone(model: KAdapterPreTrainedModel, dtype: str, device: torch.device) -> None:
+    """
+    Casts a frozen backbone for the computation, and logs the choice. A save is the same as without: the backbone counts as
+    unchanged, and is loaded in its own data type.
+
+    Args:
+        dtype: `"float32"`, `"bfloat16"`, or `"auto"`, which changes neither a backbone that trains, nor one that is quantised
+            or stored in fewer bits.
+        device: where the model will run.
+
+    Raises:
+        ValueError: the backbone trains or is quantised, and `dtype` is not `"auto"`.
+    """
+    backbone = model.backbone
+    trains = any(parameter.requires_grad for parameter in backbone.parameters())
+    if trains or is_opaque(backbone):
+        if dtype != "auto":
+            what = "trains" if trains else "is quantised or offloaded"
+            raise ValueError(f"--backbone_dtype {dtype} is for a frozen backbone of plain weights, but this one {what}")
+        return
+    model.origins.backbone_dtype = backbone.dtype
+    if dtype != "auto":
+        backbone.to(getattr(torch, dtype))
+        return
+    chosen, reason = fast_dtype(device)
+    if chosen.itemsize < backbone.dtype.itemsize:
+        backbone.to(chosen)
+        logger.warning(
+            f"The backbone computes in {str(chosen).removeprefix('torch.')}: {reason}. For float32: --backbone_dtype float32."
+        )
