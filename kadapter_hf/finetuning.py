@@ -174,11 +174,8 @@ def finetune(
         training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
     checkpoint = checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
-    everything = _splits(task, arguments, training.seed)
-    labels = task.labels_in(everything)
-    _check_labels(task, everything)
-    splits = _used(task, everything, arguments, options, training.seed)
-    model = _new_model(task, arguments, labels)
+    labels, splits = load_data(task, arguments, options, training.seed)
+    model = new_model(task.model_class, arguments, labels)
     tokenizer = load_tokenizer(str(model.config.backbone_name_or_path))
     length = arguments.max_length or task.paper.get("max_length")
     length = most_tokens(tokenizer, length, model.backbone.config)
@@ -349,6 +346,20 @@ def _predict(
     return task.predictions(output.predictions, rows, features, labels, options), metrics
 
 
+def load_data(
+    task: Task, arguments: FinetuningArguments, options: Options, seed: int
+) -> tuple[list[str], dict[str, Dataset]]:
+    """
+    The labels in the order of the model's outputs, and the rows of each split to train or to evaluate on.
+
+    Raises:
+        ValueError: the data does not fit the task.
+    """
+    splits = _splits(task, arguments, seed)
+    _check_labels(task, splits)
+    return task.labels_in(splits), _used(task, splits, arguments, options, seed)
+
+
 def _splits(task: Task, arguments: FinetuningArguments, seed: int) -> DatasetDict:
     if arguments.data is not None:
         source = arguments.data
@@ -446,7 +457,10 @@ def _existing(file: str) -> str:
     return file
 
 
-def _new_model(task: Task, arguments: FinetuningArguments, labels: Sequence[str]) -> KAdapterPreTrainedModel:
+def new_model(
+    model_class: type[KAdapterPreTrainedModel], arguments: FinetuningArguments, labels: Sequence[str] = ()
+) -> KAdapterPreTrainedModel:
+    """A model with the backbone, the adapters and the fusion that the arguments name, of which they say what is frozen."""
     sources = named_adapters(arguments.adapters or [])
     adapters: dict[str, Any] = {name: source for name, (source, _) in sources.items()}
     recorded = [config.backbone_name_or_path for _, config in sources.values()]
@@ -463,7 +477,7 @@ def _new_model(task: Task, arguments: FinetuningArguments, labels: Sequence[str]
             raise KAdapterLoadError(f"'{', '.join(sources)}' does not name its backbone: specify it with --backbone.")
         backbone = DEFAULT_BACKBONE
     fields = {"freeze_backbone": arguments.freeze_backbone, **label_fields(labels)}
-    model = task.model_class.from_backbone(backbone, adapters, arguments.fusion, **fields)
+    model = model_class.from_backbone(backbone, adapters, arguments.fusion, **fields)
     if arguments.freeze_adapters:
         model.freeze_knowledge_adapters()
     else:

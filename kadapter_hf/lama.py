@@ -22,6 +22,14 @@ GOOGLE_RE = {
     "date_of_birth": "[X] (born [Y]).",
     "place_of_death": "[X] died in [Y] .",
 }
+# P@1 in percent by part, of RoBERTa-large and with the factual adapter (an earlier version of the K-Adapter paper; its final
+# one has examples only).
+PUBLISHED = {
+    "Google_RE": {"": 4.8, "F": 7.0},
+    "Google_RE_UHN": {"": 2.5, "F": 3.7},
+    "TREx": {"": 27.1, "F": 29.1},
+    "TREx_UHN": {"": 20.1, "F": 23.0},
+}
 EXCLUDED = "excluded"
 Pair = tuple[str, str]
 

@@ -264,10 +264,20 @@ def train_on(
 
 
 def models_of(
-    model: str, backbone: str | None = None, fusion: str | None = None, new_head: bool = False
+    model: str,
+    backbone: str | None = None,
+    fusion: str | None = None,
+    new_head: bool = False,
+    with_backbone: bool = True,
 ) -> Iterator[tuple[str, Model]]:
-    """The untouched backbone (`backbone`), then the K-Adapter (`kadapter`) if `model` is one; each loaded in its turn."""
+    """
+    The untouched backbone (`backbone`), then the K-Adapter (`kadapter`) if `model` is one; each loaded in its turn.
+
+    Args:
+        with_backbone: whether a K-Adapter's backbone is included.
+    """
     name, revision, is_kadapter = backbone_of(model, backbone)
-    yield "backbone", load_backbone_model(name, revision, new_head)
+    if with_backbone or not is_kadapter:
+        yield "backbone", load_backbone_model(name, revision, new_head)
     if is_kadapter:
         yield "kadapter", load_kadapter(model, backbone, fusion)

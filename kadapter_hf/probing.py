@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .cloze import Candidates, Prediction, Query, predict, queries_of, read_vocabulary, single_token_words
-from .corpora import RELATION
+from .corpora import RELATION, Report
 from .corpora.schema import write_json
 from .features import load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
@@ -169,9 +169,12 @@ def by_corpus(
 # ---- The probe ------------------------------------------------------------------------------------------------------
 
 
-def probe(arguments: ProbingArguments) -> dict[str, Any]:
+def probe(arguments: ProbingArguments, with_backbone: bool = True) -> dict[str, Any]:
     """
     Probes a K-Adapter and its untouched backbone, or a stock masked-language model.
+
+    Args:
+        with_backbone: probe a K-Adapter's backbone as well.
 
     Returns:
         What is written to `metrics.json`: the metrics by part (`parts`) and by relation (`relations`), those of facts inside
@@ -186,9 +189,8 @@ def probe(arguments: ProbingArguments) -> dict[str, Any]:
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         warn_without_matplotlib(FIGURE)
-    facts, report = read_lama(arguments.data, arguments.exclude)
-    pairs = None if arguments.corpus is None else pairs_of_corpus(arguments.corpus)
-    texts: Any = None if arguments.train_text is None else read_texts(arguments.train_text)
+    (facts, report), pairs, read = load_data(arguments)
+    texts: Any = read
     backbone, _, _ = backbone_of(arguments.model, arguments.backbone)
     tokenizer = load_tokenizer(backbone)
     if tokenizer.mask_token_id is None:
@@ -198,7 +200,7 @@ def probe(arguments: ProbingArguments) -> dict[str, Any]:
     predictions: dict[str, list[Prediction]] = {}
     training: dict[str, Any] = {}
     new_head = arguments.protocol == "new-head"
-    for name, model in models_of(arguments.model, arguments.backbone, arguments.fusion, new_head):
+    for name, model in models_of(arguments.model, arguments.backbone, arguments.fusion, new_head, with_backbone):
         if not queries:
             most = most_tokens(tokenizer, None, model.config.backbone_config)
             queries = queries_of(facts, tokenizer, vocabulary, most, report)
@@ -241,6 +243,22 @@ def probe(arguments: ProbingArguments) -> dict[str, Any]:
         _draw(relations, list(ranks), output / FIGURE)
         write_json(output / METRICS, results)
     return results
+
+
+def load_data(
+    arguments: ProbingArguments,
+) -> tuple[tuple[list[Fact], Report], set[Pair] | None, list[str] | None]:
+    """
+    What `read_lama` returns, the pairs of the corpus, and the texts to train on, the last two None if none are named.
+
+    Raises:
+        ValueError: a file is not in its format.
+    """
+    return (
+        read_lama(arguments.data, arguments.exclude),
+        None if arguments.corpus is None else pairs_of_corpus(arguments.corpus),
+        None if arguments.train_text is None else read_texts(arguments.train_text),
+    )
 
 
 def _vocabulary(arguments: ProbingArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Candidates | None, int]:

@@ -4,18 +4,24 @@ seeds, beside the published figures (paper, tables 2 to 5).
 """
 
 import csv
+import shlex
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from . import probing
 from .corpora.schema import read_json
 from .figures import new_figure, warn_without_matplotlib
-from .finetuning import combination, find_task, finetune, parser
+from .finetuning import FinetuningArguments, combination, finetune, load_data, new_model, parser
+from .lama import PUBLISHED
+from .messages import did_you_mean
+from .modeling.heads_kadapter import KAdapterForMaskedLM
 from .named_adapters import named_adapters
 from .runs import Parser
 from .tasks import TASKS
@@ -23,15 +29,17 @@ from .tasks import TASKS
 
 COLUMNS = ("task", "metric", "model", "runs", "mean", "standard_deviation", "paper", "reproduced")
 BACKBONE, MULTITASK, UNTRAINED = "backbone", "multitask", "untrained"
+LAMA = "lama"
 
 
 @dataclass
 class ReproductionArguments:
-    """What is compared. All other flags are those of `kadapter finetune` and hold for every run."""
+    """What is compared. All other flags are those of `kadapter finetune` and hold for every run but those of lama."""
 
     data: list[str] = field(
         metadata={
-            "help": "The tasks and their data as TASK=SOURCE, where SOURCE is what `kadapter finetune --data` takes."
+            "help": "The tasks and their data as TASK=SOURCE, where SOURCE is what `kadapter finetune --data` takes; and "
+            "lama=SOURCE, for which it is what `kadapter probe --data` takes."
         }
     )
     adapters: list[str] = field(
@@ -53,27 +61,110 @@ class ReproductionArguments:
         },
     )
     seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "A run for each of these seeds."})
+    probe_flags: str = field(
+        default="",
+        metadata={
+            "help": "The flags of `kadapter probe` for lama, as one argument, e.g. the paper's protocol: '--protocol new-head "
+            "--train_text wiki.train.raw'."
+        },
+    )
 
     def sources(self) -> dict[str, str]:
         """The data of each task."""
         return dict(part.partition("=")[::2] for part in self.data)
 
     def __post_init__(self):
+        known = [*TASKS, LAMA]
         for name, source in self.sources().items():
-            find_task(name)
+            if name not in known:
+                raise ValueError(
+                    f"there is no task '{name}'; there are {', '.join(known)}.{did_you_mean(name, known)}"
+                )
             if not source:
                 raise ValueError(f"--data takes TASK=SOURCE, but there is no source for '{name}'")
+        if self.probe_flags and LAMA not in self.sources():
+            raise ValueError("--probe_flags are for lama, which is not among the tasks of --data")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of one model on one task."""
+    """
+    A run of one model on one task.
+
+    Attributes:
+        model_flags: those of `kadapter finetune` that make the model.
+        flags: further ones.
+    """
 
     task: str
     model: str
     seed: int
     folder: Path
-    flags: tuple[str, ...]
+    source: str
+    model_flags: Sequence[str]
+    flags: Sequence[str]
+
+    @property
+    def metrics(self) -> Path:
+        """The file that is written last."""
+        return self.folder / "metrics.json"
+
+    def read_data(self) -> None:
+        """Reads the data as the run does. Raises a ValueError if it does not fit the task."""
+        arguments, options, training = self._parsed()
+        load_data(TASKS[self.task], arguments, options, training.seed)
+
+    def start(self) -> None:
+        """Runs, from the last checkpoint of a run that was stopped."""
+        resume = self.folder.is_dir() and get_last_checkpoint(str(self.folder)) is not None
+        finetune(
+            TASKS[self.task], *self._parsed("--resume_from_checkpoint" if resume else "--overwrite_output_dir", "true")
+        )
+
+    def _parsed(self, *more: str) -> tuple[Any, ...]:
+        flags = ["--data", self.source, *self.model_flags, "--seed", str(self.seed), *self.flags]
+        return parser(self.task).parse([*flags, "--output_dir", str(self.folder), *more])
+
+    def results(self) -> dict[str, float]:
+        """The metric on the test split (or validation, without one) in percent, by row of the table."""
+        metrics: dict[str, Any] = read_json(self.metrics, dict)
+        return {self.task: 100 * metrics.get("test", metrics["validation"])[TASKS[self.task].metric]}
+
+
+class LamaRun(Run):
+    """A run of LAMA; `flags` are those of `kadapter probe`. The table has a row for each of LAMA's parts."""
+
+    def read_data(self) -> None:
+        probing.load_data(self._probed(""))
+
+    def start(self) -> None:
+        (model,) = Parser(FinetuningArguments, prog="kadapter finetune").parse(
+            ["--data", self.source, *self.model_flags]
+        )
+        if self.model in (BACKBONE, MULTITASK):
+            probing.probe(self._probed(model.backbone))
+            return
+        set_seed(self.seed)
+        folder = self.folder / "model"
+        new_model(KAdapterForMaskedLM, model).save_pretrained(folder)
+        probing.probe(self._probed(str(folder)), with_backbone=False)
+
+    def _probed(self, model: str) -> probing.ProbingArguments:
+        flags = ["--model", model, "--data", self.source, "--output_dir", str(self.folder), "--seed", str(self.seed)]
+        (arguments,) = probing.parser("kadapter probe").parse([*self.flags, *flags])
+        return arguments
+
+    def results(self) -> dict[str, float]:
+        name = "backbone" if self.model in (BACKBONE, MULTITASK) else "kadapter"
+        parts: dict[str, Any] = read_json(self.metrics, dict)["parts"]
+        return {f"{LAMA} {part}": 100 * of_part[name]["p_at_1"] for part, of_part in parts.items()}
+
+
+def published_of(row: str) -> tuple[str, Mapping[str, float], Mapping[str, str]]:
+    """For a row of the table its metric, and the figures of the paper and of others by combination of adapters."""
+    if row in TASKS:
+        return TASKS[row].metric, TASKS[row].published, TASKS[row].reproduced
+    return "P@1", PUBLISHED.get(row.removeprefix(f"{LAMA} "), {}), {}
 
 
 def planned(arguments: ReproductionArguments, flags: Sequence[str]) -> list[Run]:
@@ -81,14 +172,19 @@ def planned(arguments: ReproductionArguments, flags: Sequence[str]) -> list[Run]
     All runs, task by task.
 
     Raises:
-        ValueError: a model is unknown.
+        ValueError: a model is unknown, or flags are for no task.
     """
+    if flags and not arguments.sources().keys() - {LAMA}:
+        raise ValueError(f"{shlex.join(flags)}: the flags for {LAMA} belong in --probe_flags.")
     models = flags_by_model(arguments)
     unknown = [name for name in arguments.models or [] if name not in models]
     if unknown:
         raise ValueError(f"--models {' '.join(unknown)}: there are {', '.join(models)}.")
+    probe_flags = shlex.split(arguments.probe_flags)
     return [
-        Run(task, name, seed, folder, ("--data", source, *models[name], "--seed", str(seed), *flags))
+        LamaRun(task, name, seed, folder, source, models[name], probe_flags)
+        if task == LAMA
+        else Run(task, name, seed, folder, source, models[name], flags)
         for task, source in arguments.sources().items()
         for name in arguments.models or models
         for seed in arguments.seeds
@@ -116,7 +212,8 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Ca
     """
     Does all runs that are not done yet, and writes `results.md`, `results.csv` and `results.png` after each of them.
 
-    A run that was stopped goes on from its last checkpoint. Of a finished run, the checkpoints and weights are deleted.
+    The data of each task is read before the first run, so that a bad file is reported now and not after hours. A run that was
+    stopped goes on from its last checkpoint. Of a finished run, the checkpoints and weights are deleted.
 
     Args:
         report: called with a line about each run.
@@ -128,14 +225,12 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Ca
     runs, output = planned(arguments, flags), Path(arguments.output_dir)
     published = published_names(arguments)  # which reads the adapters
     output.mkdir(parents=True, exist_ok=True)
+    for run in {run.task: run for run in runs if not run.metrics.exists()}.values():  # one of each task
+        run.read_data()
     for number, run in enumerate(runs, start=1):
-        if not (run.folder / "metrics.json").exists():
+        if not run.metrics.exists():
             report(f"Run {number} of {len(runs)}: {run.task}, {run.model}, seed {run.seed}")
-            resume = run.folder.is_dir() and get_last_checkpoint(str(run.folder)) is not None
-            more = ("--resume_from_checkpoint" if resume else "--overwrite_output_dir", "true")
-            task = TASKS[run.task]
-            parsed = parser(run.task).parse([*run.flags, "--output_dir", str(run.folder), *more])
-            finetune(task, *parsed)
+            run.start()
             _remove_weights(run.folder)
         write_tables(runs, published, output)
     return output / "results.md"
@@ -151,37 +246,36 @@ def _remove_weights(folder: Path) -> None:
 
 
 def results_of(runs: Sequence[Run]) -> dict[tuple[str, str], list[float]]:
-    """The metric on the test split (or validation, without one) of each finished run, in percent, by task and model."""
+    """The results of each finished run, by row of the table and model."""
     found: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        path = run.folder / "metrics.json"
-        if path.exists():
-            metrics: dict[str, Any] = read_json(path, dict)
-            split = metrics.get("test", metrics["validation"])
-            found.setdefault((run.task, run.model), []).append(100 * split[TASKS[run.task].metric])
+        if run.metrics.exists():
+            for row, value in run.results().items():
+                found.setdefault((row, run.model), []).append(value)
     return found
 
 
 def write_tables(runs: Sequence[Run], published: dict[str, str], output: Path) -> None:
     """Writes the results of all finished runs as Markdown, CSV and a figure; `published` as `published_names` returns."""
     found = results_of(runs)
-    tasks = list(dict.fromkeys(run.task for run in runs))
+    tasks = list(dict.fromkeys(task for task, _ in found))
     models = list(dict.fromkeys(run.model for run in runs))
     rows: list[dict[str, Any]] = []
     for task in tasks:
+        metric, of_paper, of_others = published_of(task)
         for model in models:
             values = found.get((task, model))
             if values:
                 rows.append(
                     {
                         "task": task,
-                        "metric": TASKS[task].metric,
+                        "metric": metric,
                         "model": model,
                         "runs": len(values),
                         "mean": round(statistics.fmean(values), 2),
                         "standard_deviation": round(statistics.stdev(values), 2) if len(values) > 1 else "",
-                        "paper": TASKS[task].published.get(published[model], ""),
-                        "reproduced": TASKS[task].reproduced.get(published[model], ""),
+                        "paper": of_paper.get(published[model], ""),
+                        "reproduced": of_others.get(published[model], ""),
                     }
                 )
     with open(output / "results.csv", "w", encoding="utf-8", newline="") as file:

@@ -9,7 +9,7 @@ from conftest import small_adapter
 from samples import write_sample
 from typer.testing import CliRunner
 
-from kadapter_hf import KAdapterModel
+from kadapter_hf import KAdapterForMaskedLM, KAdapterModel
 from kadapter_hf.cli import app
 
 
@@ -94,6 +94,64 @@ def test_the_table_has_the_mean_the_deviation_and_the_papers_figure(compared):
     assert (folder / "results.png").exists()
 
 
+@pytest.fixture(scope="module")
+def probed(compared, backbones):
+    """The flags of a comparison on LAMA with the paper's protocol, its folder, and the result of running it."""
+    folder = compared[1].parent
+    (folder / "lama" / "TREx").mkdir(parents=True)
+    (folder / "lama" / "relations.jsonl").write_text(
+        '{"relation": "P36", "template": "the capital of [X] is [Y] ."}\n'
+    )
+    facts = {"italy": "rome", "france": "paris", "austria": "vienna"}
+    lines = [json.dumps({"sub_label": country, "obj_label": city}) for country, city in facts.items()]
+    (folder / "lama" / "TREx" / "P36.jsonl").write_text("\n".join(lines))
+    text = folder / "text.txt"
+    text.write_text("the capital of france is paris .\nthe cat sat on the mat .\n")
+    flags = ["reproduce", "--data", f"lama={folder / 'lama'}", "--output_dir", str(folder / "probes")]
+    flags += ["--adapters", str(folder / "factual"), str(folder / "linguistic"), "--multitask", backbones["roberta"]]
+    flags += ["--probe_flags", f"--protocol new-head --train_text {text} --epochs 1"]
+    return flags, folder / "probes", CliRunner().invoke(app, flags)
+
+
+def test_lama_is_one_of_the_tasks(probed):
+    _, folder, result = probed
+    assert result.exit_code == 0, result.output
+    with open(folder / "results.csv", newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["backbone", "multitask", "untrained", "factual", "linguistic", "factual+linguistic"]
+    assert {(row["task"], row["metric"], row["runs"]) for row in rows.values()} == {("lama TREx", "P@1", "1")}
+    assert {model: row["paper"] for model, row in rows.items() if row["paper"]} == {
+        "backbone": "27.1",
+        "factual": "29.1",
+    }
+
+
+def test_lama_runs_are_those_of_the_probe(probed, backbones, tmp_path):
+    flags, folder, _ = probed
+    model = KAdapterForMaskedLM.from_backbone(backbones["roberta"], {"factual": str(folder.parent / "factual")})
+    model.save_pretrained(tmp_path / "model")
+    own = ["--model", str(tmp_path / "model"), "--data", str(folder.parent / "lama"), "--json"]
+    result = CliRunner().invoke(app, ["probe", *own, *flags[-1].split()])
+    expected = json.loads(result.stdout)["relations"][0]
+    found = {
+        model: json.loads((folder / "lama" / model / "seed-42" / "metrics.json").read_text())["relations"][0]
+        for model in ("backbone", "factual")
+    }
+    assert found["backbone"]["backbone"] == expected["backbone"]
+    assert found["factual"]["kadapter"] == expected["kadapter"]
+
+
+def test_a_bad_file_of_a_later_task_is_reported_before_the_first_run(compared, tmp_path):
+    flags, folder, _ = compared
+    bad = tmp_path / "lama.jsonl"
+    bad.write_text("no JSON")
+    first = flags[flags.index("--data") + 1]
+    others = ["--output_dir", str(tmp_path / "runs"), "--data", first, f"lama={bad}"]
+    result = CliRunner().invoke(app, [*flags, *others])
+    assert result.exit_code == 1 and f"{bad}, line 1 is not JSON." in result.output
+    assert "Run " not in result.output
+
+
 def test_finished_runs_are_not_repeated(compared):
     flags, folder, _ = compared
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")}
@@ -118,6 +176,8 @@ def test_weights_of_finished_runs_are_deleted(compared):
         (["--models", "linguist"], "there are backbone, untrained, factual, linguistic, factual+linguistic", 1),
         (["--data", "open-entity"], "--data takes TASK=SOURCE, but there is no source for 'open-entity'", 2),
         (["--data", "open-entitty=x"], "Did you mean 'open-entity'?", 2),
+        (["--data", "lama=x"], "--max_steps 2", 1),
+        (["--probe_flags", "--protocol fusion"], "--probe_flags are for lama, which is not among the tasks", 2),
     ],
 )
 def test_wrong_flags_are_one_sentence(flags, said, code, compared):
