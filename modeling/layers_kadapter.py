@@ -107,15 +107,21 @@ class TransformerLayer(GradientCheckpointingLayer):
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of transformer layers. `attention` holds the name of the attention implementation, which may change."""
+    """
+    A stack of transformer layers; without any, the activation alone. `attention` holds the name of the attention
+    implementation, which may change.
+    """
 
     def __init__(self, config: KnowledgeAdapterConfig, attention: PreTrainedConfig):
         super().__init__()
         self.config = attention
         self.layer = nn.ModuleList(TransformerLayer(config, attention) for _ in range(config.num_hidden_layers))
+        self.activation = None if config.num_hidden_layers else ACT2FN[config.hidden_act]
 
     def forward(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Maps `(batch, length, hidden_size)` to the same shape; `attention_mask` is `(batch, length)`."""
+        if self.activation is not None:
+            return self.activation(states)
         mask = create_bidirectional_mask(self.config, states, attention_mask)
         for layer in self.layer:
             states = layer(states, mask)
