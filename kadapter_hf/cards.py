@@ -82,8 +82,9 @@ Without the package, using the code in this repository: \
 | adapter | backbone states | transformer layers | width | attention heads |
 |---|---|---|---|---|
 {% for adapter, config in adapters.items() -%}
-| {{ adapter }} | {{ config.backbone_layers | join(", ") }} | {{ config.num_hidden_layers }} in each of \
-{{ config.backbone_layers | length }} adapter layers | {{ config.hidden_size }} | {{ config.num_attention_heads }} |
+| {{ adapter }} | {{ config.backbone_layers | join(", ") }} | {{ config.num_hidden_layers or "none" }} in each of \
+{{ config.backbone_layers | length }} adapter layers | {{ config.hidden_size }} | \
+{{ config.num_attention_heads if config.num_hidden_layers }} |
 {% endfor %}
 ## Training
 {% for adapter, rows in facts.items() %}

@@ -82,7 +82,9 @@ class FinetuningArguments:
     backbone: str | None = _help(
         None, f"A repository or folder. Default: as recorded in the first adapter, otherwise {DEFAULT_BACKBONE}."
     )
-    fusion: str = _help("concat", "How the outputs of the backbone and the adapters are combined: concat or add.")
+    fusion: str = _help(
+        "concat", "How the outputs of the backbone and the adapters are combined: concat, add, gate or attention."
+    )
     freeze_backbone: bool = _help(
         False, "Train the fusion and the head only, and with --freeze_adapters false the adapters."
     )

@@ -81,8 +81,11 @@ class PretrainingArguments:
             "help": "The backbone states that the adapter reads. Default: the first, middle and second-to-last."
         },
     )
-    adapter_hidden_size: int = _help(768, "Width of the adapter's transformer layers.")
-    adapter_num_hidden_layers: int = _help(2, "Transformer layers in each adapter layer.")
+    adapter_hidden_size: int = _help(768, "Width of the adapter's transformer layers, or of its bottlenecks.")
+    adapter_num_hidden_layers: int = _help(
+        2,
+        "Transformer layers in each adapter layer. With 0, it is a bottleneck: project down, activation, project up.",
+    )
     adapter_num_attention_heads: int = _help(12, "Attention heads of the transformer layers.")
     adapter_intermediate_size: int = _help(3072, "Width of the feed-forward part of the transformer layers.")
     dropout: float = _help(0.1, "Dropout in the adapter and in the head.")
@@ -93,8 +96,8 @@ class PretrainingArguments:
     license: str | None = _help(None, "Licence of the adapter (apache-2.0, cc-by-sa-4.0, …), for the model card.")
     fusion: str = _help(
         "add",
-        "How the outputs of the backbone and the adapter are combined for the head: add, or concat as in the original. "
-        "With concat, part of what is learned ends up in the fusion, which is discarded with the head.",
+        "How the outputs of the backbone and the adapter are combined for the head: add; concat as in the original; gate; or "
+        "attention. With all but add, part of what is learned ends up in the fusion, which is discarded with the head.",
     )
 
     def __post_init__(self):

@@ -51,7 +51,7 @@ class ProbingArguments:
     )
     train_text: str | None = _help(None, "A file with one text per line, or a .jsonl file with the field text.")
     fusion: str | None = _help(
-        None, "Replace the K-Adapter's fusion by a new one of this kind (add, concat), if it has another."
+        None, "Replace the K-Adapter's fusion by a new one of this kind (add, attention, …), if it has another."
     )
     epochs: int = _help(2, "Epochs of the training.")
     learning_rate: float = _help(1e-3, "Its learning rate, which decreases linearly, without warm-up.")

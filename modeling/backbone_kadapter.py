@@ -28,8 +28,8 @@ from .compat_kadapter import (
     without_initialization,
     without_load_report,
 )
-from .configuration_kadapter import KAdapterConfig, nearest, own_fields
-from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError, damaged
+from .configuration_kadapter import KAdapterConfig, own_fields
+from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError, damaged, nearest
 from .reading_kadapter import check_tensors
 from .sources_kadapter import HUB_ARGUMENTS, check_downloads, hub_arguments, snapshot_of
 

@@ -2,11 +2,9 @@
 
 import copy
 import dataclasses
-import difflib
 import functools
 import json
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .compat_kadapter import decode_floats, drop_colliding, dtypes_to_str, encode_floats, is_remote_code
-from .format_kadapter import KAdapterConfigError, check_adapter_name
+from .format_kadapter import KAdapterConfigError, check_adapter_name, nearest
 from .fusion_kadapter import check_fusion
 
 
@@ -47,7 +45,7 @@ def _refuse_clearly(cls):
         try:
             if not kwargs.pop(_FROM_FILE, False):
                 _check_spelling(cls, kwargs)
-            _check_common(kwargs)
+            _check_common(kwargs, fewest_layers=1 if issubclass(cls, KAdapterConfig) else 0)
             original_init(self, *args, **kwargs)
         except KAdapterConfigError:
             raise
@@ -81,18 +79,12 @@ def _check_spelling(cls: Any, kwargs: dict[str, Any]) -> None:
                 raise KAdapterConfigError(f"knowledge_adapters['{name}']: {error}") from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Suggests the most similar of the known names, as the end of a sentence; empty if none is similar."""
-    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
-    return f"; did you mean '{found[0]}'?" if found else ""
-
-
 def own_fields(config: PreTrainedConfig) -> set[str]:
     """The fields that are specific to a configuration's kind of model, without those about how it is loaded."""
     return config.to_dict().keys() - PreTrainedConfig().to_dict().keys() - {"quantization_config", "auto_map"}
 
 
-def _check_common(fields: dict[str, Any]) -> None:
+def _check_common(fields: dict[str, Any], fewest_layers: int = 1) -> None:
     """Refuses values that transformers doesn't validate and that would fail later, or hang."""
     for field in ("dtype", "torch_dtype"):
         dtype = fields.get(field)
@@ -100,9 +92,9 @@ def _check_common(fields: dict[str, Any]) -> None:
         if dtype is not None and not isinstance(named, torch.dtype):
             raise KAdapterConfigError(f"{field} {dtype!r} is not one of torch's.")
     for field, most in _MOST.items():
-        value = fields.get(field)
-        if isinstance(value, int) and not 1 <= value <= most:
-            raise KAdapterConfigError(f"{field} must be between 1 and {most:,}, not {value}.")
+        value, least = fields.get(field), fewest_layers if field == "num_hidden_layers" else 1
+        if isinstance(value, int) and not least <= value <= most:
+            raise KAdapterConfigError(f"{field} must be between {least} and {most:,}, not {value}.")
     architectures = fields.get("architectures") or []
     if not isinstance(architectures, (list, tuple)) or not all(isinstance(name, str) for name in architectures):
         raise KAdapterConfigError(f"architectures must be a list of class names, not {architectures!r}.")
@@ -124,8 +116,10 @@ class KnowledgeAdapterConfig:
             The backbone's hidden states that the adapter reads, one per adapter layer (the original's `adapter_list`).
             0 is the output of the embeddings. By default the first, the middle and the last but one: `[0, 11, 22]` for
             24 layers.
-        num_hidden_layers (`int`, defaults to 2): transformer layers inside each adapter layer.
-        hidden_size (`int`, defaults to 768): their width; it may differ from the backbone's.
+        num_hidden_layers (`int`, defaults to 2):
+            Transformer layers inside each adapter layer. With 0, an adapter layer is a bottleneck, which has `hidden_act`
+            alone between its projections.
+        hidden_size (`int`, defaults to 768): their width, or that of the bottleneck; it may differ from the backbone's.
         num_attention_heads (`int`, defaults to 12): must divide `hidden_size`.
         intermediate_size (`int`, defaults to 3072): width of their feed-forward part.
         hidden_act (`str`, defaults to `"gelu"`)
@@ -165,9 +159,10 @@ class KnowledgeAdapterConfig:
     def validate_sizes(self):
         """Called by `@strict` after construction."""
         for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
-            if isinstance(getattr(self, field), bool) or getattr(self, field) < 1:
-                raise KAdapterConfigError(f"{field} must be an int of at least 1, not {getattr(self, field)}.")
-        if self.hidden_size % self.num_attention_heads:
+            least = 0 if field == "num_hidden_layers" else 1
+            if isinstance(getattr(self, field), bool) or getattr(self, field) < least:
+                raise KAdapterConfigError(f"{field} must be an int of at least {least}, not {getattr(self, field)}.")
+        if self.num_hidden_layers and self.hidden_size % self.num_attention_heads:
             raise KAdapterConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size ({self.hidden_size})."
             )
@@ -237,9 +232,9 @@ class KAdapterConfig(PreTrainedConfig):
         backbone_config (`dict` or `PreTrainedConfig`, *optional*): the backbone's own configuration.
         knowledge_adapters (`dict[str, KnowledgeAdapterConfig]`, *optional*): the adapters by name.
         active_knowledge_adapters (`list[str]`, *optional*): the adapters in use, in this order; by default all.
-        fusion (`str`, defaults to `"concat"`): `"concat"` (paper, section 3.2), `"add"`, or one of your own (see
-            `register_fusion`).
-        fusion_config (`dict`, *optional*): the configuration of the fusion, if it has any.
+        fusion (`str`, defaults to `"concat"`): `"concat"` (paper, section 3.2), `"add"`, `"gate"`, `"attention"`, or one of
+            your own (see `register_fusion`).
+        fusion_config (`dict`, *optional*): the arguments of the fusion, such as `{"top_k": 2}` of `"gate"`.
         classifier_dropout (`float`, defaults to 0.1): dropout in the task heads.
         task (`dict`, *optional*): how the head's input is made from text: the task's name, its markers, the maximum length.
             Set by fine-tuning, read by pipelines and predictions.

@@ -1,5 +1,6 @@
 """The repository format: names of files and tensors, metadata and fingerprints; and the package's errors."""
 
+import difflib
 import hashlib
 import json
 import re
@@ -53,6 +54,12 @@ class BackboneMismatchError(KAdapterLoadError):
 def damaged(path: Any, problem: str, advice: str | None = None) -> KAdapterLoadError:
     """The error about a file that does not hold what was saved."""
     return KAdapterLoadError(f"'{path}' {problem.rstrip('.')}. {advice or 'Download or save it again.'}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Suggests the most similar of the known names, as the end of a sentence; empty if none is similar."""
+    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
+    return f"; did you mean '{found[0]}'?" if found else ""
 
 
 def check_adapter_name(name: Any) -> str:

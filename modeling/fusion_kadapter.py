@@ -1,17 +1,21 @@
 """Fusions of the backbone's last hidden state with the outputs of the active adapters, and `register_fusion`."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .format_kadapter import KAdapterConfigError
+from .format_kadapter import KAdapterConfigError, nearest
 
 
 FUSIONS: dict[str, type["KnowledgeFusion"]] = {}
+# The weight of all adapters together at the start of a fusion that weighs them: close to the backbone, and yet every adapter
+# reaches the head from the first step.
+START = 0.1
 
 
 def register_fusion(kind: str) -> Callable[[type["KnowledgeFusion"]], type["KnowledgeFusion"]]:
@@ -28,11 +32,22 @@ def register_fusion(kind: str) -> Callable[[type["KnowledgeFusion"]], type["Know
 def check_fusion(kind: str, values: Mapping[str, Any]) -> None:
     """Raises `KAdapterConfigError` if there is no fusion of this kind, or if it doesn't take these values."""
     if kind not in FUSIONS:
-        raise KAdapterConfigError(f"fusion must be one of {sorted(FUSIONS)}, not {kind!r}.")
-    parameters = inspect.signature(FUSIONS[kind].__init__).parameters
-    unknown = sorted(values.keys() - parameters.keys())
+        raise KAdapterConfigError(
+            f"fusion must be one of {sorted(FUSIONS)}, not {kind!r}{nearest(str(kind), FUSIONS)}."
+        )
+    known = inspect.signature(FUSIONS[kind].__init__).parameters.keys() - {"self", "width"}
+    unknown = sorted(values.keys() - known)
     if unknown:
-        raise KAdapterConfigError(f"fusion_config: the fusion '{kind}' has no {unknown}.")
+        raise KAdapterConfigError(f"fusion_config: the fusion '{kind}' has no {unknown}{nearest(unknown[0], known)}.")
+
+
+def _check_value(kind: str, name: str, value: Any, fits: bool, wanted: str) -> None:
+    if not fits:
+        raise KAdapterConfigError(f"fusion_config: {name} of the fusion '{kind}' must be {wanted}, not {value!r}.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def to_layer(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -76,17 +91,72 @@ class KnowledgeFusion(nn.Module):
         """As `forward`, for at least one adapter."""
         raise NotImplementedError
 
+    def weights(
+        self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor] | None:
+        """The weight of each adapter at each position, `(…)`, which `output_fusion_weights` returns; None if it has none."""
+        return None
+
     def forward(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
         """Fuses `(…, width)` states with the adapters' outputs of the same shape, by name."""
         return self.fuse(backbone_state, adapter_states) if adapter_states else backbone_state
 
 
+class Scale(nn.Module):
+    """Multiplies by a learnt number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states * self.weight
+
+
 @register_fusion("add")
 class AddFusion(KnowledgeFusion):
-    """`H + Σ y_k`, without weights. Source: `fusion_mode="add"` of the original's `examples/run_finetune_*_adapter.py`."""
+    """
+    `H + Σ y_k`, without weights; or `H + Σ s_k y_k`, with a learnt number for each adapter.
+
+    Source: `fusion_mode="add"` of the original's `examples/run_finetune_*_adapter.py`; the numbers are an addition.
+
+    Args:
+        scale (`float`, *optional*): the value that the numbers start from. Without it, there are none.
+    """
+
+    def __init__(self, width: int, scale: float | None = None):
+        super().__init__(width)
+        fits = scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale))
+        _check_value("add", "scale", scale, fits, "a finite number")
+        self.scale = scale
+        self.scales = nn.ModuleDict()
+
+    def add(self, name: str) -> None:
+        if self.scale is not None:
+            self.scales[name] = Scale()
+
+    def remove(self, name: str) -> None:
+        if self.scale is not None:
+            del self.scales[name]
+
+    def init_adapter(self, name: str) -> None:
+        if self.scale is not None:
+            init.constant_(self.scales[name].weight, self.scale)
+
+    def used_parameters(self, active: Sequence[str]) -> list[nn.Parameter]:
+        return [self.scales[name].weight for name in active if name in self.scales]
 
     def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.scale is not None:
+            adapter_states = {name: self.scales[name](state) for name, state in adapter_states.items()}
         return sum(adapter_states.values(), start=backbone_state)
+
+    def weights(
+        self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor] | None:
+        if self.scale is None:
+            return None
+        return {name: self.scales[name](torch.ones_like(state[..., 0])) for name, state in adapter_states.items()}
 
 
 @register_fusion("concat")
@@ -132,10 +202,146 @@ class ConcatFusion(KnowledgeFusion):
         return [parameter for module in modules for parameter in module.parameters()] + shared
 
     def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
-        fused = {}
-        for name, state in adapter_states.items():
-            layer = self.states[name]
-            fused[name] = layer(torch.cat([to_layer(backbone_state, layer), to_layer(state, layer)], dim=-1))
+        fused = {name: _pair(self.states[name], backbone_state, state) for name, state in adapter_states.items()}
         if len(fused) == 1:
             return next(iter(fused.values()))
         return sum((self.mix[name](state) for name, state in fused.items()), start=self.bias)
+
+
+@register_fusion("gate")
+class GateFusion(KnowledgeFusion):
+    """
+    `H + Σ g_k y_k`, where the gate `g_k` is one number per adapter and position, computed from `[H; y_k]`.
+
+    All gates together start at `START`, whatever the number of adapters.
+
+    Args:
+        activation (`str`): `"sigmoid"`: each gate is open or closed by itself. `"softmax"`: the gates compete, and add up to
+            less than 1; the rest is for no adapter. With one adapter, both are the same.
+        top_k (`int`, *optional*): at each position, close all gates but this number of the widest, as in mixtures of
+            adapters (Wang et al., AdaMix, EMNLP 2022). There must be as many active adapters.
+    """
+
+    def __init__(self, width: int, activation: Literal["sigmoid", "softmax"] = "sigmoid", top_k: int | None = None):
+        super().__init__(width)
+        _check_value("gate", "activation", activation, activation in ("sigmoid", "softmax"), "'sigmoid' or 'softmax'")
+        _check_value("gate", "top_k", top_k, top_k is None or _is_count(top_k), "an int of at least 1")
+        self.activation, self.top_k = activation, top_k
+        self.gates = nn.ModuleDict()
+
+    def add(self, name: str) -> None:
+        self.gates[name] = nn.Linear(2 * self.width, 1)
+
+    def remove(self, name: str) -> None:
+        del self.gates[name]
+
+    def init_adapter(self, name: str) -> None:
+        init.zeros_(self.gates[name].weight)
+        init.constant_(self.gates[name].bias, math.log(START / (1 - START)))
+
+    def used_parameters(self, active: Sequence[str]) -> list[nn.Parameter]:
+        return [parameter for name in active for parameter in self.gates[name].parameters()]
+
+    def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
+        weights = self.weights(backbone_state, adapter_states)
+        return sum((weights[name][..., None] * state for name, state in adapter_states.items()), start=backbone_state)
+
+    def weights(
+        self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        count = len(adapter_states)
+        if self.top_k is not None and count < self.top_k:
+            raise KAdapterConfigError(
+                f"the fusion 'gate' with top_k={self.top_k} chooses among at least {self.top_k} adapters, and only "
+                f"{list(adapter_states)} are active: activate more, or lower top_k in fusion_config."
+            )
+        scores = torch.cat(
+            [_pair(self.gates[name], backbone_state, state) for name, state in adapter_states.items()], -1
+        )
+        if self.top_k is not None and count > self.top_k:
+            chosen = torch.zeros_like(scores).scatter(-1, scores.topk(self.top_k).indices, 1.0)
+            scores, count = scores.masked_fill(chosen == 0, -torch.inf), self.top_k
+        scores = scores - math.log(count)
+        if self.activation == "softmax":
+            gates = nn.functional.pad(scores, (1, 0)).softmax(-1)[..., 1:]
+        else:
+            gates = scores.sigmoid()
+        return dict(zip(adapter_states, gates.unbind(-1), strict=True))
+
+
+def _pair(layer: nn.Module, backbone_state: torch.Tensor, adapter_state: torch.Tensor) -> torch.Tensor:
+    """`layer([H; y_k])`"""
+    return layer(torch.cat([to_layer(backbone_state, layer), to_layer(adapter_state, layer)], dim=-1))
+
+
+@register_fusion("attention")
+class AttentionFusion(KnowledgeFusion):
+    """
+    Attention at each position over the backbone's own state and the adapters' outputs: the query is computed from `H`, a key
+    and a value from each of `H, y_1, …`. The result is the weighted sum of the values.
+
+    A key has one more number, which is added to its score: it starts so that the adapters together have the weight `START`,
+    whatever their number, and values start as the states themselves.
+
+    Source: AdapterFusion (Pfeiffer et al., EACL 2021, section 3.2), which shares the matrices for keys and values among its
+    adapters. Here each adapter has its own.
+
+    Args:
+        key_size (`int`, defaults to 64): the width of queries and keys.
+    """
+
+    def __init__(self, width: int, key_size: int = 64):
+        super().__init__(width)
+        _check_value("attention", "key_size", key_size, _is_count(key_size), "an int of at least 1")
+        self.key_size = key_size
+        self.to_query = nn.Linear(width, key_size)
+        self.backbone_key, self.backbone_value = nn.Linear(width, key_size + 1), nn.Linear(width, width)
+        self.keys, self.values = nn.ModuleDict(), nn.ModuleDict()
+
+    def add(self, name: str) -> None:
+        self.keys[name] = nn.Linear(self.width, self.key_size + 1)
+        self.values[name] = nn.Linear(self.width, self.width)
+
+    def remove(self, name: str) -> None:
+        del self.keys[name], self.values[name]
+
+    def init_shared(self) -> None:
+        init.normal_(self.to_query.weight, std=self.width**-0.5)
+        init.zeros_(self.to_query.bias)
+        self._init_source(self.backbone_key, self.backbone_value, score=0.0)
+
+    def init_adapter(self, name: str) -> None:
+        self._init_source(self.keys[name], self.values[name], score=math.log(START / (1 - START)))
+
+    def _init_source(self, key: nn.Linear, value: nn.Linear, score: float) -> None:
+        init.zeros_(key.weight)
+        init.copy_(key.bias, torch.zeros_like(key.bias).index_fill(0, torch.tensor([self.key_size]), score))
+        init.copy_(value.weight, torch.zeros_like(value.weight).fill_diagonal_(1))
+        init.zeros_(value.bias)
+
+    def used_parameters(self, active: Sequence[str]) -> list[nn.Parameter]:
+        shared = (self.to_query, self.backbone_key, self.backbone_value) if active else ()
+        own = (modules[name] for modules in (self.keys, self.values) for name in active)
+        return [parameter for module in (*shared, *own) for parameter in module.parameters()]
+
+    def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
+        weights = self.weights(backbone_state, adapter_states)
+        rest = 1 - sum(weights.values())
+        fused = rest[..., None] * self.backbone_value(to_layer(backbone_state, self.backbone_value))
+        for name, state in adapter_states.items():
+            fused = fused + weights[name][..., None] * self.values[name](to_layer(state, self.values[name]))
+        return fused
+
+    def weights(
+        self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        query = self.to_query(to_layer(backbone_state, self.to_query)) * self.key_size**-0.5
+        own = self._score(query, self.backbone_key, backbone_state)
+        scores = [self._score(query, self.keys[name], state) for name, state in adapter_states.items()]
+        scores = [own, *(score - math.log(len(scores)) for score in scores)]
+        weights = torch.stack(scores, dim=-1).softmax(-1).unbind(-1)
+        return dict(zip(adapter_states, weights[1:], strict=True))
+
+    def _score(self, query: torch.Tensor, layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
+        key = layer(to_layer(state, layer))
+        return (query * key[..., :-1]).sum(-1) + key[..., -1]

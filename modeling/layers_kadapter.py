@@ -122,12 +122,16 @@ class TransformerLayer(GradientCheckpointingLayer):
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of transformer layers. `attention` holds the name of the attention implementation, which may change."""
+    """
+    A stack of transformer layers; without any, the activation alone. `attention` holds the name of the attention
+    implementation, which may change.
+    """
 
     def __init__(self, config: KnowledgeAdapterConfig, attention: PreTrainedConfig):
         super().__init__()
         self.config = attention
         self.layer = nn.ModuleList(TransformerLayer(config, attention) for _ in range(config.num_hidden_layers))
+        self.activation = None if config.num_hidden_layers else ACT2FN[config.hidden_act]
 
     def forward(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None = None
@@ -136,11 +140,13 @@ class TransformerEncoder(nn.Module):
         Maps `(batch, length, hidden_size)` to the same shape or, with `positions` of shape `(batch, number)`, to
         `(batch, number, hidden_size)`; `attention_mask` is `(batch, length)`.
         """
+        if self.activation is not None:
+            return self.activation(states if positions is None else states_at(states, positions))
         mask = create_bidirectional_mask(self.config, states, attention_mask)
         # Flash Attention's mask is `(batch, length)`, and flex attention's no tensor: they compute all positions.
         early = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
         for number, layer in enumerate(self.layer, start=1):
             states = layer(states, mask, positions if early and number == len(self.layer) else None)
-        if positions is not None and not (early and self.layer):
+        if positions is not None and not early:
             states = states_at(states, positions)
         return states

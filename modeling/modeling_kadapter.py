@@ -132,6 +132,11 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
             for name in self.adapters:
                 module.init_adapter(name)
 
+    def _initialize_weights(self, module: nn.Module, *args) -> None:
+        # In classes that are not its own, transformers skips a module without parameters of its own. Those of a fusion may
+        # all be in submodules.
+        super()._initialize_weights(module, *(() if isinstance(module, KnowledgeFusion) else args))
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -149,7 +154,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         cls: type[Model],
         backbone: str | os.PathLike | PreTrainedModel,
         adapters: str | os.PathLike | list | dict[str, Any] | None = None,
-        fusion: Literal["concat", "add"] | str = "concat",
+        fusion: Literal["concat", "add", "gate", "attention"] | str = "concat",
         **kwargs,
     ) -> Model:
         """
@@ -159,7 +164,7 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
             backbone: a repository id, a folder, or a loaded model, which becomes part of the K-Adapter, without its pooler.
             adapters: trained adapters (a repository, folder or file, or a list of them), or a dict from names to such
                 sources or to the `KnowledgeAdapterConfig`s of new adapters. Loaded adapters are frozen, new ones train.
-            fusion: `"concat"`, `"add"` or one of your own; see `register_fusion`.
+            fusion: `"concat"`, `"add"`, `"gate"`, `"attention"` or one of your own; see `register_fusion`.
             kwargs: fields of `KAdapterConfig`, `num_labels`, and arguments of the backbone's own `from_pretrained`
                 (`dtype`, `device_map`, `quantization_config`, `revision`, `token`, `attn_implementation`, …).
 

@@ -202,7 +202,7 @@ def read_adapter(path: Path) -> SavedAdapter:
     tensors, metadata = read_tensors(path)
     name, config, expected = read_adapter_metadata(metadata, path)
     # Checked before anything of that size is built.
-    if len(config.backbone_layers or ()) * config.num_hidden_layers > len(tensors):
+    if len(config.backbone_layers or ()) * max(config.num_hidden_layers, 1) > len(tensors):
         raise damaged(path, f"has {len(tensors)} tensors, too few for the layers that its metadata describes")
     for tensor, value in tensors.items():
         if not tensor.startswith(f"adapters.{name}."):

@@ -450,7 +450,7 @@ def own_backbone(request, backbone, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fusion", ["concat", "add"])
+@pytest.mark.parametrize("fusion", ["concat", "add", "attention"])
 def test_combine_writes_the_same_bytes_without_the_backbones_weights(fusion, own_backbone, build, tmp_path):
     for name in ("factual", "linguistic"):
         build(adapters=[name], backbone=str(own_backbone)).save_knowledge_adapter(tmp_path, name)
@@ -544,7 +544,7 @@ def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
         ([*PRETRAIN, "--eval_size", "0"], "--eval_size must be between 0 and 1, not 0.0"),
         ([*PRETRAIN, "--max_train_samples", "0"], "--max_train_samples must be at least 1, not 0"),
         ([*PRETRAIN, "--activations_dtype", "int8"], "--activations_dtype must be float32 or bfloat16"),
-        ([*PRETRAIN, "--fusion", "ad"], "fusion must be one of ['add', 'concat'"),
+        ([*PRETRAIN, "--fusion", "ad"], "fusion must be one of ['add', 'attention', 'concat'"),
         ([*PRETRAIN, "--name", "a/b"], "'a/b' can't name a knowledge adapter"),
         ([*PRETRAIN, "--adapter_hidden_size", "7"], "num_attention_heads (12) must divide hidden_size (7)"),
         ([*PRETRAIN, "--max_length", "0"], "--max_length must be at least 1, not 0"),
@@ -564,7 +564,7 @@ def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
         ([*PRETRAIN, "--load_best_model_at_end", "true"], "requires the save and eval strategy to match"),
         ([*PRETRAIN, "--whatever", "x"], "there is no flag --whatever. Try 'kadapter pretrain factual --help'"),
         ([*PRETRAIN, "more", "rows"], "unexpected arguments: more rows"),
-        (["combine", "x", "--output", "y", "--fusion", "ad"], "fusion must be one of ['add', 'concat'"),
+        (["combine", "x", "--output", "y", "--fusion", "ad"], "fusion must be one of ['add', 'attention', 'concat'"),
         (["pull", "owner/x", "--adapter", "../x"], "'../x' can't name a knowledge adapter"),
         (["prepare", "trex", "docs", "--output", "x", "--seed", "-1"], "Invalid value for '--seed'"),
         (["convert", "setup.cfg", "--output", "x", "--layers", "0,a"], "comma-separated numbers are expected"),

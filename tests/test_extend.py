@@ -260,7 +260,8 @@ def test_adapters_come_and_go_in_an_own_fusion(gated):
 
 def test_unknown_fusion_and_unknown_value_are_refused_by_name(backbone, modules):
     importlib.import_module("gated_fusion")
-    with pytest.raises(KAdapterConfigError, match=r"fusion must be one of \['add', 'concat', 'gated'\], not 'mean'"):
+    kinds = r"\['add', 'attention', 'concat', 'gate', 'gated'\]"
+    with pytest.raises(KAdapterConfigError, match=f"fusion must be one of {kinds}, not 'mean'"):
         KAdapterModel.from_backbone(backbone, fusion="mean")
     with pytest.raises(KAdapterConfigError, match=r"the fusion 'gated' has no \['temperature'\]"):
         KAdapterModel.from_backbone(backbone, fusion="gated", fusion_config={"temperature": 2.0})

@@ -48,8 +48,8 @@ def combine(
         str,
         typer.Option(
             callback=_checked_fusion,
-            help="How the outputs are fused: concat, which is trained in fine-tuning and until then passes on the backbone's "
-            "output, or add, which has no weights.",
+            help="How the outputs are fused: add, which has no weights; or concat, gate or attention, which are trained in "
+            "fine-tuning.",
         ),
     ] = "concat",
     as_json: AsJson = False,

@@ -71,8 +71,7 @@ def show(found: dict[str, Any]) -> None:
         rows = {
             "file": adapter["file"],
             "backbone states": ", ".join(map(str, adapter["backbone_layers"] or ())),
-            "transformer layers": "{num_hidden_layers} in each, of width {hidden_size}".format_map(adapter),
-            "attention heads": str(adapter["num_attention_heads"]),
+            **size_words(adapter),
             "parameters": f"{adapter['parameters']:,} ({adapter['dtype']})",
             "bytes": f"{adapter['bytes'] or 0:,}",
             "SHA-256": adapter["sha256"],
@@ -83,6 +82,13 @@ def show(found: dict[str, Any]) -> None:
             verdict = {True: "yes", False: "no", None: "unknown"}[adapter["fits"]]
             rows[f"fits {found['compared_with']}"] = f"{verdict}: {adapter['reason']}"
         print_rows(console, f"adapter {adapter['name']}", rows)
+
+
+def size_words(adapter: dict[str, Any]) -> dict[str, str]:
+    if not adapter["num_hidden_layers"]:
+        return {"bottleneck": "of width {hidden_size}, without transformer layers".format_map(adapter)}
+    layers = "{num_hidden_layers} in each, of width {hidden_size}".format_map(adapter)
+    return {"transformer layers": layers, "attention heads": str(adapter["num_attention_heads"])}
 
 
 def files_words(sizes: dict[str, int | None]) -> str:

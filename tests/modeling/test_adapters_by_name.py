@@ -23,7 +23,7 @@ from kadapter_hf import (
 
 
 every_class = pytest.mark.parametrize("model_class", ALL_CLASSES, ids=lambda model_class: model_class.__name__)
-fusions = pytest.mark.parametrize("fusion", ["concat", "add"])
+fusions = pytest.mark.parametrize("fusion", ["concat", "add", "gate", "attention"])
 FOUR_OF_THEIR_OWN = {
     "syntax": small_adapter(backbone_layers=[4]),
     "facts": small_adapter(hidden_size=8, num_hidden_layers=3, backbone_layers=[0, 1, 2, 3, 4]),
@@ -141,7 +141,7 @@ def test_adapter_that_does_not_fit_the_backbone_is_refused_before_anything_chang
 # ---- Any number of adapters, of different configurations ------------------------------------------------------------
 
 
-@fusions
+@pytest.mark.parametrize("fusion", ["concat", "add"])
 @torch.no_grad()
 def test_adapters_of_different_sizes_and_layers_fuse_by_the_formula(fusion, backbone):
     model = KAdapterModel.from_backbone(backbone, adapters=FOUR_OF_THEIR_OWN, fusion=fusion)
@@ -176,12 +176,31 @@ def test_adapters_of_different_sizes_and_layers_fuse_by_the_formula(fusion, back
     torch.testing.assert_close(output.last_hidden_state, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@torch.no_grad()
+def test_adapter_layer_without_transformer_layers_is_a_bottleneck(activation, build):
+    model = build(adapters=())
+    config = KnowledgeAdapterConfig(num_hidden_layers=0, hidden_size=5, hidden_act=activation, backbone_layers=[1, 4])
+    model.add_knowledge_adapter("factual", config)
+    disturb(model.adapters)
+    assert not any("encoder" in name for name in model.adapters.state_dict())
+    output = model(**batch(padding=3), output_hidden_states=True)
+    wanted = torch.zeros(())
+    for index, layer in zip((1, 4), model.adapters["factual"].layers, strict=True):
+        read = output.hidden_states[index] + wanted
+        down = read @ layer.down_project.weight.T + layer.down_project.bias
+        middle = down.clamp(min=0) if activation == "relu" else torch.nn.functional.gelu(down)
+        wanted = read + middle @ layer.up_project.weight.T + layer.up_project.bias
+    torch.testing.assert_close(output.knowledge_states["factual"], wanted)
+
+
 def test_adapters_of_different_sizes_and_layers_come_back(backbone, tmp_path):
-    model = KAdapterModel.from_backbone(backbone, adapters=FOUR_OF_THEIR_OWN)
+    bottleneck = KnowledgeAdapterConfig(num_hidden_layers=0, hidden_size=5)
+    model = KAdapterModel.from_backbone(backbone, adapters=FOUR_OF_THEIR_OWN | {"terms": bottleneck})
     disturb(model.adapters)
     model.save_pretrained(tmp_path)
     loaded = KAdapterModel.from_pretrained(tmp_path)
-    assert loaded.active_knowledge_adapters == list(FOUR_OF_THEIR_OWN)
+    assert loaded.active_knowledge_adapters == [*FOUR_OF_THEIR_OWN, "terms"]
     with torch.no_grad():
         assert torch.equal(loaded(**batch(padding=3)).last_hidden_state, model(**batch(padding=3)).last_hidden_state)
 

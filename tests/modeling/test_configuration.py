@@ -133,7 +133,7 @@ def test_given_adapter_configuration_is_not_changed():
         # Impossible values.
         ("backbone_layers", []),
         ("backbone_layers", [-1]),
-        ("num_hidden_layers", 0),
+        ("num_hidden_layers", -1),
         ("hidden_size", -8),
         ("num_attention_heads", 0),
         ("num_attention_heads", 7),
@@ -183,7 +183,7 @@ def test_adapter_field_is_refused_by_name(field, value):
         ("backbone_config", {"model_type": "roberta", "hidden_size": "wide"}),
         ("active_knowledge_adapters", ["factual"]),
         ("frozen_knowledge_adapters", ["factual"]),
-        ("fusion", "attention"),
+        ("fusion", "attend"),
         ("classifier_dropout", 1.0),
         ("classifier_dropout", -1),
         ("problem_type", "guessing"),

@@ -69,6 +69,7 @@ def output_of(model):
     (
         *((model_class, "concat") for model_class in ALL_CLASSES),
         *((model_class, "add") for model_class in (KAdapterModel, KAdapterForMaskedLM, KAdapterForEntityTyping)),
+        *((model_class, "attention") for model_class in ALL_CLASSES),
     ),
 )
 def test_every_class_and_every_fusion_come_back(build, tmp_path, model_class, fusion):

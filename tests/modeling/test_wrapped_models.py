@@ -64,7 +64,7 @@ def test_replica_in_half_precision_keeps_its_dtype(build, replicas):
     assert all(result(replica, inputs_for(type(model))).dtype == torch.bfloat16 for replica in replicas(model))
 
 
-@pytest.mark.parametrize("fusion", ["concat", "add"])
+@pytest.mark.parametrize("fusion", ["concat", "add", "gate", "attention"])
 @pytest.mark.parametrize("model_class", [KAdapterModel, KAdapterForSequenceClassification, KAdapterForMaskedLM])
 def test_dynamically_quantised_model_runs(model_class, fusion, build):
     model, inputs = build(model_class, fusion=fusion), inputs_for(model_class)
@@ -75,7 +75,7 @@ def test_dynamically_quantised_model_runs(model_class, fusion, build):
     assert 0 < difference < 0.3 * expected.abs().max()
 
 
-@pytest.mark.parametrize("fusion", ["concat", "add"])
+@pytest.mark.parametrize("fusion", ["concat", "add", "gate", "attention"])
 @pytest.mark.parametrize("model_class", [KAdapterModel, KAdapterForSequenceClassification, KAdapterForMaskedLM])
 def test_model_that_accelerate_has_offloaded_computes_the_same(model_class, fusion, build, tmp_path):
     model, inputs = build(model_class, fusion=fusion), inputs_for(model_class, padding=2)
