@@ -41,20 +41,26 @@ def cast_backbone(model: KAdapterPreTrainedModel, dtype: str, device: torch.devi
     unchanged, and is loaded in its own data type.
 
     Args:
-        dtype: `"float32"`, `"bfloat16"`, or `"auto"`, which changes neither a backbone that trains, nor one that is quantised
-            or stored in fewer bits.
+        dtype: `"float32"`, `"bfloat16"`, or `"auto"`, which leaves a backbone that can't be cast, or is stored in fewer bits,
+            as it is.
         device: where the model will run.
 
     Raises:
-        ValueError: the backbone trains or is quantised, and `dtype` is not `"auto"`.
+        ValueError: `dtype` is `"bfloat16"`, and the backbone trains, is quantised, or shares its embeddings with the head.
     """
     backbone = model.backbone
-    trains = any(parameter.requires_grad for parameter in backbone.parameters())
-    if trains or is_opaque(backbone):
-        if dtype != "auto":
-            what = "trains" if trains else "is quantised or offloaded"
-            raise ValueError(f"--backbone_dtype {dtype} is for a frozen backbone of plain weights, but this one {what}")
-        return
+    reasons = {
+        "trains": any(parameter.requires_grad for parameter in backbone.parameters()),
+        "is quantised or offloaded": is_opaque(backbone),
+        "shares its embeddings with the head, which is in float32": model.needs_lm_head,
+    }
+    for reason, holds in reasons.items():
+        if holds and dtype in ("auto", "float32"):
+            return
+        if holds:
+            raise ValueError(
+                f"--backbone_dtype {dtype} is for a frozen backbone of plain weights, but this one {reason}"
+            )
     model.origins.backbone_dtype = backbone.dtype
     if dtype != "auto":
         backbone.to(getattr(torch, dtype))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, initialization as init
+from transformers.masking_utils import create_bidirectional_mask
 
 from .configuration_kadapter import KnowledgeAdapterConfig
 from .fusion_kadapter import to_layer
@@ -36,7 +37,7 @@ class KnowledgeAdapterLayer(nn.Module):
     ) -> torch.Tensor:
         """
         Maps `(batch, length, backbone width)` to the same shape or, with `positions` of shape `(batch, number)`, to
-        `(batch, number, backbone width)`; `attention_mask` is `(batch, length)`.
+        `(batch, number, backbone width)`. `attention_mask` is what the attention implementation takes.
         """
         projected = self.down_project(hidden_states)
         checkpointing = self.training and any(layer.gradient_checkpointing for layer in self.encoder.layer)
@@ -58,7 +59,7 @@ class KnowledgeAdapter(nn.Module):
         """`attention` is the configuration whose attention implementation the layers use, such as the K-Adapter's."""
         super().__init__()
         self.config = config
-        attention = attention or PreTrainedConfig()
+        self.attention = attention = attention or PreTrainedConfig()
         self.layers = nn.ModuleList(
             KnowledgeAdapterLayer(config, backbone_width, attention) for _ in config.backbone_layers
         )
@@ -84,6 +85,8 @@ class KnowledgeAdapter(nn.Module):
             attention_mask = None
         elif attention_mask is not None:
             attention_mask = attention_mask.to(states[0].device)
+        if self.config.num_hidden_layers:  # made once for all layers, as it waits for a GPU
+            attention_mask = create_bidirectional_mask(self.attention, states[0], attention_mask)
         columns = positions[:, None] if positions is not None and positions.dim() == 1 else positions
         output = None
         for number, (layer, state) in enumerate(zip(self.layers, states, strict=True), start=1):

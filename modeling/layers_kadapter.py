@@ -5,7 +5,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -129,7 +128,6 @@ class TransformerEncoder(nn.Module):
 
     def __init__(self, config: KnowledgeAdapterConfig, attention: PreTrainedConfig):
         super().__init__()
-        self.config = attention
         self.layer = nn.ModuleList(TransformerLayer(config, attention) for _ in range(config.num_hidden_layers))
         self.activation = None if config.num_hidden_layers else ACT2FN[config.hidden_act]
 
@@ -138,15 +136,14 @@ class TransformerEncoder(nn.Module):
     ) -> torch.Tensor:
         """
         Maps `(batch, length, hidden_size)` to the same shape or, with `positions` of shape `(batch, number)`, to
-        `(batch, number, hidden_size)`; `attention_mask` is `(batch, length)`.
+        `(batch, number, hidden_size)`. `attention_mask` is what the attention implementation takes.
         """
         if self.activation is not None:
             return self.activation(states if positions is None else states_at(states, positions))
-        mask = create_bidirectional_mask(self.config, states, attention_mask)
         # Flash Attention's mask is `(batch, length)`, and flex attention's no tensor: they compute all positions.
-        early = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
+        early = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
         for number, layer in enumerate(self.layer, start=1):
-            states = layer(states, mask, positions if early and number == len(self.layer) else None)
+            states = layer(states, attention_mask, positions if early and number == len(self.layer) else None)
         if positions is not None and not early:
             states = states_at(states, positions)
         return states

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import batch, small_adapter
 
-from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
+from kadapter_hf import KAdapterForMaskedLM, KAdapterForRelationClassification, KAdapterModel
 from kadapter_hf.modeling.format_kadapter import fingerprint
 from kadapter_hf.precision import cast_backbone, check_dtype, fast_dtype
 from kadapter_hf.pretraining import main
@@ -76,6 +76,15 @@ def test_a_dtype_for_a_backbone_that_trains_is_refused(build):
     model = build(KAdapterForRelationClassification)
     model.unfreeze_backbone()
     with pytest.raises(ValueError, match="--backbone_dtype bfloat16 is for a frozen backbone .* this one trains"):
+        cast_backbone(model, "bfloat16", CPU)
+
+
+def test_a_head_that_shares_the_embeddings_keeps_the_backbone_in_float32(build, monkeypatch):
+    capabilities(monkeypatch, amx_bf16=True)
+    model = build(KAdapterForMaskedLM)
+    cast_backbone(model, "auto", CPU)
+    assert model.backbone.dtype == torch.float32
+    with pytest.raises(ValueError, match="this one shares its embeddings with the head"):
         cast_backbone(model, "bfloat16", CPU)
 
 

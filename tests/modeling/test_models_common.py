@@ -420,13 +420,13 @@ def test_attention_given_at_construction_reaches_backbone_and_adapters(model_cla
     ):
         assert model.backbone.config._attn_implementation == "eager"
         for adapter in model.adapters.values():
-            assert {layer.encoder.config._attn_implementation for layer in adapter.layers} == {"eager"}
+            assert {adapter.attention._attn_implementation} == {"eager"}
 
 
 def test_adapter_added_later_uses_the_attention_of_the_model(build):
     model = build(adapters=(), attn_implementation="eager")
     model.add_knowledge_adapter("factual", small_adapter())
-    assert model.adapters["factual"].layers[0].encoder.config._attn_implementation == "eager"
+    assert model.adapters["factual"].attention._attn_implementation == "eager"
 
 
 # ---- Embeddings -----------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_auto_class_passes_arguments_on(model_class, build, tmp_path):
     )
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert loaded.config._attn_implementation == loaded.backbone.config._attn_implementation == "eager"
-    assert loaded.adapters["factual"].layers[0].encoder.config._attn_implementation == "eager"
+    assert loaded.adapters["factual"].attention._attn_implementation == "eager"
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
