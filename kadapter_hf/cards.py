@@ -276,7 +276,7 @@ def _facts(provenance: Mapping[str, Any]) -> dict[str, str]:
             ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, dict) else value
         )
         for key, value in provenance.items()
-        if key not in ("metrics", "training")
+        if key not in ("metrics", "training", "sources")
     }
 
 

@@ -126,12 +126,12 @@ class EncodingMixin(nn.Module):
         return sorted({layer for config in self._active_configs() for layer in config.backbone_layers})
 
     def _active_configs(self) -> list[Any]:
-        return [self.adapters[name].config for name in self.config.active_knowledge_adapters]
+        return [self.adapters[name].config for name in self.active_knowledge_adapters]
 
     def _run_adapters(
         self, states: Any, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        names = self.config.active_knowledge_adapters
+        names = self.active_knowledge_adapters
         return {name: self.adapters[name](states, attention_mask, positions) for name in names}
 
     def _given_states(self, given: torch.Tensor, read: list[int], last: bool = True) -> dict[int, torch.Tensor]:
@@ -148,7 +148,7 @@ class EncodingMixin(nn.Module):
     def _given_fusion_states(
         self, given: torch.Tensor, backbone_states: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> Encoded:
-        names = self.config.active_knowledge_adapters if backbone_states is None else []
+        names = self.active_knowledge_adapters if backbone_states is None else []
         if given.dim() != 4 or given.shape[1] != 1 + len(names):
             outputs = f" and the outputs of {', '.join(names)}" if names else ""
             raise ValueError(

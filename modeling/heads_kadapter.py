@@ -18,7 +18,9 @@ from transformers.utils import can_return_tuple
 # This module imports something from each of the others, as transformers 5.5 only copies the modules that the entry module
 # imports itself; and all public names, for users' own heads in repositories.
 from .adapters_kadapter import KnowledgeAdapter
+from .averaging_kadapter import averaged
 from .backbone_kadapter import check_is_encoder, masked_lm_class
+from .choosing_kadapter import ChoosingMixin
 from .compat_kadapter import new_model, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .encoding_kadapter import Encoded, encodes_inputs

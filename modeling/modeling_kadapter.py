@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer
+from .averaging_kadapter import averaged
 from .backbone_kadapter import check_trained_on, drop_pooler, new_backbone
+from .choosing_kadapter import ChoosingMixin
 from .compat_kadapter import LOADING, mark_initialized, no_split_modules, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .encoding_kadapter import Encoded, EncodingMixin, encodes_inputs
@@ -58,7 +60,7 @@ class KAdapterModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
+class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, ChoosingMixin, PreTrainedModel):
     """
     Base class of all K-Adapter models. Each has `backbone`, `adapters` and `fusion`, so that a repository that was saved
     from one class loads into any other.
@@ -278,18 +280,6 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
 
     # ---- Knowledge adapters by name ---------------------------------------------------------------------------------
 
-    @property
-    def active_knowledge_adapters(self) -> list[str]:
-        """The names of the adapters in use, in the order of their fusion."""
-        return list(self.config.active_knowledge_adapters)
-
-    def set_active_knowledge_adapters(self, names: str | Iterable[str] | None) -> None:
-        """Activates exactly these adapters. Without any, the model's output is the backbone's."""
-        names = self._checked_names(names or [])
-        thaw = not self._is_frozen_from_outside()
-        self.config.active_knowledge_adapters = names
-        self._update_trainable(thaw)
-
     def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | dict[str, Any] | None = None) -> None:
         """
         Adds a new, untrained knowledge adapter and activates it; `config` may be a dict of fields.
@@ -352,6 +342,30 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         self._update_trainable()
         return name
 
+    def average_knowledge_adapters(self, weights: Mapping[str, float], into: str) -> None:
+        """
+        Adds the weighted mean of trained adapters as an adapter `into`, which is frozen, and activates it. Its provenance
+        says of what it is the mean.
+
+        The adapters must be of one shape, and trained on one backbone. They should also have started from the same weights,
+        as those of model soups (Wortsman et al., ICML 2022): others have nothing in common that a mean would keep.
+
+        Args:
+            weights: the weight of each adapter by name; the sum must be 1.
+
+        Raises:
+            KAdapterConfigError: the weights or the name are impossible, there is no such adapter, or the adapters are of
+                different shapes, backbones or seeds.
+        """
+        config, tensors = averaged(self, weights)
+        backbone = config.backbone_name_or_path, config.backbone_fingerprint
+        self.add_knowledge_adapter(into, config)
+        self.adapters[into].load_state_dict(tensors)
+        config = self.config.knowledge_adapters[into]
+        config.backbone_name_or_path, config.backbone_fingerprint = backbone
+        self.origins.note_weights(plain_state_dict(self), f"adapters.{into}")
+        self.freeze_knowledge_adapters(into)
+
     def save_knowledge_adapter(self, path: str | os.PathLike, name: str) -> Path:
         """
         Saves one adapter to `path`, or to `adapters/<name>.safetensors` in it if it does not end in `.safetensors`. Returns
@@ -396,13 +410,6 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, PreTrainedModel):
         self.config.knowledge_adapters[name] = config
         self.config.active_knowledge_adapters.append(name)
         self._update_trainable()
-
-    def _checked_names(self, names: str | Iterable[str]) -> list[str]:
-        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-        for name in names:
-            if name not in self.adapters:
-                raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")
-        return names
 
     # ---- The task head and the other parts beside the backbone ------------------------------------------------------
 

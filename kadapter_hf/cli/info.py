@@ -105,12 +105,12 @@ def backbone_words(backbone: dict[str, Any]) -> str:
 
 
 def provenance_words(provenance: dict[str, Any] | None) -> dict[str, str]:
-    """The provenance, without the training history, which is long."""
+    """The provenance, without the training history and the provenance of the parts of an average, which are long."""
     words = {}
     for key, value in (provenance or {}).items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {item}" for name, item in value.items())
-        if key != "training":
+        if key not in ("training", "sources"):
             words[f"provenance: {key}"] = str(value)
     return words
 

@@ -1,0 +1,76 @@
+"""Averages of knowledge adapters: `average_knowledge_adapters` of every model."""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .configuration_kadapter import KnowledgeAdapterConfig
+from .format_kadapter import KAdapterConfigError, fingerprint, part_of
+from .peft_kadapter import plain_state_dict
+
+
+# What the output of an adapter depends on besides its weights.
+_SHAPE = ("backbone_layers", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+_SHAPE += ("hidden_act", "layer_norm_eps", "attend_to_padding")
+
+
+def averaged(model: Any, weights: Any) -> tuple[KnowledgeAdapterConfig, dict[str, torch.Tensor]]:
+    """The configuration and the tensors of the weighted mean of a model's adapters, which is computed in float32."""
+    _check_weights(weights)
+    model._checked_names(weights)
+    state = plain_state_dict(model)
+    model.origins.update_adapters(model, state)
+    configs = {name: model.config.knowledge_adapters[name] for name in weights}
+    _check_comparable(configs)
+    tensors = {name: part_of(state, f"adapters.{name}") for name in weights}
+    mean: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        for key, tensor in tensors[name].items():
+            key = key.removeprefix(f"adapters.{name}.")
+            mean[key] = mean.get(key, 0) + weight * tensor.float()
+    config = copy.deepcopy(next(iter(configs.values())))
+    config.provenance = {
+        "average_of": dict(weights),
+        "fingerprints": {name: fingerprint(of_one.values()) for name, of_one in tensors.items()},
+        "sources": {name: of_one.provenance for name, of_one in configs.items()},
+    }
+    return config, mean
+
+
+def _check_weights(weights: Any) -> None:
+    if not isinstance(weights, Mapping) or not weights:
+        raise KAdapterConfigError(
+            f"weights must be a dict from names of knowledge adapters to numbers, not {weights!r}."
+        )
+    for name, weight in weights.items():
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise KAdapterConfigError(f"the weight of '{name}' must be a finite number, not {weight!r}.")
+    total = math.fsum(weights.values())
+    if abs(total - 1) > 1e-6:
+        raise KAdapterConfigError(f"the weights of an average must add up to 1, not {total:g}.")
+
+
+def _check_comparable(configs: Mapping[str, KnowledgeAdapterConfig]) -> None:
+    (first, wanted), *others = configs.items()
+    for name, config in others:
+        for field in _SHAPE:
+            here, there = getattr(config, field), getattr(wanted, field)
+            if here != there:
+                raise KAdapterConfigError(
+                    f"only adapters of one shape can be averaged, and '{name}' has {field} {here}, '{first}' {there}."
+                )
+        if config.backbone_fingerprint != wanted.backbone_fingerprint:
+            raise KAdapterConfigError(
+                f"only adapters of one backbone can be averaged, and '{name}' was trained on '{config.backbone_name_or_path}' "
+                f"with fingerprint {config.backbone_fingerprint}, '{first}' on '{wanted.backbone_name_or_path}' with "
+                f"{wanted.backbone_fingerprint}."
+            )
+        seeds = [(of_one.provenance or {}).get("seed") for of_one in (config, wanted)]
+        if None not in seeds and seeds[0] != seeds[1]:
+            raise KAdapterConfigError(
+                f"only adapters that started from the same weights can be averaged, and '{name}' was trained with seed "
+                f"{seeds[0]}, '{first}' with {seeds[1]}."
+            )
