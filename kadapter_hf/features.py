@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .corpora.schema import no_garbage_collection
 from .messages import shortened
 from .modeling.marking_kadapter import encode_marked, most_tokens, spaced, special_tokens, tokenize
 
@@ -65,15 +66,16 @@ def encode(
         kept = encoded.pop("row")
         return encoded | {"row": [indices[position] for position in kept]}
 
-    encoded = dataset.map(
-        numbered,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        load_from_cache_file=False,  # datasets identifies a package's function by name, not by its code
-        desc="Tokenizing",
-    )
-    kept = set(encoded["row"]) if len(encoded) else set()
+    with no_garbage_collection():
+        encoded = dataset.map(
+            numbered,
+            batched=True,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            load_from_cache_file=False,  # datasets identifies a package's function by name, not by its code
+            desc="Tokenizing",
+        )
+    kept = set(encoded["row"][:]) if len(encoded) else set()
     dropped = [row for row in range(len(dataset)) if row not in kept]
     if dropped:
         logger.warning(
@@ -83,7 +85,7 @@ def encode(
     if not kept:
         raise ValueError(f"no row is left of {len(dataset)}: no text fits into max_length tokens.")
     if "truncated" in encoded.column_names:
-        truncated = sum(encoded["truncated"])
+        truncated = sum(encoded["truncated"][:])
         if truncated:
             logger.warning(f"{truncated} of {len(dataset)} rows are truncated to fit into max_length tokens.")
         encoded = encoded.remove_columns("truncated")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -146,6 +147,7 @@ def defaults(task: Task, adapters: Sequence[str], freeze_backbone: bool) -> dict
         settings |= {"learning_rate": 1e-3, "warmup_steps": 0.1}
     return settings | {
         "per_device_eval_batch_size": 32,
+        "train_sampling_strategy": "group_by_length",  # little padding
         "logging_steps": 0.02,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
@@ -154,6 +156,16 @@ def defaults(task: Task, adapters: Sequence[str], freeze_backbone: bool) -> dict
         "metric_for_best_model": task.metric,
         "greater_is_better": True,
     }
+
+
+class OrderedTrainer(Trainer):
+    """
+    Trainer that evaluates rows in their order, by which predictions are matched with them. With `group_by_length`, that of
+    transformers puts rows in another order for the evaluation, too.
+    """
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
 def finetune(
@@ -186,7 +198,7 @@ def finetune(
         data = {name: task.encode(rows, tokenizer, labels, length, options) for name, rows in splits.items()}
     _warn_of_warmup(training, len(data["train"]))
     stop = StopOnInterrupt()
-    trainer = Trainer(
+    trainer = OrderedTrainer(
         model,
         training,
         data_collator=task.collator(tokenizer),
@@ -399,7 +411,7 @@ def _used(
 
 def whole_questions(rows: Dataset, most: int, seed: int) -> Dataset:
     """The passages of as many random questions as have at most this many passages together, but of one at least."""
-    passages = Counter(rows["id"])
+    passages = Counter(rows["id"][:])
     names = sorted(passages)
     np.random.default_rng(seed).shuffle(names)
     kept: set[str] = set()
@@ -409,7 +421,7 @@ def whole_questions(rows: Dataset, most: int, seed: int) -> Dataset:
         if kept and total > most:
             break
         kept.add(name)
-    return rows.select([number for number, name in enumerate(rows["id"]) if name in kept])
+    return rows.select([number for number, name in enumerate(rows["id"][:]) if name in kept])
 
 
 def _check_labels(task: Task, splits: DatasetDict) -> None:
@@ -440,7 +452,7 @@ def held_out(rows: Dataset, share: float, group: str | None, seed: int) -> tuple
     Raises:
         ValueError: there is only one row or group.
     """
-    keys = list(rows[group]) if group is not None else list(range(len(rows)))
+    keys = rows[group][:] if group is not None else list(range(len(rows)))
     groups = sorted(set(keys))
     if len(groups) < 2:
         kind = "row" if group is None else group

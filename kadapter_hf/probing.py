@@ -150,7 +150,7 @@ def pairs_of_corpus(corpus: str) -> set[Pair]:
     rows = load_rows(corpus, RELATION)["train"]
     return {
         (text[slice(*subject)].casefold(), text[slice(*object_)].casefold())
-        for text, subject, object_ in zip(rows["text"], rows["subject"], rows["object"], strict=True)
+        for text, subject, object_ in zip(rows["text"][:], rows["subject"][:], rows["object"][:], strict=True)
     }
 
 

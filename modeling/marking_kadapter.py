@@ -24,24 +24,28 @@ def encode_marked(
     """
     before, after = special_tokens(tokenizer)
     most = most_tokens(tokenizer, max_length) - len(before) - len(after)
-    pieces = []
+    pieces: list[str] = []
+    orders = []
     for text, spans in rows:
         done = 0
-        for start, end, _ in sorted(spans, key=lambda span: span[:2]):
+        orders.append(sorted(range(len(spans)), key=spans.__getitem__))
+        for index in orders[-1]:
+            start, end, _ = spans[index]
             piece = text[done:start].rstrip()
-            pieces += [spaced(piece) if done == 0 or space_after else piece, spaced(text[start:end])]
+            pieces += (spaced(piece) if done == 0 or space_after else piece, spaced(text[start:end]))
             done = end
         pieces.append(spaced(text[done:]) if space_after else text[done:])
     tokenized = iter(tokenize(pieces, tokenizer))
     encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "starts": [], "row": []}
-    for row, (_, spans) in enumerate(rows):
+    for row, ((_, spans), order) in enumerate(zip(rows, orders, strict=True)):
         ids: list[int] = []
         starts = [0] * len(spans)
         end = 0
-        for index in sorted(range(len(spans)), key=lambda index: spans[index][:2]):
+        for index in order:
+            marker = spans[index][2]
             ids += next(tokenized)
             starts[index] = len(ids)
-            ids += [*spans[index][2], *next(tokenized), *spans[index][2]]
+            ids += [*marker, *next(tokenized), *marker]
             end = len(ids)
         ids += next(tokenized)
         first = 0
@@ -50,25 +54,30 @@ def encode_marked(
                 continue
             # Keeps equal amounts of text before and after the entities, as far as possible.
             first = min(max((min(starts) + end - most) // 2, 0), len(ids) - most)
-        ids = ids[first : first + most]
-        starts = [start - first for start in starts]
-        if max(starts) >= len(ids):
+        if max(starts) - first >= min(len(ids), most):
             continue
-        ids = [*before, *ids, *after]
+        ids = [*before, *ids[first : first + most], *after]
         encoded["input_ids"].append(ids)
         encoded["attention_mask"].append([1] * len(ids))
-        encoded["starts"].append([len(before) + start for start in starts])
+        encoded["starts"].append([start - first + len(before) for start in starts])
         encoded["row"].append(row)
     return encoded
 
 
 def tokenize(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The ids of each piece, without special tokens; pieces may be empty or longer than the model's maximum."""
-    if not pieces:
-        return []
-    return tokenizer(
-        pieces, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
+    distinct = list(dict.fromkeys(pieces))
+    if tokenizer.is_fast:
+        # As the tokenizer's own call, but without what that also makes for each piece, which takes longer than the ids.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        encoded = [encoding.ids for encoding in backend.encode_batch_fast(distinct, add_special_tokens=False)]
+    else:
+        encoded = [tokenizer.encode(piece, add_special_tokens=False, verbose=False) for piece in distinct]
+    ids = dict(zip(distinct, encoded, strict=True))
+    return [ids[piece] for piece in pieces]
 
 
 def spaced(text: str) -> str:

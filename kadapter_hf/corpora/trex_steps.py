@@ -5,12 +5,9 @@ The criteria for usable triples follow the original's `scripts/clean_T_REx.py`; 
 `scripts/create_subdataset-relation-classification.ipynb`.
 """
 
-import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..figures import new_figure
-from .schema import MALFORMED, RELATION, Report, write_json
+from .schema import MALFORMED, RELATION, Report, no_garbage_collection, write_json
 
 
 try:
@@ -158,18 +155,6 @@ def file_examples(path: Path, report: Report) -> pa.Table:
         columns = zip(*examples, strict=True) if examples else [()] * len(SHARD)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SHARD, strict=True)]
     return pa.Table.from_arrays(arrays, schema=SHARD)
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Disables garbage collection, which would take most of the time for a file's many objects; JSON has no cycles."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _documents(path: Path, report: Report) -> list[TrexDocument]:

@@ -12,7 +12,13 @@ from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
 # From docs/knowledge.md. A share of all steps: warmup_steps and logging_steps.
-DEFAULTS = {"learning_rate": 5e-4, "per_device_train_batch_size": 32, "warmup_steps": 0.1, "logging_steps": 0.02}
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "per_device_train_batch_size": 32,
+    "warmup_steps": 0.1,
+    "logging_steps": 0.02,
+    "train_sampling_strategy": "group_by_length",  # little padding
+}
 # The paper's for roberta-large (section 3.3), for backbones of at least this width.
 LARGE_WIDTH = 1024
 LARGE_DEFAULTS = {"learning_rate": 2e-5, "per_device_train_batch_size": 128, "num_train_epochs": 5}
@@ -57,7 +63,7 @@ class Objective:
 
 def row_labels(rows: Dataset, schema: Schema) -> Iterator[list[str]]:
     """Yields each row's labels as a list."""
-    for value in rows[schema.labels]:
+    for value in rows[schema.labels][:]:
         yield [value] if isinstance(value, str) else value
 
 

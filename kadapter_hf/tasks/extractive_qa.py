@@ -220,16 +220,18 @@ class ExtractiveQATask(Task):
         if options.max_passages is not None:
             seen: Counter[str] = Counter()
             kept = []
-            for number, name in enumerate(rows["id"]):
+            for number, name in enumerate(rows["id"][:]):
                 seen[name] += 1
                 if seen[name] <= options.max_passages:
                     kept.append(number)
             rows = rows.select(kept)
         if training:
-            found = {name for name, answers in zip(rows["id"], rows["answers"], strict=True) if _is_there(answers)}
-            kept = [number for number, name in enumerate(rows["id"]) if name in found]
+            found = {
+                name for name, answers in zip(rows["id"][:], rows["answers"][:], strict=True) if _is_there(answers)
+            }
+            kept = [number for number, name in enumerate(rows["id"][:]) if name in found]
             if len(kept) < len(rows):
-                questions = len(set(rows["id"]))
+                questions = len(set(rows["id"][:]))
                 logger.warning(
                     f"{questions - len(found)} of {questions} questions are not trained on, as no passage has their answer."
                 )
@@ -237,9 +239,9 @@ class ExtractiveQATask(Task):
         return rows
 
     def metrics_on(self, rows, features, labels, options: ExtractiveQAOptions):  # type: ignore[override]
-        names = list(rows["id"])
+        names = rows["id"][:]
         right: dict[str, set[str]] = defaultdict(set)
-        for name, answers in zip(names, rows["answers"], strict=True):
+        for name, answers in zip(names, rows["answers"][:], strict=True):
             right[name].update(answers["text"])
         right = {name: answers for name, answers in right.items() if answers}
 
@@ -254,7 +256,7 @@ class ExtractiveQATask(Task):
 
     def submission(self, rows: Dataset, found: Mapping[int, dict[str, Any]]) -> tuple[str, str]:
         """The answer to each question, as the scorer of SQuAD takes them."""
-        names = list(rows["id"])
+        names = rows["id"][:]
         answers = {names[number]: answer["prediction"] for number, answer in found.items()}
         return "answers.json", json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
 
@@ -263,7 +265,7 @@ class ExtractiveQATask(Task):
         starts, ends = logits[:2]
         candidates: dict[str, list[tuple[float, str, int]]] = {}
         first_row: dict[str, int] = {}
-        names, contexts = list(rows["id"]), list(rows["context"])
+        names, contexts = rows["id"][:], rows["context"][:]
         for number, name in enumerate(names):
             first_row.setdefault(name, number)
             candidates.setdefault(name, [])

@@ -85,7 +85,7 @@ class MultipleChoiceTask(Task):
         }
 
     def used_rows(self, rows: Dataset, options: Options, training: bool) -> Dataset:
-        numbers = sorted({len(choices) for choices in rows["choices"]})
+        numbers = sorted({len(choices) for choices in rows["choices"][:]})
         if len(numbers) > 1:
             raise ValueError(f"all rows must have the same number of choices, but there are rows with {numbers}.")
         return rows

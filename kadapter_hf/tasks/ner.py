@@ -143,8 +143,8 @@ class NERTask(Task):
 
     def predictions(self, logits, rows, features, labels, options):
         """For each row the tag of each word, and the entities."""
-        tags = [[OUTSIDE] * len(tokens) for tokens in rows["tokens"]]
-        for row, words, window in zip(features["row"], features["words"], np.asarray(logits), strict=True):
+        tags = [[OUTSIDE] * len(tokens) for tokens in rows["tokens"][:]]
+        for row, words, window in zip(features["row"][:], features["words"][:], np.asarray(logits), strict=True):
             for word, scores in zip(words, window, strict=False):
                 if word >= 0:
                     tags[row][word] = labels[int(scores.argmax())]
@@ -156,7 +156,7 @@ class NERTask(Task):
                     for kind, start, end in sorted(spans(of_one), key=lambda span: span[1:])
                 ],
             }
-            for number, (of_one, tokens) in enumerate(zip(tags, rows["tokens"], strict=True))
+            for number, (of_one, tokens) in enumerate(zip(tags, rows["tokens"][:], strict=True))
         }
 
 

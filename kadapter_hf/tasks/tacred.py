@@ -76,7 +76,7 @@ class Tacred(RelationTask):
         if not training or not options.negative_sample:
             return rows
         kept, negative = [], 0
-        for number, relation in enumerate(rows["relation"]):
+        for number, relation in enumerate(rows["relation"][:]):
             negative += relation == NO_RELATION
             if relation != NO_RELATION or negative < options.negative_sample:
                 kept.append(number)

@@ -193,7 +193,8 @@ class Task:
 
     def label_set(self, rows: Dataset) -> set[str]:
         """The labels that occur in rows."""
-        return {label for row in rows for label in self._labels_of(row)}
+        column = self.schema.labels
+        return {label for value in rows[column][:] for label in self._labels_of({column: value})}
 
     def encode(
         self,
@@ -244,7 +245,7 @@ class Task:
         logits = logits[0] if isinstance(logits, tuple) else logits
         return {
             number: self.prediction(np.asarray(of_one), labels)
-            for number, of_one in zip(features["row"], logits, strict=True)
+            for number, of_one in zip(features["row"][:], logits, strict=True)
         }
 
     def prediction(self, logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
