@@ -180,10 +180,12 @@ def lora_step(bench: Bench, dtype: str) -> float:
 
 
 @functools.cache
-def our_step(bench: Bench, dtype: str, autocast: bool = False) -> float:
+def our_step(bench: Bench, dtype: str, autocast: bool = False, compiled: bool = False) -> float:
     model = bench.model(dtype=dtype)
     model.train_knowledge_adapter("adapter0", train_head=True)
     model.train()
+    if compiled:
+        model.compile(dynamic=True)
     return bench.seconds(bench.training(model, fused_adamw(model), autocast), bench.batches())
 
 
@@ -224,6 +226,9 @@ def pretraining(bench: Bench) -> Iterator[Row]:
     for dtype, label in (("float32", "all in float32"), ("auto", "default")):
         yield f"pre-training step, {label}", our_step(bench, dtype), original_step(bench), 2.0
     yield "pre-training step, --bf16", our_step(bench, "auto", autocast=True), original_step(bench), None
+    if bench.device.type == "cuda":
+        compiled = our_step(bench, "auto", autocast=True, compiled=True)
+        yield "pre-training step, --bf16 --torch_compile", compiled, original_step(bench), None
 
 
 def cached(bench: Bench) -> Iterator[Row]:
@@ -306,6 +311,27 @@ def multiply_adds(batch: Batch, bench: Bench, adapters: int, read: int) -> tuple
     inside += layer(inner, adapter.intermediate_size, rows * read)
     projections = width * inner * (tokens * (2 * len(adapter.backbone_layers) - 1) + rows * read)
     return backbone, adapters * (inside + projections)
+
+
+@functools.cache
+def rate(bench: Bench, dtype: torch.dtype) -> float:
+    """The multiply-adds per second of a large product of matrices."""
+    size = 8192 if bench.device.type == "cuda" else 2048
+    one, other = (torch.randn(size, size, device=bench.device, dtype=dtype) for _ in range(2))
+    return size**3 / bench.seconds(lambda _: one @ other, [{}] * (5 + WARM_UP))
+
+
+def limit(bench: Bench) -> Iterator[Row]:
+    """The multiply-adds of a step, at the rates of large products: the backbone forward, the adapter forward and backward."""
+    batches = bench.batches()[WARM_UP:]
+    counts = [multiply_adds(batch, bench, adapters=1, read=2) for batch in batches]
+    backbone, adapter = (statistics.median(part) for part in zip(*counts, strict=True))
+    for dtype, label in (("float32", "all in float32"), ("auto", "default")):
+        least = backbone / rate(bench, bench.dtype(dtype)) + 3 * adapter / rate(bench, torch.float32)
+        yield f"pre-training step beside its multiply-adds at full rate, {label}", our_step(bench, dtype), least, None
+    least = (backbone + 3 * adapter) / rate(bench, torch.bfloat16)
+    ours = our_step(bench, "auto", autocast=True)
+    yield "pre-training step beside its multiply-adds at full rate, --bf16", ours, least, None
 
 
 @torch.no_grad()
@@ -406,6 +432,7 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "cached": cached,
     "lora": beside_lora,
     "memory": peak_memory,
+    "limit": limit,
     "fine-tuning": fine_tuning,
     "forward": forward,
     "adapters": many_adapters,
