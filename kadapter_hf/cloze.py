@@ -236,7 +236,7 @@ def logits_at(model: KAdapterForMaskedLM, input_ids: torch.Tensor, positions: to
     """
     input_ids = input_ids.to(model.device)
     encoded = model.encode(input_ids, torch.ones_like(input_ids))  # type: ignore[arg-type]
-    fused = model.fusion(*encoded.at(positions))
+    fused = model.fuse(encoded, positions)
     return model.lm_head(None, inputs_embeds=fused, return_dict=True).logits
 
 

@@ -203,7 +203,7 @@ class LossAtMasks(nn.Module):
     ) -> dict[str, torch.Tensor]:
         encoded = self.model.encode(input_ids, attention_mask)  # type: ignore[arg-type]
         masked = labels != -100
-        fused = self.model.fusion(*encoded.at(None))[masked]
+        fused = self.model.fuse(encoded)[masked]
         logits = self.model.lm_head(None, inputs_embeds=fused[None], return_dict=True).logits[0]
         return {"loss": cross_entropy(logits, labels[masked], num_items_in_batch)}
 

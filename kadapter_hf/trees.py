@@ -20,6 +20,7 @@ class DependencyParsingPipeline(Pipeline):
 
     Args:
         inputs: a sentence, which is split into words and punctuation marks; or a list of sentences.
+        knowledge_adapters: the adapters to use, by default the active ones.
 
     Returns:
         For each word its number from 1, its text, the number of its head (0 for the root), the relation to it, and its place in
@@ -34,8 +35,8 @@ class DependencyParsingPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
 
-    def _sanitize_parameters(self, **kwargs):
-        return kwargs, {}, {}
+    def _sanitize_parameters(self, knowledge_adapters: Any = None, **kwargs):
+        return kwargs, {} if knowledge_adapters is None else {"knowledge_adapters": knowledge_adapters}, {}
 
     def preprocess(self, inputs: str, max_length: int | None = None) -> dict[str, Any]:
         from .features import dependency_features  # imported here, as datasets takes seconds
@@ -52,12 +53,12 @@ class DependencyParsingPipeline(Pipeline):
         tensors = {name: torch.tensor(encoded[name]) for name in ("input_ids", "attention_mask", "word_starts")}
         return {**tensors, "text": inputs, "words": words}
 
-    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict[str, Any], **kwargs) -> dict[str, Any]:
         kept = {name: model_inputs.pop(name) for name in ("text", "words")}
         starts = model_inputs["word_starts"]
         # Pipelines pad batches with 0, where no word but the first can start.
         padding = (starts == 0) & (torch.arange(starts.shape[1], device=starts.device) > 0)
-        output = self.model(**(model_inputs | {"word_starts": starts.masked_fill(padding, -1)}))
+        output = self.model(**(model_inputs | {"word_starts": starts.masked_fill(padding, -1)}), **kwargs)
         return {"arc_logits": output.arc_logits, "relation_logits": output.relation_logits, **kept}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""Which knowledge adapters run: the active ones, or others for a while."""
+"""Which knowledge adapters run: the active ones, or others for a while, a call or a row."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,6 +64,29 @@ class ChoosingMixin(nn.Module):
     def without_knowledge_adapters(self):
         """Uses no adapter within a `with` statement, as `using_knowledge_adapters([])`: the output is the backbone's."""
         return self.using_knowledge_adapters([])
+
+    def _names_by_row(self, given: Any) -> tuple[list[str], dict[tuple[str, ...], list[int]] | None]:
+        """
+        The adapters of a call with `knowledge_adapters=given`; and if `given` is a list of names for each row, the rows that
+        have the same.
+        """
+        if given is None:
+            return self.active_knowledge_adapters, None
+        if isinstance(given, str) or (isinstance(given, Sequence) and all(isinstance(name, str) for name in given)):
+            return self._checked_names(given), None
+        if not isinstance(given, Sequence):
+            raise KAdapterConfigError(
+                f"knowledge_adapters must be a list of names for all rows, or a list of such lists, not {given!r}."
+            )
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for row, names in enumerate(given):
+            if not isinstance(names, (list, tuple)):
+                raise KAdapterConfigError(f"row {row} of knowledge_adapters must be a list of names, not {names!r}.")
+            try:
+                groups.setdefault(tuple(self._checked_names(names)), []).append(row)
+            except KAdapterConfigError as error:
+                raise KAdapterConfigError(f"row {row} of knowledge_adapters: {error}") from None
+        return list(dict.fromkeys(name for names in groups for name in names)), groups
 
     def _count(self, change: int) -> None:
         with _COUNTING:

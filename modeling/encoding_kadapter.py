@@ -2,9 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from .layers_kadapter import states_at
 from .peft_kadapter import virtual_tokens
 
 
+Output = TypeVar("Output", bound=ModelOutput)
+
+
 @dataclass
 class Encoded:
     """
@@ -26,13 +29,17 @@ class Encoded:
 
     Args:
         backbone_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): the backbone's last hidden state.
-        run_adapters (`Callable`): runs the active adapters and returns their outputs by name. It takes the positions that
-            are read, `(batch,)` or `(batch, number)`, or None for all: the last layer computes no others.
+        run_adapters (`Callable`): runs the adapters and returns their outputs by name. It takes the positions that are read,
+            `(batch,)` or `(batch, number)`, or None for all: the last layer computes no others.
         hidden_states, attentions (`tuple`, *optional*): the backbone's, if requested.
         virtual_tokens (`int`): the number of positions that PEFT's prompt methods put before those of the text. Positions
             that the caller passes don't count them.
         at_positions (`bool`): whether `backbone_state` is `(batch, number, hidden_size)`, at the positions that the head
             reads, as `fusion_states` were passed.
+        parts (`list`): if rows have different adapters, the indices of the rows with the same ones, and what these read.
+            `knowledge` then has zeros in the rows that don't have an adapter: only `fuse` gives each row its own.
+        fusion_weights (`dict[str, torch.FloatTensor]`, *optional*): the weight of each adapter, `(batch, positions read)`, if
+            requested and as soon as the states are fused.
     """
 
     backbone_state: torch.Tensor
@@ -41,10 +48,12 @@ class Encoded:
     attentions: tuple[torch.Tensor, ...] | None = None
     virtual_tokens: int = 0
     at_positions: bool = False
+    parts: list[tuple[torch.Tensor, "Encoded"]] = field(default_factory=list)
+    fusion_weights: dict[str, torch.Tensor] | None = None
 
     @functools.cached_property
     def knowledge(self) -> dict[str, torch.Tensor]:
-        """The output of each active adapter, of the same shape as `backbone_state`."""
+        """The output of each adapter, of the same shape as `backbone_state`."""
         return self.run_adapters(None)
 
     def at(self, positions: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -57,10 +66,53 @@ class Encoded:
         select = _at_given if self.at_positions else states_at
         return select(self.backbone_state, positions), self.run_adapters(positions)
 
+    def divide(self, groups: Mapping[tuple[str, ...], list[int]], run: Callable[..., dict[str, torch.Tensor]]) -> None:
+        """Divides the batch into `parts`, whose rows have the same adapters. `run` takes names, rows and positions."""
+        state = self.backbone_state
+        if sum(map(len, groups.values())) != len(state):
+            raise KAdapterConfigError(
+                f"knowledge_adapters has {sum(map(len, groups.values()))} rows, and the batch {len(state)}."
+            )
+        for names, places in groups.items():
+            rows = torch.tensor(places, device=state.device)
+            part = Encoded(state[rows], functools.partial(run, names, rows), at_positions=self.at_positions)
+            part.fusion_weights = self.fusion_weights
+            self.parts.append((rows, part))
+        self.run_adapters = self._run_parts
+
+    def _run_parts(self, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        outputs = [(rows, part.at(_rows_of(positions, rows))[1]) for rows, part in self.parts]
+        return _in_rows(outputs, len(self.backbone_state))
+
 
 def _at_given(state: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
     """A state that was given at the positions, `(batch, number, width)`; `(batch, width)` for one position of each row."""
     return state if positions is None or positions.dim() == 2 else state[:, 0]
+
+
+def _rows_of(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor is None else tensor[rows.to(tensor.device)]
+
+
+def _select_outputs(
+    outputs: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    rows: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """Adapters' outputs that were given, in the place of running the adapters."""
+    selected = {name: outputs[name] if rows is None else outputs[name][rows] for name in names}
+    return {name: _at_given(output, positions) for name, output in selected.items()}
+
+
+def _in_rows(parts: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], batch: int) -> dict[str, torch.Tensor]:
+    """Tensors of parts of a batch by name, put together; zeros where a part has none of this name."""
+    whole: dict[str, torch.Tensor] = {}
+    for rows, tensors in parts:
+        for name, tensor in tensors.items():
+            known = whole.get(name, tensor.new_zeros(batch, *tensor.shape[1:]))
+            whole[name] = known.index_copy(0, rows, tensor)
+    return whole
 
 
 class EncodingMixin(nn.Module):
@@ -87,8 +139,9 @@ class EncodingMixin(nn.Module):
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
             past_key_values: keys and values of a prefix for each layer of the backbone, as PEFT's prefix tuning passes them;
                 `attention_mask` then covers the prefix too.
-            kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`; and states
-                that were computed before, so that the frozen parts need not run again:
+            kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`;
+                `knowledge_adapters`, names of adapters to use instead of the active ones, or a list of names for each row;
+                `output_fusion_weights`; and states that were computed before, so that the frozen parts need not run again:
                 `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read` and the backbone's
                 last. The backbone then does not run.
                 `fusion_states`, `(batch, 1 or 1 + adapters, number, hidden_size)`: what the fusion reads at the positions
@@ -96,46 +149,60 @@ class EncodingMixin(nn.Module):
                 nothing but the fusion and the head runs; with the first alone, the adapters run on `backbone_states`,
                 which then lack the last.
         """
-        read = self.backbone_states_read()
+        names, groups = self._names_by_row(kwargs.pop("knowledge_adapters", None))
         given, fusion_states = kwargs.pop("backbone_states", None), kwargs.pop("fusion_states", None)
+        with_weights = kwargs.pop("output_fusion_weights", None)
         if fusion_states is not None:
-            return self._given_fusion_states(fusion_states, given, attention_mask)
-        states: Any
-        if given is not None:
-            states = self._given_states(given, read)
-            output: Any = BaseModelOutput(last_hidden_state=states[-1])
+            encoded, run = self._given_fusion_states(fusion_states, given, attention_mask, names)
         else:
-            inputs: dict[str, Any] = dict(input_ids=input_ids, attention_mask=attention_mask)
-            inputs |= dict(token_type_ids=token_type_ids, position_ids=position_ids)
-            inputs |= dict(inputs_embeds=inputs_embeds, past_key_values=past_key_values)
-            inputs = {name: value for name, value in inputs.items() if value is not None}
-            states, output = self._run_backbone(read, inputs | kwargs)
-        last = output["last_hidden_state"]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, -last.shape[1] :]  # without the part for past_key_values
-        return Encoded(
-            backbone_state=last,
-            run_adapters=functools.partial(self._run_adapters, states, attention_mask),
-            hidden_states=output.get("hidden_states"),
-            attentions=output.get("attentions"),
-            virtual_tokens=virtual_tokens() if inputs_embeds is not None and past_key_values is None else 0,
-        )
+            states: Any
+            if given is not None:
+                states = self._given_states(given, names)
+                output: Any = BaseModelOutput(last_hidden_state=states[-1])
+            else:
+                inputs: dict[str, Any] = dict(input_ids=input_ids, attention_mask=attention_mask)
+                inputs |= dict(token_type_ids=token_type_ids, position_ids=position_ids)
+                inputs |= dict(inputs_embeds=inputs_embeds, past_key_values=past_key_values)
+                inputs = {name: value for name, value in inputs.items() if value is not None}
+                states, output = self._run_backbone(names, inputs | kwargs)
+            last = output["last_hidden_state"]
+            if attention_mask is not None and attention_mask.dim() == 2:
+                attention_mask = attention_mask[:, -last.shape[1] :]  # without the part for past_key_values
+            run = functools.partial(self._run_adapters, states, attention_mask)
+            encoded = Encoded(
+                backbone_state=last,
+                run_adapters=functools.partial(run, names, None),
+                hidden_states=output.get("hidden_states"),
+                attentions=output.get("attentions"),
+                virtual_tokens=virtual_tokens() if inputs_embeds is not None and past_key_values is None else 0,
+            )
+        encoded.fusion_weights = {} if with_weights else None
+        if groups is not None:
+            encoded.divide(groups, run)
+        return encoded
 
-    def backbone_states_read(self) -> list[int]:
-        """The indices of the backbone's hidden states that the active adapters read, in ascending order."""
-        return sorted({layer for config in self._active_configs() for layer in config.backbone_layers})
-
-    def _active_configs(self) -> list[Any]:
-        return [self.adapters[name].config for name in self.active_knowledge_adapters]
+    def backbone_states_read(self, names: Iterable[str] | None = None) -> list[int]:
+        """The indices of the backbone's hidden states that these adapters read, by default the active, in ascending order."""
+        names = self.active_knowledge_adapters if names is None else names
+        return sorted({layer for name in names for layer in self.adapters[name].config.backbone_layers})
 
     def _run_adapters(
-        self, states: Any, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
+        self,
+        states: Any,
+        attention_mask: torch.Tensor | None,
+        names: Sequence[str],
+        rows: torch.Tensor | None,
+        positions: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        names = self.active_knowledge_adapters
+        """The outputs of these adapters; of these rows, if there are any, at `positions` in them."""
+        if rows is not None:
+            states = {layer: _rows_of(states[layer], rows) for layer in self.backbone_states_read(names)}
+            attention_mask = _rows_of(attention_mask, rows)
         return {name: self.adapters[name](states, attention_mask, positions) for name in names}
 
-    def _given_states(self, given: torch.Tensor, read: list[int], last: bool = True) -> dict[int, torch.Tensor]:
+    def _given_states(self, given: torch.Tensor, names: Sequence[str], last: bool = True) -> dict[int, torch.Tensor]:
         """The given states by index; the backbone's last has the index -1."""
+        read = self.backbone_states_read()
         states = [*read, -1] if last else read
         if given.dim() != 4 or given.shape[1] != len(states):
             and_last = " and the backbone's last" if last else ""
@@ -143,38 +210,70 @@ class EncodingMixin(nn.Module):
                 f"backbone_states must be of shape (batch, {len(states)}, length, width), the states {read}{and_last}; not "
                 f"{tuple(given.shape)}."
             )
+        missing = sorted(set(self.backbone_states_read(names)) - set(read))
+        if missing:
+            raise ValueError(f"backbone_states lack the states {missing}, which the adapters {list(names)} read.")
         return dict(zip(states, given.to(self.own_dtype()).unbind(1), strict=True))
 
     def _given_fusion_states(
-        self, given: torch.Tensor, backbone_states: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> Encoded:
-        names = self.active_knowledge_adapters if backbone_states is None else []
-        if given.dim() != 4 or given.shape[1] != 1 + len(names):
-            outputs = f" and the outputs of {', '.join(names)}" if names else ""
+        self,
+        given: torch.Tensor,
+        backbone_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        names: Sequence[str],
+    ) -> tuple[Encoded, Callable[..., dict[str, torch.Tensor]]]:
+        active: list[str] = self.active_knowledge_adapters if backbone_states is None else []
+        if given.dim() != 4 or given.shape[1] != 1 + len(active):
+            outputs = f" and the outputs of {', '.join(active)}" if active else ""
             raise ValueError(
-                f"fusion_states must be of shape (batch, {1 + len(names)}, number, width), the backbone's last state{outputs}; "
-                f"not {tuple(given.shape)}."
+                f"fusion_states must be of shape (batch, {1 + len(active)}, number, width), the backbone's last state"
+                f"{outputs}; not {tuple(given.shape)}."
             )
         last, *outputs = given.to(self.own_dtype()).unbind(1)
         if backbone_states is None:
-            return Encoded(
-                last,
-                lambda positions: {
-                    name: _at_given(output, positions) for name, output in zip(names, outputs, strict=True)
-                },
-                at_positions=True,
-            )
-        states = self._given_states(backbone_states, self.backbone_states_read(), last=False)
-        return Encoded(last, functools.partial(self._run_adapters, states, attention_mask), at_positions=True)
+            missing = [name for name in names if name not in active]
+            if missing:
+                raise ValueError(f"fusion_states lack the outputs of {missing}, which are not active.")
+            run = functools.partial(_select_outputs, dict(zip(active, outputs, strict=True)))
+        else:
+            states = self._given_states(backbone_states, names, last=False)
+            run = functools.partial(self._run_adapters, states, attention_mask)
+        return Encoded(last, functools.partial(run, names, None), at_positions=True), run
 
-    def _run_backbone(self, read: list[int], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def fuse(self, encoded: Encoded, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The states after the fusion, of all positions, `(batch, length, width)`, or of those of `Encoded.at`; without
+        adapters in the backbone's dtype. Call it once per forward pass: the adapters run each time.
+
+        Raises:
+            ValueError: the weights of the adapters were requested, and the fusion has none.
+        """
+        if encoded.parts:
+            parts = [(rows, self.fuse(part, _rows_of(positions, rows))) for rows, part in encoded.parts]
+            if encoded.fusion_weights is not None:
+                weights = [(rows, part.fusion_weights or {}) for rows, part in encoded.parts]
+                encoded.fusion_weights = _in_rows(weights, len(encoded.backbone_state))
+            return torch.cat([fused for _, fused in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
+        state, knowledge = encoded.at(positions)
+        if encoded.fusion_weights is not None and knowledge:
+            weights = self.fusion.weights(state, knowledge)
+            if weights is None:
+                raise ValueError(
+                    f"output_fusion_weights: the fusion '{self.config.fusion}' has no weights of adapters; 'attention', 'gate' "
+                    "and 'add' with a scale have."
+                )
+            encoded.fusion_weights = {name: weight.reshape(len(weight), -1) for name, weight in weights.items()}
+        return self.fusion(state, knowledge)
+
+    def _run_backbone(self, names: Sequence[str], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        read = self.backbone_states_read(names)
         past, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         if past is not None and "past_key_values" not in inspect.signature(self.backbone.forward).parameters:
             raise KAdapterConfigError(
                 f"the backbone ({self.backbone.config.model_type}) takes no past_key_values, which PEFT's prefix tuning puts "
                 "before the text. Use another of PEFT's methods, such as LoRA or prompt tuning."
             )
-        if "position_ids" not in kwargs and any(config.attend_to_padding for config in self._active_configs()):
+        if "position_ids" not in kwargs and any(self.adapters[name].config.attend_to_padding for name in names):
             start = 0 if past is None else past.get_seq_length()
             position_ids = running_position_ids(self.backbone, kwargs.get("input_ids", embeds), start)
             kwargs |= {} if position_ids is None else {"position_ids": position_ids}
@@ -204,6 +303,13 @@ class EncodingMixin(nn.Module):
         return states, output
 
 
+def with_fusion_weights(output: Output, encoded: Encoded) -> Output:
+    """Adds `fusion_weights` to the output of a model, if they were requested."""
+    if encoded.fusion_weights is not None:
+        output["fusion_weights"] = ModelOutput(encoded.fusion_weights)
+    return output
+
+
 def encodes_inputs(forward: Callable[..., ModelOutput]) -> Callable[..., Any]:
     """
     Decorator for a model's `forward(self, encoded, …)`: takes the inputs of `encode`, and calls it with the result.
@@ -218,7 +324,7 @@ def encodes_inputs(forward: Callable[..., ModelOutput]) -> Callable[..., Any]:
     def encode_first(self, *args, **kwargs):
         own_kwargs = {parameter.name: kwargs.pop(parameter.name) for parameter in own if parameter.name in kwargs}
         encoded = self.encode(*args[: len(inputs) - 1], **kwargs)
-        return forward(self, encoded, *args[len(inputs) - 1 :], **own_kwargs)
+        return with_fusion_weights(forward(self, encoded, *args[len(inputs) - 1 :], **own_kwargs), encoded)
 
     encode_first.__signature__ = inspect.Signature([*inputs, *own, past, others])  # type: ignore[attr-defined]
     del encode_first.__wrapped__  # accelerate unwraps a model's `forward` as far as it can

@@ -144,7 +144,7 @@ class AddFusion(KnowledgeFusion):
             init.constant_(self.scales[name].weight, self.scale)
 
     def used_parameters(self, active: Sequence[str]) -> list[nn.Parameter]:
-        return [self.scales[name].weight for name in active if name in self.scales]
+        return [parameter for name in active if name in self.scales for parameter in self.scales[name].parameters()]
 
     def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
         if self.scale is not None:

@@ -98,4 +98,4 @@ class HeadModel(KAdapterPreTrainedModel):
         pass, with all positions that the head reads: the adapters run each time.
         """
         # Without an active adapter the result has the backbone's dtype.
-        return self.fusion(*encoded.at(positions)).to(self.own_dtype())
+        return self.fuse(encoded, positions).to(self.own_dtype())

@@ -23,7 +23,7 @@ from .backbone_kadapter import check_is_encoder, masked_lm_class
 from .choosing_kadapter import ChoosingMixin
 from .compat_kadapter import new_model, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
-from .encoding_kadapter import Encoded, encodes_inputs
+from .encoding_kadapter import Encoded, encodes_inputs, with_fusion_weights
 from .format_kadapter import BackboneMismatchError, KAdapterConfigError, KAdapterLoadError
 from .freezing_kadapter import FreezingMixin
 from .fusion_kadapter import KnowledgeFusion, register_fusion
@@ -172,11 +172,15 @@ class KAdapterForMultipleChoice(HeadModel):
             None if tensor is None else tensor.flatten(0, 1)
             for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
+        given = kwargs.get("knowledge_adapters")
+        if isinstance(given, (list, tuple)) and not all(isinstance(name, str) for name in given):
+            kwargs["knowledge_adapters"] = [names for names in given for _ in range(choices)]
         encoded = self.encode(*flat, past_key_values=past_key_values, **kwargs)
         fused = self.fused(encoded, first_position(encoded))
         logits = self.classifier(self.dropout(fused)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return MultipleChoiceModelOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+        output = MultipleChoiceModelOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+        return with_fusion_weights(output, encoded)
 
 
 @register_head("AutoModelForSequenceClassification")
@@ -319,7 +323,7 @@ class KAdapterForMaskedLM(KAdapterPreTrainedModel):
         Args:
             labels: `(batch, length)` token ids; -100 is ignored.
         """
-        fused = self.fusion(*encoded.at(None)).to(next(parameters_of(self.lm_head)).dtype)
+        fused = self.fuse(encoded).to(next(parameters_of(self.lm_head)).dtype)
         # input_ids=None by position, as the wrapper of PEFT 0.18 around heads that train needs an argument there.
         logits = self.lm_head(None, inputs_embeds=fused, return_dict=True).logits
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)

@@ -462,7 +462,7 @@ class KAdapterModel(KAdapterPreTrainedModel):
     def forward(self, encoded: Encoded) -> KAdapterModelOutput:
         """Takes the inputs of `encode`."""
         return KAdapterModelOutput(
-            last_hidden_state=self.fusion(*encoded.at(None)),
+            last_hidden_state=self.fuse(encoded),
             backbone_last_hidden_state=encoded.backbone_state,
             # Pipelines can't take a batch apart that holds a plain dict.
             knowledge_states=ModelOutput(encoded.knowledge) if encoded.knowledge else None,

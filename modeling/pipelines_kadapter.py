@@ -60,12 +60,19 @@ class MarkedEntityPipeline(ChunkPipeline):
         """The probabilities from one row of logits."""
         raise NotImplementedError
 
-    def preprocess(self, inputs: Mapping[str, Any], max_length: int | None = None) -> Iterator[dict[str, Any]]:
+    def preprocess(
+        self,
+        inputs: Mapping[str, Any],
+        max_length: int | None = None,
+        knowledge_adapters: str | Sequence[str] | None = None,
+    ) -> Iterator[dict[str, Any]]:
         if not isinstance(inputs, Mapping) or "text" not in inputs:
             raise ValueError(
                 f'an input is a dict with "text", and either {" and ".join(self.one)} or "{self.several}"; not {inputs!r:.200}'
             )
         text, many = inputs["text"], self.several in inputs
+        names = inputs.get("knowledge_adapters", knowledge_adapters)
+        names = (names,) if isinstance(names, str) else None if names is None else tuple(names)
         given = inputs[self.several] if many else [self._of_one(inputs)]
         found = [self._checked(text, self.spans(spans)) for spans in given]
         ids = [self.tokenizer.encode(marker, add_special_tokens=False) for marker in self.markers()]
@@ -85,6 +92,7 @@ class MarkedEntityPipeline(ChunkPipeline):
             start = encoded["starts"][number] if count else [0] * len(self.positions)
             row = encoded["input_ids"][number] if count else self.tokenizer.encode("", add_special_tokens=True)
             chunk |= {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+            chunk["knowledge_adapters"] = names  # a tuple, as those of a batch are in a list
             yield chunk | {name: torch.tensor([at]) for name, at in zip(self.positions, start, strict=True)}
 
     def _of_one(self, inputs: Mapping[str, Any]) -> Any:
@@ -114,6 +122,11 @@ class MarkedEntityPipeline(ChunkPipeline):
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         passed_on = {key: model_inputs.pop(key) for key in ("is_last", "many", "empty")}
+        names = model_inputs.pop("knowledge_adapters")
+        rows = names if isinstance(names, list) else [names]
+        if any(names is not None for names in rows):
+            active = self.model.active_knowledge_adapters
+            model_inputs["knowledge_adapters"] = [active if names is None else names for names in rows]
         return {"logits": self.model(**model_inputs).logits, **passed_on}
 
     def postprocess(self, model_outputs: list[dict[str, Any]], top_k: Any = "default", threshold: float | None = None):
@@ -143,6 +156,7 @@ class EntityTypingPipeline(MarkedEntityPipeline):
         threshold: return types with a higher probability than this instead of 0.5.
         top_k: return at most this many.
         max_length: maximum number of tokens; by default that of the fine-tuning.
+        knowledge_adapters: the adapters to use, by default the active ones; an input with this key has its own.
     """
 
     one, several, positions = ("entity",), "entities", ("entity_start",)
@@ -169,6 +183,7 @@ class RelationClassificationPipeline(MarkedEntityPipeline):
         top_k: return this many relations, the most probable first, instead of one; `None` for all.
         threshold: leave out relations with a probability that is not higher.
         max_length: maximum number of tokens; by default that of the fine-tuning.
+        knowledge_adapters: the adapters to use, by default the active ones; an input with this key has its own.
     """
 
     one, several, positions = ("subject", "object"), "pairs", ("subject_start", "object_start")

@@ -81,6 +81,21 @@ def test_types_have_a_probability_above_the_threshold(saved):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
+def test_each_input_has_its_own_adapters(batch_size, build, tokenizer, tmp_path):
+    build(KAdapterForEntityTyping, num_labels=3).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pipe = pipeline("entity-typing", str(tmp_path))
+    row = {"text": TEXT, "entity": SPANS["rome"]}
+    inputs = [row | {"knowledge_adapters": ["factual"]}, row, row | {"knowledge_adapters": []}]
+    found = pipe(inputs, threshold=0.0, batch_size=batch_size)
+    for labels, names in zip(found, (["factual"], ["factual", "linguistic"], []), strict=True):
+        with pipe.model.using_knowledge_adapters(names):
+            assert scores(labels) == approx(scores(pipe(row, threshold=0.0)))
+        assert scores(labels) == approx(scores(pipe(row, threshold=0.0, knowledge_adapters=names)))
+    assert len({labels[0]["score"] for labels in found}) == 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_relation_of_one_or_several_pairs(batch_size, saved, tokenizer):
     pipe = pipeline("relation-classification", saved(KAdapterForRelationClassification))
     pairs = [[SPANS["dante"], SPANS["rome"]], [SPANS["rome"], SPANS["dante"]]]

@@ -1,0 +1,172 @@
+"""
+Compares fusions, and how concat starts, on two tasks of knowledge.py: SemEval-2010 Task 8, and the relations of Re-DocRED that
+the factual adapter has not seen.
+
+Each is trained with an untrained and with the factual adapter, which knowledge.py describes; the backbone and the adapter are
+frozen. All runs of a task have the same states; a seed chooses the examples and the start.
+
+    python examples/knowledge_fusions.py --data DIR --output_dir knowledge-output/fusions --factual knowledge-output/factual
+
+DIR is the same as for knowledge.py. Results are stored in results.json, from which an interrupted run is resumed.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from knowledge import Arguments, fit, flag, gains, mean_and_spread, pretrain_adapter, scores_of, with_states
+from knowledge_corpora import DEFAULT_BACKBONE, Task, default_backbone, machine, read_corpora, states_at_markers
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from transformers import AutoTokenizer, HfArgumentParser, set_seed
+
+from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
+from kadapter_hf.features import encode, relation_features
+
+
+def random_start(fusion: Any) -> None:
+    """torch's, as in the original."""
+    for module in fusion.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+
+def start_of_concat(adapter: float) -> Any:
+    """The matrix over `[H; y]` starts as `H + adapter · y`, with the noise of a new fusion."""
+
+    @torch.no_grad()
+    def start(fusion: Any) -> None:
+        for layer in fusion.states.values():
+            width = layer.out_features
+            layer.weight.normal_(std=2e-4)
+            layer.weight[:, :width].fill_diagonal_(1)
+            layer.weight[:, width:].fill_diagonal_(adapter)
+
+    return start
+
+
+# Each with its fusion, the fusion's configuration, and what sets another start.
+FUSIONS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "concat, starts as the backbone": ("concat", {}, start_of_concat(0.0)),
+    "concat, random start": ("concat", {}, random_start),
+    "concat, starts as H + 0.1 y": ("concat", {}, start_of_concat(0.1)),
+    "concat, starts as H + y": ("concat", {}, start_of_concat(1.0)),
+    "add": ("add", {}, None),
+    "add, scale 0.1": ("add", {"scale": 0.1}, None),
+    "gate": ("gate", {}, None),
+    "attention": ("attention", {}, None),
+}
+UNTRAINED, FACTUAL = "untrained", "factual"
+console = Console()
+
+
+@dataclass
+class FusionArguments(Arguments):
+    output_dir: str = flag("knowledge-output/fusions", "Output folder for the results.")
+    fusions: list[str] | None = field(default=None, metadata={"help": "Names of the fusions to run. Default: all."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3, 3e-3], metadata={"help": "Peak learning rates on the tasks."}
+    )
+    seeds: int = flag(5, "Number of runs of each setting, each with a new head and another sample of examples.")
+
+
+def compare(task: Task, factual: str, tokenizer: Any, args: FusionArguments, results: list[dict[str, Any]]) -> None:
+    """Adds a record for each learning rate, fusion, adapter and seed that `results` lacks."""
+    labels, parts = task.labels, {"train": task.train, "test": task.test}
+    kwargs = {"labels": labels, "markers": task.markers}
+    data = {name: encode(rows, relation_features, tokenizer, **kwargs) for name, rows in parts.items()}
+    adapters = {UNTRAINED: args.adapter_config(), FACTUAL: factual}
+    whole = KAdapterModel.from_backbone(args.backbone, adapters)
+    states = {name: states_at_markers(whole, rows, tokenizer) for name, rows in data.items()}
+    given = {name: {part: with_states(data[part], states[part], [name]) for part in data} for name in adapters}
+    size = len(data["train"])
+    done = {(result["task"], result["learning_rate"], result["setting"], result["seed"]) for result in results}
+    settings = [
+        (rate, fusion, adapter, seed)
+        for rate in args.learning_rates
+        for seed in range(args.seeds)
+        for fusion in args.fusions or FUSIONS
+        for adapter in adapters
+        if (task.name, rate, f"{fusion}: {adapter}", seed) not in done
+    ]
+    for rate, fusion, adapter, seed in track(settings, task.name, console=console):
+        kind, values, start = FUSIONS[fusion]
+        chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[: args.few].tolist()
+        rows = {"train": [given[adapter]["train"][place] for place in chosen], "test": given[adapter]["test"]}
+        set_seed(seed)
+        model = KAdapterForRelationClassification.from_backbone(
+            args.backbone,
+            {adapter: adapters[adapter]},
+            fusion=kind,
+            fusion_config=values,
+            id2label=dict(enumerate(labels)),
+            label2id={label: number for number, label in enumerate(labels)},
+        )
+        if start is not None:
+            start(model.fusion)
+        model.freeze_knowledge_adapters()
+        score = fit(model, rows, task.metrics(), replace(args, learning_rate=rate), seed)[task.metric]
+        results.append(
+            {"task": task.name, "learning_rate": rate, "setting": f"{fusion}: {adapter}", "seed": seed, "score": score}
+        )
+        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def report(results: list[dict[str, Any]], tasks: list[Task], args: FusionArguments) -> str:
+    """The scores as a page of Markdown."""
+    lines = ["# Comparison of fusions", "", "Generated by `make knowledge-fusions`.", ""]
+    lines += [f"Mean ± standard deviation over {args.seeds} seeds, in percent. A gain is computed per seed.", ""]
+    for task in tasks:
+        for rate in args.learning_rates:
+            found = [of_one for of_one in results if (of_one["task"], of_one["learning_rate"]) == (task.name, rate)]
+            metric = task.metric.replace("_f1", "-F1")
+            lines += [f"## {task.name}, {args.few} examples, learning rate {rate:g}: {metric}", ""]
+            lines += ["| fusion | untrained adapter | factual adapter | gain |", "|---|---|---|---|"]
+            for fusion in args.fusions or FUSIONS:
+                untrained, factual = (f"{fusion}: {adapter}" for adapter in (UNTRAINED, FACTUAL))
+                cells = [mean_and_spread(scores_of(found, setting)) for setting in (untrained, factual)]
+                cells.append(mean_and_spread(gains(found, factual, untrained), "+"))
+                lines.append(f"| {fusion} | {' | '.join(cells)} |")
+            lines.append("")
+    lines += [f"- {machine()}", f"- backbone: {DEFAULT_BACKBONE}", f"- {args.steps} steps of 64 examples", ""]
+    return "\n".join(lines)
+
+
+def run(args: FusionArguments) -> None:
+    unknown = sorted(set(args.fusions or ()) - set(FUSIONS))
+    if unknown:
+        raise ValueError(f"there is no fusion {unknown[0]!r}; there are {list(FUSIONS)}")
+    args.backbone = args.backbone or default_backbone()
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "results.json"
+    results = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+    corpora, (semeval, unseen, _) = read_corpora(Path(args.data), folder, args.max_rows)
+    factual = args.factual or pretrain_adapter(FACTUAL, corpora[FACTUAL], args, folder)
+    tokenizer = AutoTokenizer.from_pretrained(args.backbone)
+    for task in (unseen, semeval):
+        compare(task, factual, tokenizer, args, results)
+    page = report(results, [unseen, semeval], args)
+    (folder / "fusions.md").write_text(page, encoding="utf-8")
+    console.print(page, markup=False, highlight=False)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(FusionArguments, description=__doc__, allow_abbrev=False).parse_args_into_dataclasses()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"knowledge_fusions.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
