@@ -29,7 +29,7 @@ from .modeling.heads_kadapter import KAdapterPreTrainedModel
 from .modeling.reading_kadapter import read_adapter
 from .modeling.sources_kadapter import adapter_file
 from .named_adapters import named_adapters
-from .reports import write_report
+from .reports import mean_fusion_weights, write_report
 from .runs import (
     Parser,
     StopOnInterrupt,
@@ -218,6 +218,8 @@ def finetune(
         if trainer.is_world_process_zero():  # the test split, if there is one
             write_report(folder, task, splits[name], found, labels)
     model.config.task["results"] = results
+    if weights := mean_fusion_weights(trainer, data["validation"]):
+        model.config.task["fusion_weights"] = weights
     save_and_push(trainer, f"Upload a K-Adapter fine-tuned on {task.name}", {"metrics.json": results})
     return results
 

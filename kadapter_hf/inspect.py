@@ -169,6 +169,7 @@ def summary(
     return {
         "class": config.architectures[0] if config.architectures else None,
         "fusion": config.fusion,
+        "fusion_weights": (config.task or {}).get("fusion_weights"),
         "active_adapters": config.active_knowledge_adapters,
         "frozen_adapters": config.frozen_knowledge_adapters,
         "has_head": any(not name.startswith("fusion.") for name in saved.tensors.get(HEAD_FILE, ())),

@@ -1,4 +1,4 @@
-"""The results of a task in files: predictions beside their input, a table by class, and a confusion matrix."""
+"""The results of a task: predictions beside their input, a table by class, a confusion matrix, and the weights of adapters."""
 
 import csv
 import json
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from transformers import Trainer
 
 from .figures import new_figure
 from .tasks import Task
@@ -17,6 +19,8 @@ from .tasks import Task
 PREDICTIONS = "predictions.jsonl"
 # With more classes, the names in a confusion matrix can't be read.
 MOST_CLASSES = 60
+# Rows whose weights of adapters are averaged.
+MOST_ROWS = 1000
 
 
 def write_report(
@@ -34,6 +38,28 @@ def write_report(
             writer.writerows(table)
     if table and isinstance(rows[0][task.schema.labels], str) and len(labels) <= MOST_CLASSES:
         draw_confusion_matrix(task, rows, found, labels, folder / "confusion_matrix.png")
+
+
+@torch.no_grad()
+def mean_fusion_weights(trainer: Trainer, features: Dataset) -> dict[str, float]:
+    """
+    The mean weight of each adapter at the positions that the head reads, of real tokens and in rows of this process; empty if
+    the fusion has no weights.
+    """
+    model: Any = trainer.model
+    names = model.active_knowledge_adapters
+    state = torch.zeros(1, model.fusion.width, device=model.own_device(), dtype=model.own_dtype())
+    if not names or model.fusion.weights(state, dict.fromkeys(names, state)) is None:
+        return {}
+    model.eval()
+    totals, count = Counter[str](), 0.0
+    for batch in trainer.get_test_dataloader(features.select(range(min(MOST_ROWS, len(features))))):
+        for name, weights in model(**batch, output_fusion_weights=True).fusion_weights.items():
+            mask = batch["attention_mask"]
+            read = mask.float() if mask.shape == weights.shape else torch.ones_like(weights)
+            totals[name] += (weights * read).sum().item()
+            count += read.sum().item() / len(names)
+    return {name: round(total / count, 4) for name, total in totals.items()}
 
 
 def write_submission(folder: Path, task: Task, rows: Dataset, found: Mapping[int, dict[str, Any]]) -> Path | None:

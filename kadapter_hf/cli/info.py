@@ -61,6 +61,7 @@ def show(found: dict[str, Any]) -> None:
             "active": ", ".join(found["active_adapters"]) or "none",
             "frozen": ", ".join(found["frozen_adapters"]) or "none",
             "fusion": found["fusion"],
+            "weights of the adapters": weights_words(found["fusion_weights"]),
             "task head": "yes" if found["has_head"] else "no",
             "backbone": backbone_words(found["backbone"]),
             "backbone's weights": "included" if found["has_backbone"] else "not included",
@@ -82,6 +83,14 @@ def show(found: dict[str, Any]) -> None:
             verdict = {True: "yes", False: "no", None: "unknown"}[adapter["fits"]]
             rows[f"fits {found['compared_with']}"] = f"{verdict}: {adapter['reason']}"
         print_rows(console, f"adapter {adapter['name']}", rows)
+
+
+def weights_words(weights: Any) -> str | None:
+    """A bar of up to 20 blocks for the mean weight of each adapter, which fine-tuning has recorded."""
+    if not isinstance(weights, dict) or not all(isinstance(weight, (int, float)) for weight in weights.values()):
+        return None
+    bars = {name: "█" * min(max(round(20 * weight), 0), 20) for name, weight in weights.items()}
+    return ", ".join(f"{name} {bars[name]} {weight:.2f}".replace("  ", " ") for name, weight in weights.items())
 
 
 def size_words(adapter: dict[str, Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kadapter_hf import KAdapterModel
 from kadapter_hf.cli import app
-from kadapter_hf.finetuning import main, parser, predict
+from kadapter_hf.finetuning import labels_of, load_finetuned, main, options_of, parser, predict
 from kadapter_hf.named_adapters import named_adapters
 from kadapter_hf.runs import schedule
 from kadapter_hf.tasks import TASKS
@@ -132,6 +132,30 @@ def test_cosmos_qa_has_the_leaderboards_file(trained):
     _, folder, _ = trained("cosmos-qa")
     predictions = [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert (folder / "predictions.lst").read_text().split() == [str(number) for number in predictions]
+
+
+@pytest.mark.parametrize("task", ["relation", "ner", "multiple-choice"])
+def test_the_mean_weights_of_the_adapters_are_recorded_and_shown(task, adapter, tmp_path):
+    data, folder = write_sample(task, tmp_path / "data"), tmp_path / "model"
+    flags = ("--adapters", adapter, f"second={adapter}", "--fusion", "attention", "--output_dir", str(folder))
+    main([task, "--data", str(data), *flags, *STEPS])
+    weights = json.loads((folder / "config.json").read_text())["task"]["fusion_weights"]
+    model, tokenizer = load_finetuned(str(folder), TASKS[task])
+    rows = TASKS[task].read_splits(str(data))["validation"]
+    features = TASKS[task].encode(rows, tokenizer, labels_of(model, TASKS[task]), 64, options_of(model, TASKS[task]))
+    columns = ("input_ids", "attention_mask", "subject_start", "object_start")
+    found = []
+    with torch.no_grad():
+        for row in features:  # one by one, so that there is no padding
+            inputs = {name: torch.tensor([row[name]]) for name in columns if name in row}
+            output = model(**inputs, output_fusion_weights=True).fusion_weights
+            found.append(torch.stack([output[name].flatten() for name in ("factual", "second")]))
+    expected = torch.cat(found, dim=1).mean(dim=1).tolist()
+    assert weights == pytest.approx(dict(zip(["factual", "second"], expected, strict=True)), abs=1e-4)
+    assert json.loads(run("info", folder, "--json").stdout)["fusion_weights"] == weights
+    assert re.search(
+        f"factual █+ {weights['factual']:.2f}, second █+ {weights['second']:.2f}", run("info", folder).stdout
+    )
 
 
 def test_the_card_has_the_results(trained):
