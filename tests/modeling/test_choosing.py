@@ -154,7 +154,7 @@ def test_data_parallel_is_refused_within_a_statement(model):
             _ = replica.active_knowledge_adapters
 
 
-def test_compiled_model_uses_the_adapters_of_the_statement(build):
+def test_compiled_model_uses_the_adapters_of_the_statement_the_call_and_the_row(build):
     model = build(KAdapterForSequenceClassification, adapters=())
     for name in ("factual", "linguistic"):
         model.add_knowledge_adapter(name, small_adapter(num_hidden_layers=0))
@@ -162,15 +162,17 @@ def test_compiled_model_uses_the_adapters_of_the_statement(build):
     states = torch.randn(3, 4, 5, 32)  # so that the backbone need not be compiled
 
     @torch.no_grad()
-    def both() -> list[torch.Tensor]:
-        return [run(backbone_states=states).logits for run in (compiled, model)]
+    def both(**kwargs) -> list[torch.Tensor]:
+        return [run(backbone_states=states, **kwargs).logits for run in (compiled, model)]
 
     outputs = [both()]
     with model.using_knowledge_adapters("factual"):
         outputs.append(both())
-    outputs.append(both())
+    outputs += [both(), both(knowledge_adapters=["linguistic"])]
+    outputs.append(both(knowledge_adapters=[["factual"], [], ["factual", "linguistic"]]))
     for found, wanted in outputs:
         torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(outputs[-1][0][[0, 2]], torch.stack([outputs[1][0][0], outputs[0][0][2]]))
     assert not torch.allclose(outputs[0][0], outputs[1][0]) and torch.allclose(outputs[0][0], outputs[2][0])
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import assert_same_weights, batch, disturb, small_adapter
+from peft import LoraConfig
 from torch.nn import functional as F
 
 from kadapter_hf import KAdapterConfig, KAdapterConfigError, KAdapterForSequenceClassification, KAdapterModel
@@ -189,6 +190,36 @@ def test_fusion_in_another_precision_than_the_backbone(fusion, values, build):
     model.move_own_parts(torch.bfloat16)
     found = model(**batch()).last_hidden_state
     assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@every_kind
+def test_compiled_fusion_computes_and_trains_as_without_it(fusion, values):
+    """In one graph, which `fullgraph` demands."""
+    torch._dynamo.reset()
+    gradients = []
+    for compiled in (False, True):
+        module = new_fusion(fusion, values)
+        disturb(module)
+        run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+        state, adapters = states()
+        fused = run(state.requires_grad_(), adapters)
+        fused.square().sum().backward()
+        gradients.append([fused, state.grad, *(parameter.grad for parameter in module.parameters())])
+    for found, wanted in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("fusion", ["gate", "attention"])
+def test_lora_on_top_trains_is_saved_and_comes_back(fusion, build, tmp_path):
+    model = build(KAdapterForSequenceClassification, fusion=fusion)
+    model.add_knowledge_adapter("terms", small_adapter(num_hidden_layers=0))
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.train()(**batch(), labels=torch.tensor([0, 1, 0])).loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_" in name)
+    model.eval().save_pretrained(tmp_path)
+    found = KAdapterForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(found(**batch()).logits, model(**batch()).logits)
 
 
 # ---- Impossible values ----------------------------------------------------------------------------------------------

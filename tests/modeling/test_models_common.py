@@ -596,13 +596,14 @@ def test_half_precision_backbone_trains_full_precision_adapters(model_class, bui
 
 
 @each_kind
-@pytest.mark.parametrize("freeze_backbone", [True, False])
-def test_gradient_checkpointing_changes_neither_output_nor_gradients(model_class, freeze_backbone, build):
+@pytest.mark.parametrize(("freeze_backbone", "fusion"), [(True, "concat"), (False, "concat"), (True, "attention")])
+def test_gradient_checkpointing_changes_neither_output_nor_gradients(model_class, freeze_backbone, fusion, build):
     inputs = inputs_for(model_class, padding=2)
     gradients = []
     outputs = []
     for checkpointing in (False, True):
-        model = build(model_class, freeze_backbone=freeze_backbone)
+        model = build(model_class, freeze_backbone=freeze_backbone, fusion=fusion)
+        model.add_knowledge_adapter("terms", small_adapter(num_hidden_layers=0))
         if checkpointing:
             model.gradient_checkpointing_enable()
             assert model.is_gradient_checkpointing

@@ -1,6 +1,7 @@
 """A saved K-Adapter loads with its own code, by `trust_remote_code=True`, without this package installed."""
 
 import ast
+import itertools
 import json
 import os
 import shutil
@@ -55,10 +56,10 @@ def run(source: Path, target: Path, mode: str, modules: Path) -> dict:
 def saved(tmp_path_factory, backbone) -> Path:
     """A folder for each class, written by the installed package."""
     place = tmp_path_factory.mktemp("saved")
-    for model_class in ALL_CLASSES:
+    for model_class, fusion in zip(ALL_CLASSES, itertools.cycle(("concat", "attention", "gate", "add")), strict=False):
         set_seed(0)
-        adapters = {name: small_adapter() for name in ("factual", "linguistic")}
-        model = model_class.from_backbone(backbone, adapters=adapters)
+        adapters = {"factual": small_adapter(), "linguistic": small_adapter(num_hidden_layers=0)}
+        model = model_class.from_backbone(backbone, adapters=adapters, fusion=fusion)
         disturb(model.adapters)
         inputs = inputs_for(model_class)
         if model_class is kadapter_hf.KAdapterForSequenceClassification:

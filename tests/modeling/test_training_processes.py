@@ -171,27 +171,33 @@ def train_side_by_side(settings: dict, tmp_path: Path, *flags: str, processes: i
 
 
 @pytest.mark.parametrize(
-    ("head", "active", "freeze_backbone", "arguments"),
+    ("head", "active", "freeze_backbone", "arguments", "fusion"),
     [
-        ("KAdapterForTokenClassification", ["factual"], False, {}),
+        ("KAdapterForTokenClassification", ["factual"], False, {}, "concat"),
+        pytest.param(
+            "KAdapterForTokenClassification", ["factual", "linguistic"], True, {}, "attention", marks=pytest.mark.slow
+        ),
+        pytest.param("KAdapterForSequenceClassification", ["factual"], True, {}, "gate", marks=pytest.mark.slow),
         pytest.param(
             "KAdapterForMaskedLM",
             ["factual", "linguistic"],
             True,
             {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+            "concat",
             marks=pytest.mark.slow,
         ),
-        pytest.param("KAdapterForMaskedLM", ["linguistic"], False, {}, marks=pytest.mark.slow),
-        pytest.param("KAdapterForSequenceClassification", [], False, {}, marks=pytest.mark.slow),
+        pytest.param("KAdapterForMaskedLM", ["linguistic"], False, {}, "concat", marks=pytest.mark.slow),
+        pytest.param("KAdapterForSequenceClassification", [], False, {}, "concat", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_as_one_does(head, active, freeze_backbone, arguments, backbone, tmp_path):
+def test_two_processes_train_as_one_does(head, active, freeze_backbone, arguments, fusion, backbone, tmp_path):
     settings = {
         "backbone": backbone,
         "head": head,
         "active": active,
         "freeze_backbone": freeze_backbone,
         "arguments": arguments,
+        "fusion": fusion,
     }
     wrapped = train_side_by_side(settings, tmp_path, "--multi_gpu")  # the launcher's term, with or without GPUs
     assert "DistributedDataParallel" in wrapped

@@ -25,6 +25,7 @@ from kadapter_hf import (
 SETTINGS = {
     "head": "KAdapterForTokenClassification",
     "active": ["factual", "linguistic"],
+    "fusion": "concat",
     "freeze_backbone": True,
     "dropout": True,
     "stop_after": None,  # the step after which to wait to be killed
@@ -90,6 +91,7 @@ def main(settings: dict) -> Trainer:
     model = head.from_backbone(
         settings["backbone"],
         adapters={name: KnowledgeAdapterConfig(**SIZES) for name in ("factual", "linguistic")},
+        fusion=settings["fusion"],
         freeze_backbone=settings["freeze_backbone"],
         **({} if head is KAdapterForMaskedLM else {"num_labels": 3}),
     )
