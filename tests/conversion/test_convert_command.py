@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, contents
+from conftest import TINY, batch, contents
 from transformers import AutoModelForSequenceClassification, RobertaModel
 from typer.testing import CliRunner
 
@@ -160,6 +160,22 @@ def test_without_its_head_the_adapter_starts_beside_the_backbones_own_state(save
     convert(save(factual()), tmp_path / "out", layers=[0, 2], heads=3, backbone=backbone)
     output = KAdapterModel.from_pretrained(tmp_path / "out")(input_ids=torch.tensor([[0, 9, 8, 2]]))
     torch.testing.assert_close(output.last_hidden_state, output.backbone_last_hidden_state)
+
+
+@pytest.mark.parametrize("fusion", ["gate", "attention"])
+def test_converted_adapters_are_combined_by_any_fusion(fusion, save, tmp_path, backbone):
+    sources = []
+    for name, content in (("factual", factual()), ("linguistic", linguistic())):
+        convert(save(content, name), tmp_path / f"{name}-adapter", layers=[0, 2], heads=3, backbone=backbone)
+        sources.append(str(tmp_path / f"{name}-adapter"))
+    command = ["combine", *sources, "--fusion", fusion, "--output", str(tmp_path / "both")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    model, alone = KAdapterModel.from_pretrained(tmp_path / "both"), KAdapterModel.from_pretrained(sources[1])
+    with torch.no_grad():
+        found, wanted = (of_one(**batch()) for of_one in (model, alone))
+    assert torch.equal(found.knowledge_states["linguistic"], wanted.knowledge_states["linguistic"])
+    assert list(model(**batch(), output_fusion_weights=True).fusion_weights) == ["factual", "linguistic"]
 
 
 def test_the_report_says_what_became_of_each_tensor(save, tmp_path, config_only):

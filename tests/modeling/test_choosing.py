@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ALL_CLASSES, batch, inputs_for, small_adapter
+from conftest import ALL_CLASSES, batch, disturb, inputs_for, small_adapter
 from torch.nn import functional as F
 
 from kadapter_hf import (
@@ -243,6 +243,21 @@ def test_rows_with_their_own_adapters_train_all_that_they_name(build):
     model(**batch(), labels=torch.tensor([0, 1, 0]), knowledge_adapters=rows).loss.backward()
     parameters = [*model.adapters.named_parameters(), *model.fusion.named_parameters()]
     assert all(parameter.grad is not None for name, parameter in parameters)
+
+
+@torch.no_grad()
+def test_dozens_of_small_adapters_are_chosen_among_by_position_and_by_row(build):
+    model = build(adapters=(), fusion="gate", fusion_config={"activation": "softmax", "top_k": 2})
+    names = [f"part{number}" for number in range(64)]
+    for name in names:
+        model.add_knowledge_adapter(name, small_adapter(num_hidden_layers=0, hidden_size=4))
+    disturb(model.adapters)
+    disturb(model.fusion)
+    weights = model(**batch(), output_fusion_weights=True).fusion_weights
+    assert list(weights) == names and ((torch.stack([*weights.values()]) > 0).sum(0) == 2).all()
+    found = model(**batch(), knowledge_adapters=[names[:3], names[5:60], []]).last_hidden_state
+    with model.using_knowledge_adapters(names[5:60]):
+        torch.testing.assert_close(found[1], model(**batch()).last_hidden_state[1], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
