@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -47,6 +48,22 @@ def kind_of_machine(device: torch.device) -> str:
     units = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
     found = next((unit for unit in units if capabilities.get(unit)), platform.machine())
     return f"{os.cpu_count()}-cores-{found.replace('_', '-')}"
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts the measurement that `peak_memory` returns; on a CPU, Linux does it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that was used since `reset_peak`, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
