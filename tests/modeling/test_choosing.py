@@ -154,7 +154,7 @@ def test_data_parallel_is_refused_within_a_statement(model):
             _ = replica.active_knowledge_adapters
 
 
-def test_compiled_model_uses_the_adapters_of_the_statement_the_call_and_the_row(build):
+def test_compiled_model_uses_the_adapters_of_the_statement_and_of_the_row(build):
     model = build(KAdapterForSequenceClassification, adapters=())
     for name in ("factual", "linguistic"):
         model.add_knowledge_adapter(name, small_adapter(num_hidden_layers=0))
@@ -168,12 +168,11 @@ def test_compiled_model_uses_the_adapters_of_the_statement_the_call_and_the_row(
     outputs = [both()]
     with model.using_knowledge_adapters("factual"):
         outputs.append(both())
-    outputs += [both(), both(knowledge_adapters=["linguistic"])]
     outputs.append(both(knowledge_adapters=[["factual"], [], ["factual", "linguistic"]]))
     for found, wanted in outputs:
         torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(outputs[-1][0][[0, 2]], torch.stack([outputs[1][0][0], outputs[0][0][2]]))
-    assert not torch.allclose(outputs[0][0], outputs[1][0]) and torch.allclose(outputs[0][0], outputs[2][0])
+    assert not torch.allclose(outputs[0][0], outputs[1][0])
 
 
 # ---- For a call, and for each row -----------------------------------------------------------------------------------

@@ -137,14 +137,13 @@ def test_new_fusion_is_close_to_the_backbone_and_every_adapter_reaches_its_outpu
 
 
 @every_kind
-def test_fusion_of_a_model_from_a_configuration_starts_as_one_from_a_backbone(fusion, values, build):
-    model = KAdapterModel.from_backbone(
-        build(adapters=()).backbone, dict.fromkeys(NAMES, small_adapter()), fusion=fusion, fusion_config=values
+@torch.no_grad()
+def test_fusion_of_a_model_from_a_configuration_starts_as_one_from_a_backbone(fusion, values, backbone):
+    adapters = dict.fromkeys(NAMES, small_adapter())
+    model = KAdapterModel.from_backbone(backbone, adapters, fusion=fusion, fusion_config=values)
+    torch.testing.assert_close(
+        KAdapterModel(model.config).fusion(*states()), model.fusion(*states()), rtol=0, atol=0.05
     )
-    again = KAdapterModel(model.config)
-    for (name, found), wanted in zip(again.fusion.named_parameters(), model.fusion.parameters(), strict=True):
-        torch.testing.assert_close(found.mean(), wanted.mean(), atol=0.01, rtol=0, msg=name)
-        torch.testing.assert_close(found.std(correction=0), wanted.std(correction=0), atol=0.02, rtol=0, msg=name)
 
 
 # ---- In a model -----------------------------------------------------------------------------------------------------
