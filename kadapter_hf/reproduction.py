@@ -321,7 +321,7 @@ def draw(tasks: Sequence[str], models: Sequence[str], found: dict[tuple[str, str
             label=model,
         )
     axes.set_xticks(range(len(tasks)), tasks)
-    axes.set(ylabel="test metric, percent")
+    axes.set(ylabel="metric, percent")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
