@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.figure
 import torch
 from _common import peak_memory, print_table, reset_peak
-from speed import Batch, Bench, collate, fused_adamw
+from _setting import Batch, Bench, collate, fused_adamw
 from transformers import logging
 
 

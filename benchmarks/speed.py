@@ -5,7 +5,7 @@ Random weights; the default adapters; batches of 16 texts of 18 to 64 tokens, as
 things in one run: the ratio is what counts, as seconds depend on the machine. Medians over the steps after two for warm-up.
 Writes the figures to --output as JSON, and compares the ratios with those committed for the same kind of machine.
 
-    python benchmarks/speed.py [--device cuda] [--rows pretraining lora …]
+    python benchmarks/setting.py [--device cuda] [--rows pretraining lora …]
 """
 
 import argparse
@@ -16,153 +16,36 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from _common import in_fresh_process, kind_of_machine, machine, peak_memory, reset_peak  # noqa: F401
-from _original import OriginalKAdapter, optimizer as original_optimizer
+from _common import in_fresh_process, kind_of_machine, machine
+from _original import optimizer as original_optimizer
+from _setting import (
+    BF16,
+    FLOAT32,
+    LABELS,
+    PRECISIONS,
+    WARM_UP,
+    Batch,
+    Bench,
+    Lora,
+    Padding,
+    Precision,
+    collate,
+    fused_adamw,
+    multiply_adds,
+)
 from datasets import Dataset
-from torch import nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel, RobertaModel, logging
+from transformers import logging
 
-from kadapter_hf import KAdapterConfig, KAdapterForRelationClassification, KnowledgeAdapterConfig
+from kadapter_hf import KAdapterForRelationClassification
 from kadapter_hf.activations import ROW, CachedActivationsCollator, cached_activations
-from kadapter_hf.precision import cast_backbone, fast_dtype
 
 
-LABELS, LENGTH, SHORTEST, WARM_UP = 430, 64, 18, 2
 BASELINES = Path(__file__).parent / "baselines"
 WORSE = 0.85  # a ratio below this share of the committed one is marked
-Batch = dict[str, torch.Tensor]
-
-
-class Bench:
-    """What all rows share: the device, the sizes, and the texts."""
-
-    def __init__(self, device: str, steps: int, batch_size: int, layers: int):
-        self.device, self.steps, self.batch_size, self.layers = torch.device(device), steps, batch_size, layers
-        generator = torch.Generator().manual_seed(0)
-        count = batch_size * (steps + WARM_UP)
-        lengths = torch.randint(SHORTEST, LENGTH + 1, (count,), generator=generator).tolist()
-        self.texts = [self.text(length, generator) for length in lengths]
-
-    def text(self, length: int, generator: torch.Generator) -> dict[str, Any]:
-        places = torch.randperm(length, generator=generator)[:2].tolist()
-        ids = torch.randint(5, 50_000, (length,), generator=generator).tolist()
-        label = torch.randint(0, LABELS, (1,), generator=generator).item()
-        return {"input_ids": ids, "subject_start": places[0], "object_start": places[1], "labels": label}
-
-    def batches(self, padded: bool = False) -> list[Batch]:
-        """The texts in batches: padded to the maximum length, or of similar length and padded to the longest of each."""
-        texts = self.texts if padded else sorted(self.texts, key=lambda text: len(text["input_ids"]))
-        made = [
-            collate(texts[start : start + self.batch_size], LENGTH if padded else None)
-            for start in range(0, len(texts), self.batch_size)
-        ]
-        order = torch.randperm(len(made), generator=torch.Generator().manual_seed(1)).tolist()
-        return [{name: tensor.to(self.device) for name, tensor in made[place].items()} for place in order]
-
-    def backbone(self) -> PreTrainedModel:
-        config = KAdapterConfig().backbone_config
-        config.num_hidden_layers = self.layers
-        torch.manual_seed(0)
-        return RobertaModel(config, add_pooling_layer=False).to(self.device)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return fast_dtype(self.device)[0] if name == "auto" else getattr(torch, name)
-
-    def adapter(self, **fields) -> KnowledgeAdapterConfig:
-        return KnowledgeAdapterConfig(backbone_layers=[0, self.layers // 2 - 1, self.layers - 2], **fields)
-
-    def model(
-        self, adapters: int = 1, dtype: str = "auto", model_class: Any = KAdapterForRelationClassification, **fields
-    ) -> Any:
-        """With a frozen backbone in `dtype`."""
-        made = model_class.from_backbone(
-            self.backbone(),
-            {f"adapter{number}": self.adapter() for number in range(adapters)},
-            **{"num_labels": LABELS, "fusion": "add"} | fields,
-        )
-        made = made.to(self.device)
-        cast_backbone(made, dtype, self.device)
-        return made
-
-    def original(self, adapters: int = 1, trained_backbone: bool = False) -> OriginalKAdapter:
-        layers = self.adapter().backbone_layers
-        return OriginalKAdapter(self.backbone(), adapters, LABELS, layers, trained_backbone).to(self.device)
-
-    def seconds(self, work: Callable[[Batch], object], batches: Iterable[Batch]) -> float:
-        """The median time of `work` on a batch."""
-        times, batches = [], list(batches)
-        if self.device.type == "cuda":  # bfloat16 attention prepares itself for each length, which takes up to 0.3 s
-            for batch in batches:
-                work(batch)
-        for batch in batches:
-            self.wait()
-            start = time.perf_counter()
-            work(batch)
-            self.wait()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[WARM_UP:])
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def training(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, autocast: bool = False
-    ) -> Callable[[Batch], None]:
-        """A step of training, with the clipping of gradients that Trainer does."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-        def step(batch: Batch) -> None:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-                output = model(**batch)
-            loss = output if torch.is_tensor(output) else output.loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-
-def collate(texts: list[dict[str, Any]], length: int | None = None) -> Batch:
-    width = length or max(len(text["input_ids"]) for text in texts)
-    ids, mask = torch.ones(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, dtype=torch.long)
-    for row, text in enumerate(texts):
-        ids[row, : len(text["input_ids"])] = torch.tensor(text["input_ids"])
-        mask[row, : len(text["input_ids"])] = 1
-    numbers = {name: torch.tensor([text[name] for text in texts]) for name in texts[0] if name != "input_ids"}
-    return {"input_ids": ids, "attention_mask": mask, **numbers}
-
-
-def fused_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """What Trainer uses by default."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-
-
-class Lora(nn.Module):
-    """LoRA on the queries and values of the same backbone, with the same kind of head on its last state."""
-
-    def __init__(self, bench: Bench, dtype: torch.dtype):
-        from peft import LoraConfig, get_peft_model
-
-        super().__init__()
-        backbone = bench.backbone().to(dtype)
-        width = backbone.config.hidden_size
-        self.backbone = get_peft_model(backbone, LoraConfig(r=8, target_modules=["query", "value"]))
-        self.dense, self.out_proj = nn.Linear(2 * width, width), nn.Linear(width, LABELS)
-        self.to(bench.device)
-
-    def forward(self, subject_start: torch.Tensor, object_start: torch.Tensor, labels: torch.Tensor, **inputs):
-        states = self.backbone(**inputs).last_hidden_state
-        rows = torch.arange(len(labels), device=labels.device)[:, None]
-        pair = states[rows, torch.stack([subject_start, object_start], dim=1)].flatten(1)
-        return F.cross_entropy(self.out_proj(self.dense(pair.to(self.dense.weight.dtype))), labels)
 
 
 # ---- Rows: each yields (name, seconds here, seconds of the baseline, the ratio to reach) ------------------------------
@@ -177,28 +60,28 @@ def original_step(bench: Bench) -> float:
 
 
 @functools.cache
-def lora_step(bench: Bench, dtype: str) -> float:
-    model = Lora(bench, bench.dtype(dtype)).train()
-    return bench.seconds(bench.training(model, fused_adamw(model)), bench.batches())
+def lora_step(bench: Bench, precision: Precision) -> float:
+    model = Lora(bench, bench.dtype(precision.backbone)).train()
+    return bench.seconds(bench.training(model, fused_adamw(model), precision.autocast), bench.batches())
 
 
 @functools.cache
-def our_step(bench: Bench, dtype: str, autocast: bool = False, compiled: bool = False) -> float:
-    model = bench.model(dtype=dtype)
+def our_step(bench: Bench, precision: Precision, compiled: bool = False) -> float:
+    model = bench.model(dtype=precision.backbone)
     model.train_knowledge_adapter("adapter0", train_head=True)
     model.train()
     if compiled:
         model.compile(dynamic=True)
-    return bench.seconds(bench.training(model, fused_adamw(model), autocast), bench.batches())
+    return bench.seconds(bench.training(model, fused_adamw(model), precision.autocast), bench.batches())
 
 
 @functools.cache
-def cached_epochs(bench: Bench, dtype: str, epochs: int = 5) -> float:
-    """Seconds per step and epoch, all in: the states are computed once and read in each epoch."""
-    model = bench.model(dtype=dtype)
+def cached_epochs(bench: Bench, precision: Precision, epochs: int = 5) -> float:
+    """Seconds per batch for all epochs together: the states are computed once and read in each epoch."""
+    model = bench.model(dtype=precision.backbone)
     model.train_knowledge_adapter("adapter0", train_head=True)
     rows = Dataset.from_list(bench.texts[WARM_UP * bench.batch_size :])
-    step = bench.training(model, fused_adamw(model))
+    step = bench.training(model, fused_adamw(model), precision.autocast)
     with tempfile.TemporaryDirectory() as folder:
         collator = CachedActivationsCollator(collate, None)  # type: ignore[arg-type]
         bench.wait()
@@ -216,38 +99,26 @@ def cached_epochs(bench: Bench, dtype: str, epochs: int = 5) -> float:
     return seconds / bench.steps
 
 
-class Padding:
-    """The part of a tokenizer that the cache uses."""
-
-    padding_side = "right"
-
-    def pad(self, rows: list[dict[str, Any]], **kwargs) -> Batch:
-        return collate(rows)
-
-
 def pretraining(bench: Bench) -> Iterator[Row]:
-    for dtype, label in (("float32", "all in float32"), ("auto", "default")):
-        yield f"pre-training step, {label}", our_step(bench, dtype), original_step(bench), 2.0
-    yield "pre-training step, --bf16", our_step(bench, "auto", autocast=True), original_step(bench), None
+    for precision in PRECISIONS:
+        target = None if precision.autocast else 2.0
+        yield f"pre-training step, {precision.label}", our_step(bench, precision), original_step(bench), target
     if bench.device.type == "cuda":
-        compiled = our_step(bench, "auto", autocast=True, compiled=True)
+        compiled = our_step(bench, BF16, compiled=True)
         yield "pre-training step, --bf16 --torch_compile", compiled, original_step(bench), None
 
 
 def cached(bench: Bench) -> Iterator[Row]:
-    for dtype, label in (("float32", "all in float32"), ("auto", "default")):
-        yield f"5 epochs of pre-training, cached, {label}", cached_epochs(bench, dtype), 5 * original_step(bench), 4.5
+    for precision in PRECISIONS:
+        ours = cached_epochs(bench, precision)
+        yield f"5 epochs of pre-training, cached, {precision.label}", ours, 5 * original_step(bench), 4.5
 
 
 def beside_lora(bench: Bench) -> Iterator[Row]:
-    for dtype, label in (("float32", "all in float32"), ("auto", "same dtype of the backbone")):
-        yield f"pre-training step beside LoRA's, {label}", our_step(bench, dtype), lora_step(bench, dtype), 2.0
-        yield (
-            f"5 epochs, cached, beside LoRA's, {label}",
-            cached_epochs(bench, dtype),
-            5 * lora_step(bench, dtype),
-            5.0,
-        )
+    for precision in PRECISIONS:
+        theirs = lora_step(bench, precision)
+        yield f"pre-training step beside LoRA's, {precision.label}", our_step(bench, precision), theirs, 2.0
+        yield f"5 epochs, cached, beside LoRA's, {precision.label}", cached_epochs(bench, precision), 5 * theirs, 5.0
 
 
 def fine_tuning(bench: Bench) -> Iterator[Row]:
@@ -273,41 +144,24 @@ PEAK = f"""
 import json, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
-import speed
+import _setting as setting
+from _common import peak_memory, reset_peak
 kind, device, batch_size, layers = sys.argv[1:]
-bench = speed.Bench(device, 1, int(batch_size), int(layers))
+bench = setting.Bench(device, 1, int(batch_size), int(layers))
 if kind == "lora":
-    model = speed.Lora(bench, torch.float32).train()
+    model = setting.Lora(bench, torch.float32).train()
 else:
     model = bench.model(dtype="float32")
     model.train_knowledge_adapter("adapter0", train_head=True)
     model.train()
-step = bench.training(model, speed.fused_adamw(model))
-batch = speed.collate(bench.texts[:bench.batch_size], speed.LENGTH)
+step = bench.training(model, setting.fused_adamw(model))
+batch = setting.collate(bench.texts[:bench.batch_size], setting.LENGTH)
 batch = {{name: tensor.to(bench.device) for name, tensor in batch.items()}}
-speed.reset_peak(bench.device)
-before = speed.peak_memory(bench.device)
+reset_peak(bench.device)
+before = peak_memory(bench.device)
 step(batch)
-print(json.dumps({{"peak": speed.peak_memory(bench.device) - before}}))
+print(json.dumps({{"peak": peak_memory(bench.device) - before}}))
 """
-
-
-def multiply_adds(batch: Batch, bench: Bench, adapters: int, read: int) -> tuple[float, float]:
-    """Those of the backbone, and those of the adapters if the head reads `read` positions, for one batch."""
-    rows, length = batch["input_ids"].shape
-    config, adapter = KAdapterConfig().backbone_config, bench.adapter()
-    width, inner, tokens = config.hidden_size, adapter.hidden_size, rows * length
-
-    def layer(size: int, feed_forward: int, queries: int) -> float:
-        keys_and_values = tokens * 2 * size**2
-        return keys_and_values + queries * (2 * size**2 + 2 * size * feed_forward + 2 * length * size)
-
-    backbone = bench.layers * layer(width, config.intermediate_size, tokens)
-    number = len(adapter.backbone_layers) * adapter.num_hidden_layers
-    inside = (number - 1) * layer(inner, adapter.intermediate_size, tokens)
-    inside += layer(inner, adapter.intermediate_size, rows * read)
-    projections = width * inner * (tokens * (2 * len(adapter.backbone_layers) - 1) + rows * read)
-    return backbone, adapters * (inside + projections)
 
 
 @functools.cache
@@ -323,12 +177,11 @@ def limit(bench: Bench) -> Iterator[Row]:
     batches = bench.batches()[WARM_UP:]
     counts = [multiply_adds(batch, bench, adapters=1, read=2) for batch in batches]
     backbone, adapter = (statistics.median(part) for part in zip(*counts, strict=True))
-    for dtype, label in (("float32", "all in float32"), ("auto", "default")):
-        least = backbone / rate(bench, bench.dtype(dtype)) + 3 * adapter / rate(bench, torch.float32)
-        yield f"pre-training step beside its multiply-adds at full rate, {label}", our_step(bench, dtype), least, None
-    least = (backbone + 3 * adapter) / rate(bench, torch.bfloat16)
-    ours = our_step(bench, "auto", autocast=True)
-    yield "pre-training step beside its multiply-adds at full rate, --bf16", ours, least, None
+    for precision in PRECISIONS:
+        of_adapter = torch.bfloat16 if precision.autocast else torch.float32
+        least = backbone / rate(bench, bench.dtype(precision.backbone)) + 3 * adapter / rate(bench, of_adapter)
+        ours = our_step(bench, precision)
+        yield f"pre-training step beside its multiply-adds at full rate, {precision.label}", ours, least, None
 
 
 @torch.no_grad()
@@ -357,8 +210,8 @@ def many_adapters(bench: Bench) -> Iterator[Row]:
 
 def sharing_states(bench: Bench, runs: int = 4) -> Iterator[Row]:
     """Several runs on one corpus, such as with other learning rates, share the states of the backbone."""
-    more = cached_epochs(bench, "float32", runs)
-    whole = our_step(bench, "float32")
+    more = cached_epochs(bench, FLOAT32, runs)
+    whole = our_step(bench, FLOAT32)
     model = bench.model(dtype="float32").eval()
     with torch.no_grad():
         names = ("input_ids", "attention_mask")
