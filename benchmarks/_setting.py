@@ -16,7 +16,7 @@ from kadapter_hf import KAdapterConfig, KAdapterForRelationClassification, Knowl
 from kadapter_hf.precision import cast_backbone, fast_dtype
 
 
-LABELS, LENGTH, SHORTEST, WARM_UP = 430, 64, 18, 2
+LABELS, LENGTH, SHORTEST, WARM_UP = 430, 64, 18, 1
 Batch = dict[str, torch.Tensor]
 
 

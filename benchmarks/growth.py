@@ -34,7 +34,7 @@ def measured(bench: Bench, adapters: int, length: int, steps: int = 1) -> tuple[
     step(batch)  # which makes the optimizer's state, part of the weights here
     reset_peak(bench.device)
     before = peak_memory(bench.device)
-    seconds = bench.seconds(work, [batch] * (bench.steps + 2))
+    seconds = bench.seconds(work, [batch] * (bench.steps + 1))
     return seconds, (peak_memory(bench.device) - before) / 1e9
 
 

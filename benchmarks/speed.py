@@ -2,7 +2,7 @@
 Time and memory of training and running a K-Adapter of roberta-large's size, beside the original's way and LoRA.
 
 Random weights; the default adapters; batches of 16 texts of 18 to 64 tokens, as T-REx's sentences are. Each row compares two
-things in one run: the ratio is what counts, as seconds depend on the machine. Medians over the steps after two for warm-up.
+things in one run: the ratio is what counts, as seconds depend on the machine. Medians over the steps after one for warm-up.
 Writes the figures to --output as JSON, and compares the ratios with those committed for the same kind of machine.
 
     python benchmarks/setting.py [--device cuda] [--rows pretraining lora …]
