@@ -75,6 +75,13 @@ class ExtractiveQAOptions(Options):
     max_passages: int | None = field(
         default=None, metadata={"help": "Use only the first passages of each question. Default: all."}
     )
+    null_score_diff_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "For questions that may have no answer, as in SQuAD 2: the answer is empty if the score of the first token "
+            "exceeds that of the best span by more than this; 0 is a good start. Default: every question has an answer."
+        },
+    )
 
     def __post_init__(self):
         if self.aggregation not in ("best", "sum"):
@@ -179,6 +186,9 @@ class ExtractiveQATask(Task):
     """
     SQuAD's JSON, or rows with `question`, `context` and `answers` (as in SQuAD) or `answer` (its text, whose first occurrence
     is taken). Metrics are over the questions that have an answer.
+
+    With `null_score_diff_threshold`, questions without one (`is_impossible`, or an empty list) are trained towards the first
+    token of each window, and count as in the official scorer of SQuAD 2.0.
     """
 
     schema = EXTRACTIVE_QA
@@ -226,15 +236,20 @@ class ExtractiveQATask(Task):
                     kept.append(number)
             rows = rows.select(kept)
         if training:
-            found = {
-                name for name, answers in zip(rows["id"][:], rows["answers"][:], strict=True) if _is_there(answers)
-            }
+            pairs = list(zip(rows["id"][:], rows["answers"][:], strict=True))
+            found = {name for name, answers in pairs if _is_there(answers)}
+            nothing = {name for name, answers in pairs if not answers["text"]}
+            if options.null_score_diff_threshold is not None:
+                found |= nothing
             kept = [number for number, name in enumerate(rows["id"][:]) if name in found]
             if len(kept) < len(rows):
-                questions = len(set(rows["id"][:]))
-                logger.warning(
-                    f"{questions - len(found)} of {questions} questions are not trained on, as no passage has their answer."
+                total = len(set(rows["id"][:]))
+                message = (
+                    f"{total - len(found)} of {total} questions are not trained on, as no passage has their answer."
                 )
+                if nothing - found:
+                    message += " For questions that have none, as in SQuAD 2, add --null_score_diff_threshold 0."
+                logger.warning(message)
                 rows = rows.select(kept)
         return rows
 
@@ -243,14 +258,28 @@ class ExtractiveQATask(Task):
         right: dict[str, set[str]] = defaultdict(set)
         for name, answers in zip(names, rows["answers"][:], strict=True):
             right[name].update(answers["text"])
-        right = {name: answers for name, answers in right.items() if answers}
+        groups = {"HasAns": [name for name, answers in right.items() if answers]}
+        if options.null_score_diff_threshold is not None:
+            groups["NoAns"] = [name for name, answers in right.items() if not answers]
+            right = {name: set(filter(normalized, answers)) or {""} for name, answers in right.items()}
 
         def compute(prediction) -> dict[str, float]:
             found = self.predictions(prediction.predictions, rows, features, labels, options)
             texts = {names[number]: answer["prediction"] for number, answer in found.items()}
-            scores = [(exact_match(texts[name], right[name]), token_f1(texts[name], right[name])) for name in right]
-            em, f1 = np.mean(scores, axis=0) if scores else (0.0, 0.0)
-            return {"exact_match": float(em), "f1": float(f1)}
+
+            def means(of_some: Sequence[str]) -> tuple[float, float]:
+                scores = [
+                    (exact_match(texts[name], right[name]), token_f1(texts[name], right[name])) for name in of_some
+                ]
+                em, f1 = np.mean(scores, axis=0) if scores else (0.0, 0.0)
+                return float(em), float(f1)
+
+            em, f1 = means([name for group in groups.values() for name in group])
+            metrics = {"exact_match": em, "f1": f1}
+            for group, of_group in groups.items():
+                if len(groups) > 1 and of_group:
+                    metrics[f"{group}_exact"], metrics[f"{group}_f1"] = means(of_group)
+            return metrics
 
         return compute
 
@@ -261,9 +290,13 @@ class ExtractiveQATask(Task):
         return "answers.json", json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
 
     def predictions(self, logits, rows, features, labels, options: ExtractiveQAOptions):  # type: ignore[override]
-        """One for each question, at its first row: the answer, the row that it is from, and its probability."""
+        """
+        One for each question, at its first row: the answer, the row that it is from, and its probability. No answer competes as
+        an empty text, with the lowest score of the first token in any window.
+        """
         starts, ends = logits[:2]
-        candidates: dict[str, list[tuple[float, str, int]]] = {}
+        candidates: dict[str, list[tuple[float, str, int | None]]] = {}
+        null_scores: dict[str, float] = defaultdict(lambda: float("inf"))
         first_row: dict[str, int] = {}
         names, contexts = rows["id"][:], rows["context"][:]
         for number, name in enumerate(names):
@@ -272,8 +305,11 @@ class ExtractiveQATask(Task):
         for window, (row, offsets) in enumerate(zip(features["row"], features["offsets"], strict=True)):
             spans = best_spans(starts[window], ends[window], offsets, options.max_answer_length)
             candidates[names[row]] += [(score, contexts[row][start:end], row) for score, start, end in spans]
+            null_scores[names[row]] = min(null_scores[names[row]], float(starts[window][0] + ends[window][0]))
         found = {}
         for name, row in first_row.items():
+            if options.null_score_diff_threshold is not None:
+                candidates[name].append((null_scores[name] - options.null_score_diff_threshold, "", None))
             answer, probability, source = aggregated(candidates[name], options.aggregation)
             found[row] = {"prediction": answer, "score": probability, "row": source}
         return found
@@ -298,7 +334,7 @@ def best_spans(
     return sorted(found, key=lambda span: -span[0])[:BEST]
 
 
-def aggregated(candidates: Sequence[tuple[float, str, int]], aggregation: str) -> tuple[str, float, int | None]:
+def aggregated(candidates: Sequence[tuple[float, str, int | None]], aggregation: str) -> tuple[str, float, int | None]:
     """
     The answer of all candidates (score, text and row), its probability among them, and its row; an empty text if there are
     none. With `sum`, candidates of the same `normalized` text count together.
@@ -330,6 +366,8 @@ def _squad(articles: Sequence[Any]) -> Named:
 
 def _answers(record: Mapping[str, Any], context: str) -> dict[str, list] | None:
     given = parsed(find(record, ("answers", "answer")))
+    if str(find(record, ("is_impossible",))).lower() in ("true", "1"):
+        given = []
     if given is None:
         return None
     if isinstance(given, Mapping):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -119,17 +120,20 @@ class Task:
         Raises:
             ValueError: a row can't be used; the message names the file, the row and the field.
         """
-        name = "the data set" if isinstance(source, Dataset) else str(source)
-        found = self._records_of(source)
-        schema = self.schema if labelled else self.schema.without_labels()
-        return build(name, schema, (self._checked(*record, labelled) for record in found), not skip_bad_rows)
+        return self._built(source, self._records_of(source), labelled, skip_bad_rows)
 
     def _records_of(self, source: str | Path | Dataset) -> Named:
         return dataset_records(source) if isinstance(source, Dataset) else self.records(Path(source))
 
-    def _is_labelled(self, source: str | Path | Dataset) -> bool:
-        """Whether the first record has labels; also if it can't be used, which is an error elsewhere."""
-        _, record = next(self._records_of(source), ("", ""))
+    def _built(
+        self, source: str | Path | Dataset, found: Named, labelled: bool, skip_bad_rows: bool
+    ) -> tuple[Dataset, Report]:
+        schema = self.schema if labelled else self.schema.without_labels()
+        checked = (self._checked(*record, labelled) for record in found)
+        return build(source_name(source), schema, checked, not skip_bad_rows)
+
+    def _is_labelled(self, record: dict[str, Any] | str) -> bool:
+        """Whether a record has labels; also if it can't be used, which is an error elsewhere."""
         try:
             return isinstance(record, str) or self.row(record).get(self.schema.labels) is not None
         except RowProblem:
@@ -160,18 +164,22 @@ class Task:
         Raises:
             ValueError: nothing can be read there, or a row can't be used.
         """
-        found = find_splits(data, self.endings)
         sources: dict[str, list[Any]] = {
-            split: [parts] if isinstance(parts, Dataset) else list(parts) for split, parts in found.items()
+            split: [parts] if isinstance(parts, Dataset) else list(parts)
+            for split, parts in find_splits(data, self.endings).items()
         }
         splits = DatasetDict()
         for split, parts in sources.items():
-            if split == "test" and not self._is_labelled(parts[0]):
-                logger.warning(
-                    f"The test rows of '{data}' have no labels and are left out; `kadapter predict` takes them."
-                )
-                continue
-            read = [self.read(part, skip_bad_rows=skip_bad_rows) for part in parts]
+            records = [self._records_of(part) for part in parts]
+            if split == "test":
+                first = list(islice(records[0], 1))
+                if first and not self._is_labelled(first[0][1]):
+                    logger.warning(
+                        f"The test rows of '{data}' have no labels and are left out; `kadapter predict` takes them."
+                    )
+                    continue
+                records[0] = chain(first, records[0])
+            read = [self._built(part, found, True, skip_bad_rows) for part, found in zip(parts, records, strict=True)]
             for part, (_, report) in zip(parts, read, strict=True):
                 warn_of_dropped(part, report)
             splits[split] = concatenate_datasets([rows for rows, _ in read])
@@ -281,6 +289,13 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def warn_of_dropped(source: Any, report: Report) -> None:
+def source_name(source: str | Path | Dataset) -> str:
+    """What messages call a file or a data set."""
+    if not isinstance(source, Dataset):
+        return str(source)
+    return f"split '{source.split}'" if source.split else "the data set"
+
+
+def warn_of_dropped(source: str | Path | Dataset, report: Report) -> None:
     if report.dropped:
-        logger.warning(f"'{source}': {sum(report.dropped.values())} rows are skipped: {report.reasons()}")
+        logger.warning(f"{source_name(source)}: {sum(report.dropped.values())} rows are skipped: {report.reasons()}")

@@ -1,4 +1,7 @@
-"""A small Hugging Face Hub that runs inside a test: the part of its HTTP interface that `huggingface_hub` uses for models."""
+"""
+A small Hugging Face Hub that runs inside a test: the part of its HTTP interface that `huggingface_hub` uses for models, and
+`datasets` to read data sets. Both kinds of repositories share their names.
+"""
 
 import base64
 import fnmatch
@@ -262,6 +265,7 @@ class HubServer:
 
     def answer(self, request: Request, quoted_path: str) -> Reply:
         self.log.append(request)
+        quoted_path = re.sub("^(/api)?/datasets/", lambda found: "/api/models/" if found[1] else "/", quoted_path)
         try:
             failure = self._fault("fail", request)
             if failure is not None:

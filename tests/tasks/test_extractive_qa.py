@@ -1,7 +1,10 @@
 """Answers from passages: windows, positions, aggregation and the metrics, with values worked out by hand."""
 
+import json
+
 import numpy as np
 import pytest
+from datasets import Dataset
 from transformers import EvalPrediction
 
 from kadapter_hf.tasks import TASKS
@@ -127,8 +130,6 @@ def test_exact_match_and_f1(found, answers, em, f1):
 
 
 def test_metrics_count_each_question_once_however_many_passages_it_has(tokenizer):
-    from datasets import Dataset
-
     task = TASKS["search-qa"]
     passages = [("q1", "the cat sat"), ("q1", "in rome"), ("q2", "in paris"), ("q3", "on the mat")]
     answers = {"q1": ["rome"], "q2": ["vienna"], "q3": []}
@@ -158,8 +159,6 @@ def test_metrics_count_each_question_once_however_many_passages_it_has(tokenizer
 
 
 def test_questions_without_an_answer_are_not_trained_on(caplog):
-    from datasets import Dataset
-
     rows = Dataset.from_list(
         [
             {"id": "q1", "answers": {"text": ["rome"], "answer_start": [-1]}},
@@ -171,3 +170,95 @@ def test_questions_without_an_answer_are_not_trained_on(caplog):
     assert task.used_rows(rows, ExtractiveQAOptions(), training=True)["id"] == ["q1", "q1"]
     assert task.used_rows(rows, ExtractiveQAOptions(), training=False)["id"] == ["q1", "q1", "q2"]
     assert task.used_rows(rows, ExtractiveQAOptions(max_passages=1), training=False)["id"] == ["q1", "q2"]
+
+
+# ---- No answer, by the definitions of SQuAD 2.0 -------------------------------------------------------------------------
+
+MAY_HAVE_NONE = ExtractiveQAOptions(null_score_diff_threshold=0.0)
+CITIES = ["rome", "paris", "vienna", "the"]
+
+
+def cities(answers: list[list[str]], tokenizer):
+    """A question about each city; its text is the name alone. Returns the rows and their features."""
+    rows = Dataset.from_list(
+        [
+            {
+                "id": f"q{number}",
+                "question": "where ?",
+                "context": city,
+                "answers": {"text": right, "answer_start": [0] * len(right)},
+            }
+            for number, (city, right) in enumerate(zip(CITIES, answers, strict=False))
+        ],
+        features=TASKS["extractive-qa"].schema.features,
+    )
+    return rows, TASKS["extractive-qa"].encode(rows, tokenizer, [], 32)
+
+
+def logits_with(features, spans: list[float], nulls: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends that sum up to these scores for the only span and for the first token of each window."""
+    scores = np.full((len(features), max(map(len, features["input_ids"]))), -99.0)
+    for window, offsets in enumerate(features["offsets"]):
+        scores[window, 0] = nulls[window] / 2
+        scores[window, [place for place, (start, _) in enumerate(offsets) if start >= 0]] = spans[window] / 2
+    return scores, scores
+
+
+def test_squad_2_and_tables_say_that_a_question_has_no_answer(tmp_path):
+    impossible = {"id": "1", "question": "where ?", "answers": [], "is_impossible": True}
+    impossible["plausible_answers"] = [{"text": "rome", "answer_start": 3}]
+    possible = {"id": "2", "question": "where ?", "answers": [{"text": "rome", "answer_start": 3}]}
+    paragraph = {"context": "in rome", "qas": [impossible, possible | {"is_impossible": False}]}
+    (tmp_path / "a.json").write_text(json.dumps({"version": "v2.0", "data": [{"paragraphs": [paragraph]}]}))
+    table = "id,question,context,answer,is_impossible\n1,where ?,in rome,,True\n2,where ?,in rome,rome,False\n"
+    (tmp_path / "b.csv").write_text(table)
+    wanted = [{"text": [], "answer_start": []}, {"text": ["rome"], "answer_start": [3]}]
+    for name in ("a.json", "b.csv"):
+        assert TASKS["extractive-qa"].read(tmp_path / name)[0]["answers"][:] == wanted
+
+
+def test_questions_without_an_answer_are_trained_towards_the_first_token(tokenizer, caplog):
+    rows, features = cities([["rome"], []], tokenizer)
+    assert features["start_positions"][1] == features["end_positions"][1] == 0
+    used = TASKS["extractive-qa"].used_rows
+    assert used(rows, MAY_HAVE_NONE, training=True)["id"] == ["q0", "q1"]
+    assert not caplog.messages
+    assert used(rows, ExtractiveQAOptions(), training=True)["id"] == ["q0"]
+    assert "1 of 2 questions are not trained on" in caplog.text and "--null_score_diff_threshold 0" in caplog.text
+
+
+@pytest.mark.parametrize("aggregation", ["best", "sum"])
+@pytest.mark.parametrize("threshold, found", [(0.0, ["rome", "", ""]), (1.5, ["rome", "paris", ""]), (-1.5, [""] * 3)])
+def test_the_answer_is_empty_if_the_first_token_exceeds_the_best_span_by_more_than_the_threshold(
+    threshold, found, aggregation, tokenizer
+):
+    rows, features = cities([[]] * 3, tokenizer)
+    logits = logits_with(features, spans=[4.0, 4.0, 4.0], nulls=[3.0, 5.0, 6.0])
+    options = ExtractiveQAOptions(null_score_diff_threshold=threshold, aggregation=aggregation)
+    predictions = TASKS["extractive-qa"].predictions(logits, rows, features, [], options)
+    assert [predictions[number]["prediction"] for number in range(3)] == found
+
+
+def test_the_window_whose_first_token_scores_least_decides(tokenizer):
+    """The first window is sure that it has no answer, the last one that it has."""
+    rows = Dataset.from_dict({"id": ["q"], "question": ["where ?"], "context": [LONG]})
+    features = TASKS["extractive-qa"].encode(rows, tokenizer, [], 32)
+    windows = len(features)
+    logits = logits_with(features, spans=[1.0] * windows, nulls=[9.0] * (windows - 1) + [0.5])
+    found = TASKS["extractive-qa"].predictions(logits, rows, features, [], MAY_HAVE_NONE)
+    assert found[0]["prediction"] != ""
+
+
+def test_metrics_are_those_of_the_official_scorer(tokenizer):
+    """An empty prediction is right for a question without an answer, and for one whose answers are articles alone."""
+    rows, features = cities([["rome"], [], [], ["the"]], tokenizer)
+    logits = logits_with(features, spans=[5.0, 1.0, 5.0, 1.0], nulls=[1.0, 5.0, 1.0, 5.0])  # rome, "", vienna, ""
+    compute = TASKS["extractive-qa"].metrics_on(rows, features, [], MAY_HAVE_NONE)
+    assert compute(EvalPrediction(predictions=logits, label_ids=None)) == {
+        "exact_match": 0.75,
+        "f1": 0.75,
+        "HasAns_exact": 1.0,
+        "HasAns_f1": 1.0,
+        "NoAns_exact": 0.5,
+        "NoAns_f1": 0.5,
+    }

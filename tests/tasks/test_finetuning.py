@@ -128,6 +128,19 @@ def test_the_table_by_class_counts_as_the_predictions_do(trained):
     assert (folder / "confusion_matrix.png").stat().st_size > 1000
 
 
+def test_a_model_that_may_answer_nothing_does_so_after_loading(backbones, tmp_path):
+    rows = [{"question": "where ?", "context": text, "answer": other} for text, _, other, _ in FACTS[:3]]
+    rows.append({"question": "where ?", "context": FACTS[3][0], "answer": []})
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--null_score_diff_threshold", "-1000", "--output_dir", str(tmp_path / "model"), *STEPS)
+    metrics = main(["extractive-qa", "--data", str(tmp_path), "--backbone", backbones["roberta"], *flags])
+    assert metrics["test"].items() >= {"exact_match": 0.25, "HasAns_f1": 0.0, "NoAns_f1": 1.0}.items()
+    model, tokenizer = load_finetuned(str(tmp_path / "model"), TASKS["extractive-qa"])
+    (answer,) = predict(model, tokenizer, [{"question": "where ?", "context": "dante was born in rome ."}])
+    assert answer["prediction"] == ""
+
+
 def test_cosmos_qa_has_the_leaderboards_file(trained):
     _, folder, _ = trained("cosmos-qa")
     predictions = [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
