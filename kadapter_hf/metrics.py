@@ -5,7 +5,7 @@ Metrics for Trainer: `compute_metrics` functions, or factories for them where th
     Trainer(…, compute_metrics=tacred_metrics(labels))
     Trainer(…, compute_metrics=dependency_metrics(labels), preprocess_logits_for_metrics=decode_for_metrics)
 
-All values are between 0 and 1. Division by zero yields 0.
+All values are between 0 and 1. Division by zero yields 0. A row whose logits are NaN has no prediction: it counts as missed.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,22 +22,30 @@ from .modeling.parsing_kadapter import decode_parse
 
 Metrics = dict[str, float]
 
+# Instead of the class of a row that has no prediction.
+NO_CLASS = -1
+
 
 # ---- Relations ------------------------------------------------------------------------------------------------------
 
 
 def relation_metrics(prediction: EvalPrediction) -> Metrics:
     """
-    `micro_f1` and `macro_f1` over all labels, and `accuracy`, which equals the micro-F1 if each row has a single label.
+    `micro_f1` and `macro_f1` over all labels, and `accuracy`, which equals the micro-F1 if each row has a prediction.
 
     Raises:
         ImportError: scikit-learn is not installed.
     """
     sklearn_metrics = require_scikit_learn()
-    found, right = _classes(prediction)
+    found, right = classes(prediction)
+    labels = np.union1d(right, found[found != NO_CLASS])
+    micro, macro = (
+        float(sklearn_metrics.f1_score(right, found, labels=labels, average=average, zero_division=0))
+        for average in ("micro", "macro")
+    )
     return {
-        "micro_f1": float(sklearn_metrics.f1_score(right, found, average="micro", zero_division=0)),
-        "macro_f1": float(sklearn_metrics.f1_score(right, found, average="macro", zero_division=0)),
+        "micro_f1": micro,
+        "macro_f1": macro,
         "accuracy": float(sklearn_metrics.accuracy_score(right, found)),
     }
 
@@ -71,9 +79,9 @@ def tacred_metrics(labels: Sequence[str], no_relation: str = "no_relation") -> C
     nothing = list(labels).index(no_relation)
 
     def compute(prediction: EvalPrediction) -> Metrics:
-        found, right = _classes(prediction)
+        found, right = classes(prediction)
         correct = ((found == right) & (right != nothing)).sum()
-        precision = _share(correct, (found != nothing).sum())
+        precision = _share(correct, ((found != nothing) & (found != NO_CLASS)).sum())
         recall = _share(correct, (right != nothing).sum())
         return {"micro_precision": precision, "micro_recall": recall, "micro_f1": _f1(precision, recall)}
 
@@ -96,8 +104,8 @@ def semeval_metrics(labels: Sequence[str]) -> Callable[[EvalPrediction], Metrics
     type_of = np.array([types.index(name) for name in names])
 
     def compute(prediction: EvalPrediction) -> Metrics:
-        found, right = _classes(prediction)
-        found_type, right_type = type_of[found], type_of[right]
+        found, right = classes(prediction)
+        found_type, right_type = np.where(found == NO_CLASS, NO_CLASS, type_of[found]), type_of[right]
         official, original = [], []
         for index, name in enumerate(types):
             is_found, is_right = found_type == index, right_type == index
@@ -215,10 +223,12 @@ def _arrays(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(found[0] if isinstance(found, tuple) else found), np.asarray(prediction.label_ids)
 
 
-def _classes(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
-    """The predicted and the correct class of each row; predictions may be logits or classes."""
+def classes(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+    """The predicted and the correct class of each row; predictions may be classes, or logits: `NO_CLASS` if they are NaN."""
     found, right = _arrays(prediction)
-    return (found.argmax(-1) if found.ndim > right.ndim else found), right
+    if found.ndim > right.ndim:
+        found = np.where(np.isnan(found).any(-1), NO_CLASS, found.argmax(-1))
+    return found, right
 
 
 def _share(part: Any, whole: Any) -> float:

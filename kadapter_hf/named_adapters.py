@@ -6,13 +6,14 @@ from pathlib import Path
 
 from .modeling.configuration_kadapter import KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterConfigError
-from .modeling.reading_kadapter import adapter_names, read_adapter
+from .modeling.reading_kadapter import adapter_names, read_adapter_metadata, read_tensors
 from .modeling.sources_kadapter import adapter_file, repository_folder
 
 
 def named_adapters(arguments: Sequence[str]) -> dict[str, tuple[str, KnowledgeAdapterConfig]]:
     """
-    The source and the configuration of each adapter, by name. A SOURCE with several adapters stands for all of them.
+    The source and the configuration of each adapter, by name. A SOURCE with several adapters stands for all of them. Their
+    weights are checked when they are loaded.
 
     Raises:
         KAdapterLoadError: an adapter can't be found or read.
@@ -22,14 +23,16 @@ def named_adapters(arguments: Sequence[str]) -> dict[str, tuple[str, KnowledgeAd
     for argument in arguments:
         name, source = split_name(argument)
         for chosen in [name] if name else _names_in(source):
-            saved = read_adapter(adapter_file(source, chosen))
-            name = chosen or saved.name
+            path = adapter_file(source, chosen)
+            _, metadata = read_tensors(path)  # which are mapped, and not read
+            saved, config, _ = read_adapter_metadata(metadata, path)
+            name = chosen or saved
             if name in found:
                 raise KAdapterConfigError(
                     f"'{found[name][0]}' and '{source}' both have an adapter named '{name}': rename one with NAME=SOURCE, "
                     f"e.g. {name}2={source}."
                 )
-            found[name] = (source, saved.config)
+            found[name] = (source, config)
     return found
 
 

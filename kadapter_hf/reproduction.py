@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import set_seed
@@ -22,6 +23,8 @@ from .finetuning import FinetuningArguments, combination, finetune, load_data, n
 from .lama import PUBLISHED
 from .messages import did_you_mean
 from .modeling.heads_kadapter import KAdapterForMaskedLM
+from .modeling.reading_kadapter import read_adapter
+from .modeling.sources_kadapter import adapter_file
 from .named_adapters import named_adapters
 from .runs import Parser
 from .tasks import TASKS
@@ -212,8 +215,8 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Ca
     """
     Does all runs that are not done yet, and writes `results.md`, `results.csv` and `results.png` after each of them.
 
-    The data of each task is read before the first run, so that a bad file is reported now and not after hours. A run that was
-    stopped goes on from its last checkpoint. Of a finished run, the checkpoints and weights are deleted.
+    The adapters and the data of each task are read before the first run, so that a bad file is reported now and not after
+    hours. A run that was stopped goes on from its last checkpoint. Of a finished run, the checkpoints and weights are deleted.
 
     Args:
         report: called with a line about each run.
@@ -223,6 +226,8 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Ca
     """
     warn_without_matplotlib("results.png")
     runs, output = planned(arguments, flags), Path(arguments.output_dir)
+    for name, (source, _) in named_adapters(arguments.adapters).items():
+        read_adapter(adapter_file(source, name))
     published = published_names(arguments)  # which reads the adapters
     output.mkdir(parents=True, exist_ok=True)
     for run in {run.task: run for run in runs if not run.metrics.exists()}.values():  # one of each task
@@ -278,10 +283,6 @@ def write_tables(runs: Sequence[Run], published: dict[str, str], output: Path) -
                         "reproduced": of_others.get(published[model], ""),
                     }
                 )
-    with open(output / "results.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
     lines = ["| task | metric | model | runs | here | paper | reproductions |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         spread = f" ± {row['standard_deviation']}" if row["standard_deviation"] != "" else ""
@@ -289,8 +290,17 @@ def write_tables(runs: Sequence[Run], published: dict[str, str], output: Path) -
         cells = [row["task"], row["metric"].replace("_", " "), row["model"], row["runs"], measured]
         cells += [row["paper"] or "–", row["reproduced"] or "–"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw(tasks, models, found, output / "results.png")
+    # Whole files replace whole files, as several processes may share the folder.
+    with TemporaryDirectory(dir=output) as folder:
+        new = Path(folder)
+        with open(new / "results.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        (new / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        draw(tasks, models, found, new / "results.png")
+        for path in new.iterdir():
+            path.replace(output / path.name)
 
 
 def published_names(arguments: ReproductionArguments) -> dict[str, str]:

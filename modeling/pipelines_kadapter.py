@@ -44,6 +44,11 @@ class MarkedEntityPipeline(ChunkPipeline):
                 f"{type(self.model).__name__} does not take marked entities; it has no {', '.join(missing)}."
             )
 
+    def __call__(self, inputs: Any, *args, **kwargs) -> Any:
+        if isinstance(inputs, list) and not inputs:  # transformers looks at the first one
+            return []
+        return super().__call__(inputs, *args, **kwargs)
+
     def _sanitize_parameters(self, top_k: Any = "default", threshold: float | None = None, **kwargs):
         chosen = {} if top_k == "default" else {"top_k": top_k}
         return kwargs, {}, chosen | ({} if threshold is None else {"threshold": threshold})

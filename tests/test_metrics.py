@@ -77,6 +77,20 @@ def test_tacred_leaves_out_no_relation():
     assert found == pytest.approx({"micro_precision": 1 / 3, "micro_recall": 1 / 2, "micro_f1": 0.4})
 
 
+def test_rows_without_a_prediction_are_missed_and_lower_no_precision():
+    """Their logits are NaN. Of 3 rows of label 1, the only one with a prediction is right."""
+    logits = np.array([[0.0, 1.0, 0.0]] + [[np.nan] * 3] * 2)
+    right = np.array([1, 1, 1])
+    wanted = {"micro_f1": 2 * 1 / (1 + 3), "macro_f1": 2 * 1 / (1 + 3), "accuracy": 1 / 3}
+    assert relation_metrics(of(logits, right)) == pytest.approx(wanted)
+    wanted = {"micro_precision": 1.0, "micro_recall": 1 / 3, "micro_f1": 0.5}
+    assert tacred_metrics(["no_relation", "a", "b"])(of(logits, right)) == pytest.approx(wanted)
+    wanted = {"macro_f1": 0.5, "macro_f1_original": 0.5}
+    assert semeval_metrics(["Cause-Effect(e1,e2)"] * 3)(of(logits, right)) == pytest.approx(wanted)
+    found = typing_metrics(of(logits, np.eye(3)[right]))
+    assert (found["micro_precision"], found["micro_recall"]) == pytest.approx((1.0, 1 / 3))
+
+
 def test_tacred_needs_the_label_that_stands_for_none():
     with pytest.raises(ValueError, match="no_relation"):
         tacred_metrics(["a", "b"])

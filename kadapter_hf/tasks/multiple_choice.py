@@ -11,6 +11,7 @@ from transformers import EvalPrediction
 from ..collators import DataCollatorForChoices
 from ..corpora.schema import Row, Schema, is_list, text_problem
 from ..features import multiple_choice_features
+from ..metrics import classes
 from ..modeling.heads_kadapter import KAdapterForMultipleChoice
 from .records import RowProblem, find, needed, parsed
 from .task import Options, Task, register_task, softmax
@@ -44,9 +45,8 @@ MULTIPLE_CHOICE = Schema(
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of questions whose highest score is that of the right choice."""
-    scores = prediction.predictions
-    scores = np.asarray(scores[0] if isinstance(scores, tuple) else scores)
-    return {"accuracy": float((scores.argmax(-1) == np.asarray(prediction.label_ids)).mean())}
+    found, right = classes(prediction)
+    return {"accuracy": float((found == right).mean())}
 
 
 @register_task("multiple-choice")

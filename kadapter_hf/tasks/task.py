@@ -233,8 +233,29 @@ class Task:
     def metrics_on(
         self, rows: Dataset, features: Dataset, labels: Sequence[str], options: Options
     ) -> Callable[[EvalPrediction], dict[str, float]]:
-        """Trainer's `compute_metrics` for the evaluation on these rows and their features."""
-        return self.metrics(labels)
+        """Trainer's `compute_metrics` for the evaluation on these rows and their features. Rows that have none are missed."""
+        compute = self.metrics(labels)
+        missed = sorted(set(range(len(rows))).difference(features["row"][:]))
+        if not missed:
+            return compute
+        right = np.array([self._target(value, labels) for value in rows.select(missed)[self.schema.labels][:]])
+
+        def with_missed(prediction: EvalPrediction) -> dict[str, float]:
+            logits = prediction.predictions
+            logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+            nothing = np.full((len(missed), *logits.shape[1:]), np.nan)
+            return compute(
+                EvalPrediction(np.concatenate([logits, nothing]), np.concatenate([prediction.label_ids, right]))
+            )
+
+        return with_missed
+
+    @staticmethod
+    def _target(value: Any, labels: Sequence[str]) -> Any:
+        """The label of a row as in its features."""
+        if isinstance(value, list):
+            return [float(label in value) for label in labels]
+        return labels.index(value) if isinstance(value, str) else value
 
     def predictions(
         self,

@@ -80,6 +80,10 @@ def test_types_have_a_probability_above_the_threshold(saved):
     assert pipe(row, threshold=0.0, top_k=2) == everything[:2]
 
 
+def test_no_input_has_no_output(saved):
+    assert pipeline("entity-typing", saved(KAdapterForEntityTyping))([]) == []
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_each_input_has_its_own_adapters(batch_size, build, tokenizer, tmp_path):
     build(KAdapterForEntityTyping, num_labels=3).save_pretrained(tmp_path)

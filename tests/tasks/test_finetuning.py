@@ -143,6 +143,40 @@ def test_a_model_that_may_answer_nothing_does_so_after_loading(backbones, tmp_pa
     assert answer["prediction"] == ""
 
 
+LONG = "cat " * 70
+TOO_LONG = {  # for 64 tokens
+    "relation": {"text": f"rome {LONG}italy", "subject": "rome", "object": "italy", "relation": "capital"},
+    "typing": {"text": f"rome {LONG}", "entity": f"rome {LONG}".strip(), "types": ["place"]},
+    "multiple-choice": {"context": "c", "question": "q", "choices": [LONG] * 4, "label": 0},
+}
+
+
+@pytest.mark.parametrize("task", TOO_LONG)
+def test_a_row_that_does_not_fit_counts_as_missed(task, trained, tmp_path):
+    data, folder, _ = trained(task)
+    rows = [{key: row[key] for key in TOO_LONG[task]} for row in TASKS[task].read(files_of(task, data, "test"))[0]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, TOO_LONG[task]]))
+    result = run("evaluate", task, "--model", folder, "--data", path, "--output", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(found) == len(rows)
+    labels = TASKS[task].schema.labels
+    right = sum(
+        sorted(row["prediction"]) == sorted(row[labels]) if task == "typing" else row["prediction"] == row[labels]
+        for row in found
+    )
+    metrics = json.loads(result.stdout)
+    assert metrics["accuracy"] == pytest.approx(right / (len(rows) + 1))
+    if task != "multiple-choice":
+        with open(tmp_path / "per_class.csv", newline="") as file:
+            table = {row["class"]: row for row in csv.DictReader(file)}
+        support = sum(int(row["support"]) for row in table.values())
+        correct = sum(float(row["recall"]) * int(row["support"]) for row in table.values())
+        guessed = sum(len(row["prediction"]) if task == "typing" else 1 for row in found)
+        assert metrics["micro_f1"] == pytest.approx(2 * correct / (guessed + support), abs=1e-3)
+
+
 def test_cosmos_qa_has_the_leaderboards_file(trained):
     _, folder, _ = trained("cosmos-qa")
     predictions = [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()]

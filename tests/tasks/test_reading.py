@@ -348,6 +348,18 @@ def test_a_test_split_without_public_labels_is_left_out(label, tmp_path, caplog)
     assert len(TASKS["cosmos-qa"].read(tmp_path / "test.jsonl", labelled=False)[0]) == 1
 
 
+def test_each_file_is_read_once(tmp_path):
+    read = []
+
+    class Recording(type(TASKS["relation"])):
+        def records(self, path):
+            read.append(path.stem)
+            return super().records(path)
+
+    assert len(Recording("relation").read_splits(str(write_sample("relation", tmp_path)))["test"]) == len(FACTS)
+    assert sorted(read) == ["dev", "test", "train"]
+
+
 def test_a_sample_of_passages_has_whole_questions():
     rows = Dataset.from_dict({"id": ["a"] * 3 + ["b"] * 4 + ["c"] * 5})
     for most, seed in ((8, 0), (8, 1), (5, 2), (1, 3)):

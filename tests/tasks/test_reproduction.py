@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from kadapter_hf import KAdapterForMaskedLM, KAdapterModel
 from kadapter_hf.cli import app
+from kadapter_hf.reproduction import parse, planned, published_names, write_tables
 
 
 FLAGS = (
@@ -164,6 +165,32 @@ def test_finished_runs_are_not_repeated(compared):
     assert result.output.count("Run ") == 1
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")}
     assert {path for path in before if before[path] != after[path]} == {changed}
+
+
+def test_a_damaged_adapter_is_reported_before_the_first_run(compared, tmp_path):
+    flags, folder, _ = compared
+    damaged = tmp_path / "linguistic.safetensors"
+    content = bytearray((folder.parent / "linguistic" / "adapters" / "linguistic.safetensors").read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    others = ["--output_dir", str(tmp_path / "runs"), "--adapters", str(folder.parent / "factual"), str(damaged)]
+    result = CliRunner().invoke(app, [*flags, *others])
+    assert result.exit_code == 1 and f"'{damaged}' does not hold what was saved" in result.output
+    assert "Run " not in result.output
+
+
+def test_tables_are_replaced_whole(compared, tmp_path):
+    """Whoever reads one meanwhile, e.g. another process, has all of the earlier one."""
+    arguments, flags = parse(compared[0][1:])
+    runs, names = planned(arguments, flags), published_names(arguments)
+    write_tables(runs, names, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md", "results.png"}
+    for name in ("results.csv", "results.md"):
+        before = (tmp_path / name).read_text()
+        with open(tmp_path / name) as file:
+            write_tables(runs[:2], names, tmp_path)
+            assert file.read() == before != (tmp_path / name).read_text()
+        write_tables(runs, names, tmp_path)
 
 
 def test_weights_of_finished_runs_are_deleted(compared):
