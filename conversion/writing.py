@@ -265,10 +265,10 @@ def _backbone_at_hand(config: KAdapterConfig) -> dict[str, torch.Tensor] | None:
 
 
 def _add_new_fusion(parts: Parts) -> None:
-    """Initialises fusion weights that the checkpoint lacks to pass the backbone's state through, as in a new fusion."""
+    """Initialises fusion weights that the checkpoint lacks to pass the backbone's state through."""
     if parts.fusion != ConcatFusion.kind:
         return
-    fusion = ConcatFusion(parts.width).to(next(iter(parts.state.values())).dtype)
+    fusion = ConcatFusion(parts.width, start=0.0).to(next(iter(parts.state.values())).dtype)
     fusion.init_shared()
     for name in parts.configs:
         fusion.add(name)

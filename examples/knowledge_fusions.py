@@ -37,26 +37,12 @@ def random_start(fusion: Any) -> None:
             module.reset_parameters()
 
 
-def start_of_concat(adapter: float) -> Any:
-    """The matrix over `[H; y]` starts as `H + adapter · y`, with the noise of a new fusion."""
-
-    @torch.no_grad()
-    def start(fusion: Any) -> None:
-        for layer in fusion.states.values():
-            width = layer.out_features
-            layer.weight.normal_(std=2e-4)
-            layer.weight[:, :width].fill_diagonal_(1)
-            layer.weight[:, width:].fill_diagonal_(adapter)
-
-    return start
-
-
 # Each with its fusion, the fusion's configuration, and what sets another start.
 FUSIONS: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "concat, starts as the backbone": ("concat", {}, start_of_concat(0.0)),
+    "concat, starts as the backbone": ("concat", {"start": 0.0}, None),
     "concat, random start": ("concat", {}, random_start),
-    "concat, starts as H + 0.1 y": ("concat", {}, start_of_concat(0.1)),
-    "concat, starts as H + y": ("concat", {}, start_of_concat(1.0)),
+    "concat, starts as H + 0.1 y": ("concat", {}, None),
+    "concat, starts as H + y": ("concat", {"start": 1.0}, None),
     "add": ("add", {}, None),
     "add, scale 0.1": ("add", {"scale": 0.1}, None),
     "gate": ("gate", {}, None),

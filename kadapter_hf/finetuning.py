@@ -25,11 +25,10 @@ from .figures import warn_without_matplotlib
 from .messages import did_you_mean, shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterLoadError
-from .modeling.fusion_kadapter import check_fusion
 from .modeling.heads_kadapter import KAdapterForQuestionAnswering, KAdapterPreTrainedModel
 from .modeling.reading_kadapter import read_adapter
 from .modeling.sources_kadapter import adapter_file
-from .named_adapters import named_adapters
+from .named_adapters import fusion_config, named_adapters
 from .reports import mean_fusion_weights, write_report
 from .runs import (
     Parser,
@@ -88,6 +87,10 @@ class FinetuningArguments:
     fusion: str = _help(
         "concat", "How the outputs of the backbone and the adapters are combined: concat, add, gate or attention."
     )
+    fusion_config: str | None = _help(
+        None,
+        """The configuration of the fusion as JSON, e.g. '{"scale": 0.1}' for add: a learnt factor per adapter.""",
+    )
     freeze_backbone: bool = _help(
         False, "Train the fusion and the head only, and with --freeze_adapters false the adapters."
     )
@@ -129,7 +132,7 @@ class FinetuningArguments:
         for name, least in limits.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, not {value}")
-        check_fusion(self.fusion, {})
+        fusion_config(self.fusion, self.fusion_config)
 
 
 def find_task(name: str) -> Task:
@@ -536,6 +539,7 @@ def new_model(
             raise KAdapterLoadError(f"'{', '.join(sources)}' does not name its backbone: specify it with --backbone.")
         backbone = DEFAULT_BACKBONE
     fields = {"freeze_backbone": arguments.freeze_backbone, **label_fields(labels)}
+    fields["fusion_config"] = fusion_config(arguments.fusion, arguments.fusion_config)
     model = model_class.from_backbone(backbone, adapters, arguments.fusion, **fields)
     if arguments.freeze_adapters:
         model.freeze_knowledge_adapters()

@@ -1,11 +1,14 @@
-"""Adapters as they are named on the command line: SOURCE or NAME=SOURCE."""
+"""Adapters and fusions as they are named on the command line: SOURCE or NAME=SOURCE; a kind and JSON."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .modeling.configuration_kadapter import KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterConfigError
+from .modeling.fusion_kadapter import check_fusion
 from .modeling.reading_kadapter import adapter_names, read_adapter_metadata, read_tensors
 from .modeling.sources_kadapter import adapter_file, repository_folder
 
@@ -48,3 +51,22 @@ def split_name(argument: str) -> tuple[str | None, str]:
     """The name, if there is one, and the source of `NAME=SOURCE`."""
     found = re.fullmatch(r"([\w-]+)=(.+)", argument)
     return (found[1], found[2]) if found and not Path(argument).exists() else (None, argument)
+
+
+def fusion_config(kind: str, text: str | None) -> dict[str, Any]:
+    """
+    The configuration of a fusion from JSON.
+
+    Raises:
+        KAdapterConfigError: there is no fusion of this kind, or it doesn't take these values.
+    """
+    try:
+        values = json.loads(text or "{}")
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise KAdapterConfigError(
+            f'the configuration of a fusion must be a JSON object like {{"scale": 0.1}}, not {text}'
+        )
+    check_fusion(kind, values)
+    return values

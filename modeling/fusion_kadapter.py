@@ -13,8 +13,8 @@ from .format_kadapter import KAdapterConfigError, nearest
 
 
 FUSIONS: dict[str, type["KnowledgeFusion"]] = {}
-# The weight of all adapters together at the start of a fusion that weighs them: close to the backbone, and yet every adapter
-# reaches the head from the first step.
+# The weight of all adapters together in a new fusion: close to the backbone, and yet every adapter reaches the head from the
+# first step. Measured in docs/fusions.md.
 START = 0.1
 
 
@@ -44,6 +44,10 @@ def check_fusion(kind: str, values: Mapping[str, Any]) -> None:
 def _check_value(kind: str, name: str, value: Any, fits: bool, wanted: str) -> None:
     if not fits:
         raise KAdapterConfigError(f"fusion_config: {name} of the fusion '{kind}' must be {wanted}, not {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -126,8 +130,7 @@ class AddFusion(KnowledgeFusion):
 
     def __init__(self, width: int, scale: float | None = None):
         super().__init__(width)
-        fits = scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale))
-        _check_value("add", "scale", scale, fits, "a finite number")
+        _check_value("add", "scale", scale, scale is None or _is_number(scale), "a finite number")
         self.scale = scale
         self.scales = nn.ModuleDict()
 
@@ -166,10 +169,15 @@ class ConcatFusion(KnowledgeFusion):
 
     Source: the paper's section 3.2; `RobertaModelwithAdapter` in the original's `examples/run_finetune_*_adapter.py`, whose
     matrix over all `f_k` is kept here as one block `M_k` per adapter.
+
+    Args:
+        start (`float`): `f_k` starts as `H + start · y_k`. The original's start is random.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, start: float = START):
         super().__init__(width)
+        _check_value("concat", "start", start, _is_number(start), "a finite number")
+        self.start = start
         self.states = nn.ModuleDict()
         self.mix = nn.ModuleDict()
         self.bias = nn.Parameter(torch.zeros(width))
@@ -182,9 +190,10 @@ class ConcatFusion(KnowledgeFusion):
         del self.states[name], self.mix[name]
 
     def init_adapter(self, name: str, noise: float = 2e-4) -> None:
-        """Passes the backbone's state on, with noise of this standard deviation."""
+        """As the class says, with noise of this standard deviation in the matrix."""
         state, mix = self.states[name], self.mix[name]
         weight = torch.zeros_like(state.weight).fill_diagonal_(1)
+        weight[:, self.width :].fill_diagonal_(self.start)
         if noise:
             weight += torch.randn_like(weight) * noise
         init.copy_(state.weight, weight)
@@ -213,20 +222,26 @@ class GateFusion(KnowledgeFusion):
     """
     `H + Σ g_k y_k`, where the gate `g_k` is one number per adapter and position, computed from `[H; y_k]`.
 
-    All gates together start at `START`, whatever the number of adapters.
-
     Args:
         activation (`str`): `"sigmoid"`: each gate is open or closed by itself. `"softmax"`: the gates compete, and add up to
             less than 1; the rest is for no adapter. With one adapter, both are the same.
         top_k (`int`, *optional*): at each position, close all gates but this number of the widest, as in mixtures of
             adapters (Wang et al., AdaMix, EMNLP 2022). There must be as many active adapters.
+        start (`float`): what all gates together start at, whatever the number of adapters.
     """
 
-    def __init__(self, width: int, activation: Literal["sigmoid", "softmax"] = "sigmoid", top_k: int | None = None):
+    def __init__(
+        self,
+        width: int,
+        activation: Literal["sigmoid", "softmax"] = "sigmoid",
+        top_k: int | None = None,
+        start: float = START,
+    ):
         super().__init__(width)
         _check_value("gate", "activation", activation, activation in ("sigmoid", "softmax"), "'sigmoid' or 'softmax'")
         _check_value("gate", "top_k", top_k, top_k is None or _is_count(top_k), "an int of at least 1")
-        self.activation, self.top_k = activation, top_k
+        _check_value("gate", "start", start, _is_number(start) and 0 < start < 1, "between 0 and 1")
+        self.activation, self.top_k, self.start = activation, top_k, start
         self.gates = nn.ModuleDict()
 
     def add(self, name: str) -> None:
@@ -237,7 +252,7 @@ class GateFusion(KnowledgeFusion):
 
     def init_adapter(self, name: str) -> None:
         init.zeros_(self.gates[name].weight)
-        init.constant_(self.gates[name].bias, math.log(START / (1 - START)))
+        init.constant_(self.gates[name].bias, math.log(self.start / (1 - self.start)))
 
     def used_parameters(self, active: Sequence[str]) -> list[nn.Parameter]:
         return [parameter for name in active for parameter in self.gates[name].parameters()]
@@ -280,20 +295,21 @@ class AttentionFusion(KnowledgeFusion):
     Attention at each position over the backbone's own state and the adapters' outputs: the query is computed from `H`, a key
     and a value from each of `H, y_1, …`. The result is the weighted sum of the values.
 
-    A key has one more number, which is added to its score: it starts so that the adapters together have the weight `START`,
-    whatever their number, and values start as the states themselves.
+    A key has one more number, which is added to its score. Values start as the states themselves.
 
     Source: AdapterFusion (Pfeiffer et al., EACL 2021, section 3.2), which shares the matrices for keys and values among its
     adapters. Here each adapter has its own.
 
     Args:
         key_size (`int`, defaults to 64): the width of queries and keys.
+        start (`float`): the weight that all adapters together start with, whatever their number.
     """
 
-    def __init__(self, width: int, key_size: int = 64):
+    def __init__(self, width: int, key_size: int = 64, start: float = START):
         super().__init__(width)
         _check_value("attention", "key_size", key_size, _is_count(key_size), "an int of at least 1")
-        self.key_size = key_size
+        _check_value("attention", "start", start, _is_number(start) and 0 < start < 1, "between 0 and 1")
+        self.key_size, self.start = key_size, start
         self.to_query = nn.Linear(width, key_size)
         self.backbone_key, self.backbone_value = nn.Linear(width, key_size + 1), nn.Linear(width, width)
         self.keys, self.values = nn.ModuleDict(), nn.ModuleDict()
@@ -311,7 +327,7 @@ class AttentionFusion(KnowledgeFusion):
         self._init_source(self.backbone_key, self.backbone_value, score=0.0)
 
     def init_adapter(self, name: str) -> None:
-        self._init_source(self.keys[name], self.values[name], score=math.log(START / (1 - START)))
+        self._init_source(self.keys[name], self.values[name], score=math.log(self.start / (1 - self.start)))
 
     def _init_source(self, key: nn.Linear, value: nn.Linear, score: float) -> None:
         init.zeros_(key.weight)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -13,20 +13,11 @@ from ..modeling.backbone_kadapter import load_backbone, new_backbone
 from ..modeling.compat_kadapter import quiet
 from ..modeling.configuration_kadapter import KAdapterConfig
 from ..modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
-from ..modeling.fusion_kadapter import check_fusion
 from ..modeling.heads_kadapter import KAdapterModel
 from ..modeling.sources_kadapter import commit_of
-from ..named_adapters import named_adapters
+from ..named_adapters import fusion_config as parse_fusion_config, named_adapters
 from ..summary import knowledge_summary
 from ._common import AsJson, check_new, plain_errors, print_json
-
-
-def _checked_fusion(fusion: str) -> str:
-    try:
-        check_fusion(fusion, {})
-    except KAdapterConfigError as error:
-        raise typer.BadParameter(str(error)) from None
-    return fusion
 
 
 def combine(
@@ -47,11 +38,16 @@ def combine(
     fusion: Annotated[
         str,
         typer.Option(
-            callback=_checked_fusion,
             help="How the outputs are fused: add, which has no weights; or concat, gate or attention, which are trained in "
             "fine-tuning.",
         ),
     ] = "concat",
+    fusion_config: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False, help="""The configuration of the fusion as JSON, e.g. '{"top_k": 2}' for gate."""
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -61,6 +57,10 @@ def combine(
 
     Example: `kadapter combine wiki=wiki/factual-adapter news=news/factual-adapter --output both`
     """
+    try:
+        values = parse_fusion_config(fusion, fusion_config)
+    except KAdapterConfigError as error:
+        raise typer.BadParameter(str(error)) from None
     with plain_errors():
         check_new(output)
         adapters = named_adapters(sources)
@@ -69,7 +69,7 @@ def combine(
         backbone = backbone or next((name for config in configs if (name := config.backbone_name_or_path)), None)
         if backbone is None:
             raise KAdapterLoadError(f"'{sources[0]}' does not name its backbone: specify it with --backbone.")
-        model = on_backbone(backbone, fingerprint, fusion)
+        model = on_backbone(backbone, fingerprint, fusion=fusion, fusion_config=values)
         for name, (source, _) in adapters.items():
             model.load_knowledge_adapter(source, name)
         model.save_pretrained(output)
@@ -84,31 +84,30 @@ def combine(
             "Here, the weights of the backbone are not available. When the K-Adapter is loaded, they are compared with the "
             "fingerprint that its adapters record."
         )
-    if fusion == "concat":
+    if any(parameter.requires_grad for parameter in model.fusion.parameters()):
         typer.echo(
-            "Until it is fine-tuned, its output is that of the backbone, as a new concat fusion passes it on. With --fusion "
-            "add, the output includes the adapters' from the start."
+            "Until it is fine-tuned, its output is close to the backbone's, as a new fusion gives the adapters little weight."
         )
     if not has_tokenizer:
         typer.echo(f"The backbone '{backbone}' has no tokenizer that could be saved with it.")
 
 
-def on_backbone(backbone: str, fingerprint: str | None, fusion: str) -> KAdapterModel:
+def on_backbone(backbone: str, fingerprint: str | None, **fields: Any) -> KAdapterModel:
     """
-    A K-Adapter without adapters.
+    A K-Adapter without adapters; `fields` are those of its configuration.
 
     If the backbone's fingerprint is known and its weights are not available locally, they are not downloaded: for saving, the
     configuration is sufficient.
     """
     if fingerprint is None:
-        return KAdapterModel.from_backbone(backbone, fusion=fusion)
+        return KAdapterModel.from_backbone(backbone, **fields)
     try:
         with quiet():
             load_backbone(backbone, local_files_only=True)
     except KAdapterLoadError:
         pass
     else:
-        return KAdapterModel.from_backbone(backbone, fusion=fusion)
+        return KAdapterModel.from_backbone(backbone, **fields)
     try:
         backbone_config = AutoConfig.from_pretrained(backbone)
     except Exception as error:  # a foreign configuration class may raise anything
@@ -120,7 +119,7 @@ def on_backbone(backbone: str, fingerprint: str | None, fusion: str) -> KAdapter
         backbone_revision=commit_of(backbone),
         backbone_fingerprint=fingerprint,
         backbone_config=backbone_config,
-        fusion=fusion,
+        **fields,
     )
     model = KAdapterModel(config, encoder)
     model.origins.sources["backbone"] = config.backbone_name_or_path

@@ -186,8 +186,9 @@ def test_cosmos_qa_has_the_leaderboards_file(trained):
 @pytest.mark.parametrize("task", ["relation", "ner", "multiple-choice"])
 def test_the_mean_weights_of_the_adapters_are_recorded_and_shown(task, adapter, tmp_path):
     data, folder = write_sample(task, tmp_path / "data"), tmp_path / "model"
-    flags = ("--adapters", adapter, f"second={adapter}", "--fusion", "attention", "--output_dir", str(folder))
-    main([task, "--data", str(data), *flags, *STEPS])
+    flags = ("--adapters", adapter, f"second={adapter}", "--fusion", "gate", "--output_dir", str(folder))
+    main([task, "--data", str(data), *flags, "--fusion_config", '{"activation": "softmax"}', *STEPS])
+    assert json.loads((folder / "config.json").read_text())["fusion_config"] == {"activation": "softmax"}
     weights = json.loads((folder / "config.json").read_text())["task"]["fusion_weights"]
     model, tokenizer = load_finetuned(str(folder), TASKS[task])
     rows = TASKS[task].read_splits(str(data))["validation"]
