@@ -175,12 +175,3 @@ def multiply_adds(batch: Batch, bench: Bench, adapters: int, read: int) -> tuple
     inside += layer(inner, adapter.intermediate_size, rows * read)
     projections = width * inner * (tokens * (2 * len(adapter.backbone_layers) - 1) + rows * read)
     return backbone, adapters * (inside + projections)
-
-
-class Padding:
-    """The part of a tokenizer that the cache uses."""
-
-    padding_side = "right"
-
-    def pad(self, rows: list[dict[str, Any]], **kwargs) -> Batch:
-        return collate(rows)

@@ -31,7 +31,6 @@ from _setting import (
     Batch,
     Bench,
     Lora,
-    Padding,
     Precision,
     collate,
     fused_adamw,
@@ -41,7 +40,7 @@ from datasets import Dataset
 from transformers import logging
 
 from kadapter_hf import KAdapterForRelationClassification
-from kadapter_hf.activations import ROW, CachedActivationsCollator, cached_activations
+from kadapter_hf.activations import CachedStatesCollator, cached_states
 
 
 BASELINES = Path(__file__).parent / "baselines"
@@ -83,16 +82,16 @@ def cached_epochs(bench: Bench, precision: Precision, epochs: int = 5) -> float:
     rows = Dataset.from_list(bench.texts[WARM_UP * bench.batch_size :])
     step = bench.training(model, fused_adamw(model), precision.autocast)
     with tempfile.TemporaryDirectory() as folder:
-        collator = CachedActivationsCollator(collate, None)  # type: ignore[arg-type]
+        collator = CachedStatesCollator(collate)
         bench.wait()
         start = time.perf_counter()
-        collator.cache = cached_activations(model, rows, Padding(), folder, model.backbone.dtype, bench.batch_size)
+        cached = cached_states(model, rows, collator, folder, batch_size=bench.batch_size)
         by_length = sorted(range(len(rows)), key=lambda row: len(bench.texts[row]["input_ids"]))
         model.train()
         for _ in range(epochs):
             for first in range(0, len(rows), bench.batch_size):
                 places = by_length[first : first + bench.batch_size]
-                batch = collator([{**rows[place], ROW: place} for place in places])
+                batch = collator(cached.__getitems__(places))
                 step({name: tensor.to(bench.device) for name, tensor in batch.items()})
         bench.wait()
         seconds = time.perf_counter() - start

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score
+from torch.utils.data import Subset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -58,7 +59,7 @@ from kadapter_hf import (
     KAdapterLoadError,
     KnowledgeAdapterConfig,
 )
-from kadapter_hf.activations import ROW, CachedActivationsCollator, cached_activations
+from kadapter_hf.activations import CachedStatesCollator, cached_states
 
 
 DATA = Path(__file__).parent / "data"
@@ -208,10 +209,10 @@ def read_typing(tokenizer, *files: str) -> tuple[Dataset, list[str]]:
     examples = [example for file in files for example in read_jsonl(file)]
     labels = sorted({label for example in examples for label in example["types"]})
     rows = []
-    for number, example in enumerate(examples):
+    for example in examples:
         tokens, (entity_start,) = encode_marked(tokenizer, example["text"], {SUBJECT: example["entity"]})
         row = {"entity_start": entity_start, "labels": [float(label in example["types"]) for label in labels]}
-        rows.append(tokens | row | {ROW: number})
+        rows.append(tokens | row)
     return Dataset.from_list(rows), labels
 
 
@@ -241,8 +242,8 @@ class Bar(TrainerCallback):
         self.progress.advance(self.task)
 
 
-def fit(model, data: DatasetDict, collator, metric, bar: Bar, args: Arguments, **kwargs) -> float:
-    """Trains with the stock Trainer and returns the score on the held-out part."""
+def fit(model, train, test, collator, metric, bar: Bar, args: Arguments, **kwargs) -> float:
+    """Trains with the stock Trainer on rows of `cached_states`, and returns the score on those of `test`."""
     training_args = TrainingArguments(
         output_dir=args.output_dir,
         max_steps=args.max_steps,
@@ -253,13 +254,14 @@ def fit(model, data: DatasetDict, collator, metric, bar: Bar, args: Arguments, *
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        remove_unused_columns=False,
         **({"per_device_train_batch_size": args.batch_size} | kwargs),
     )
     trainer = Trainer(
         model,
         training_args,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
+        train_dataset=train,
+        eval_dataset=test,
         data_collator=collator,
         compute_metrics=metric,
         callbacks=[bar],
@@ -275,13 +277,16 @@ def label_fields(labels: list[str]) -> dict[str, dict]:
 
 def pretrain(name: str, model_class, task: tuple, progress: Progress, args: Arguments) -> Path:
     """Trains one adapter on the frozen backbone and saves it; the fusion and the head are discarded."""
-    data, labels, collator = task
+    data, labels, collate = task
+    collator = CachedStatesCollator(collate)
     set_seed(0)
     bar = Bar(progress, f"{name} adapter")
     model = model_class.from_backbone(args.backbone, {name: args.adapter_config()}, **label_fields(labels))
     model.train_knowledge_adapter(name, train_head=True)
+    # The frozen backbone runs once for each example, not in every epoch.
+    train, test = (cached_states(model, data[part], collator) for part in ("train", "test"))
     kwargs = {"num_train_epochs": args.pretraining_epochs, "learning_rate": args.pretraining_learning_rate}
-    score = fit(model, data, collator, accuracy, bar, args, **kwargs)
+    score = fit(model, train, test, collator, accuracy, bar, args, **kwargs)
     provenance = {"examples": len(data["train"]), "labels": len(labels), "held_out_accuracy": score}
     model.config.knowledge_adapters[name].provenance = provenance
     return model.save_knowledge_adapter(args.output_dir, name)
@@ -291,23 +296,24 @@ def fine_tune(adapters: dict, typing: tuple, tokenizer, cache: str, bar: Bar, ar
     """
     Fine-tunes a model with these adapters on entity typing.
 
-    Only the fusion and the head train. The frozen backbone's states of all examples are computed once, not in every epoch.
+    Only the fusion and the head train. What the frozen parts compute for the examples is computed once, not in every epoch.
 
     Args:
         typing: all examples and their labels.
-        cache: a folder for the states.
-        kwargs: `data`, the part of the examples to train on and the one to test on, and arguments of Trainer.
+        cache: a folder for the states, which the seeds share.
+        kwargs: `parts`, the numbers of the examples to train on and of those to test on, and arguments of Trainer.
 
     Returns:
         The model and its score.
     """
-    data, (examples, labels) = kwargs.pop("data"), typing
+    parts, (examples, labels) = kwargs.pop("parts"), typing
     set_seed(kwargs["seed"])
     model = KAdapterForEntityTyping.from_backbone(args.backbone, adapters, **label_fields(labels))
     model.freeze_knowledge_adapters()  # the untrained ones too; the backbone is frozen by default
-    states = cached_activations(model, examples, tokenizer, cache)
-    collator = CachedActivationsCollator(DataCollatorWithPadding(tokenizer), states)
-    return model, fit(model, data, collator, micro_f1, bar, args, remove_unused_columns=False, **kwargs)
+    collator = CachedStatesCollator(DataCollatorWithPadding(tokenizer))
+    rows = cached_states(model, examples, collator, cache)
+    train, test = (Subset(rows, numbers) for numbers in parts)
+    return model, fit(model, train, test, collator, micro_f1, bar, args, **kwargs)
 
 
 def compare(
@@ -321,9 +327,11 @@ def compare(
     kwargs = {"num_train_epochs": args.epochs, "learning_rate": args.learning_rate}
     scores: dict[str, list[float]] = {setting: [] for setting in settings}
     for seed in range(args.seeds):
-        data = typing[0].train_test_split(train_size=args.examples, test_size=TEST_EXAMPLES, seed=seed)
+        numbers = Dataset.from_dict({"number": range(len(typing[0]))})
+        split = numbers.train_test_split(train_size=args.examples, test_size=TEST_EXAMPLES, seed=seed)
+        parts = [split[part]["number"][:] for part in ("train", "test")]
         for setting, adapters in settings.items():
-            _, score = fine_tune(adapters, typing, tokenizer, cache, bar, args, data=data, seed=seed, **kwargs)
+            _, score = fine_tune(adapters, typing, tokenizer, cache, bar, args, parts=parts, seed=seed, **kwargs)
             scores[setting].append(score)
     return scores
 
@@ -331,9 +339,9 @@ def compare(
 def train_last(tokenizer, files: dict[str, Path], cache: str, progress: Progress, args: Arguments):
     """Fine-tunes the model with all adapters on all examples."""
     examples, labels = read_typing(tokenizer, *LAST_EXAMPLES)
-    data = DatasetDict(train=examples, test=examples.select(range(1)))  # no examples are left to test on
+    parts = [range(len(examples)), [0]]  # no examples are left to test on
     bar = Bar(progress, "last model")
-    return fine_tune(files, (examples, labels), tokenizer, cache, bar, args, data=data, seed=0, **LAST_TRAINING)[0]
+    return fine_tune(files, (examples, labels), tokenizer, cache, bar, args, parts=parts, seed=0, **LAST_TRAINING)[0]
 
 
 # ---- Reporting ------------------------------------------------------------------------------------------------------
@@ -450,7 +458,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger(cached_activations.__module__).setLevel(logging.ERROR)  # it says how large the cache is
+    logging.getLogger(cached_states.__module__).setLevel(logging.ERROR)  # it says how large the cache is
     try:
         run(args)
     except (KAdapterLoadError, KAdapterConfigError, OSError) as error:

@@ -175,7 +175,7 @@ def compare(task: Task, adapters: dict[str, Any], tokenizer: Any, args: Argument
     parts = {"train": task.train, "test": task.test}
     kwargs = {"labels": labels, "markers": task.markers}
     data = {name: encode(rows, relation_features, tokenizer, **kwargs) for name, rows in parts.items()}
-    whole = KAdapterModel.from_backbone(args.backbone, adapters)
+    whole = KAdapterForRelationClassification.from_backbone(args.backbone, adapters)
     states = {name: states_at_markers(whole, rows, tokenizer) for name, rows in data.items()}
     size = len(data["train"])
     settings = [

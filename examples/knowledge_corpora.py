@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from rich.progress import track
 from transformers import DataCollatorWithPadding
 
-from kadapter_hf import KAdapterModel
-from kadapter_hf.activations import ROW, CachedActivationsCollator, cached_activations
+from kadapter_hf import KAdapterForRelationClassification
+from kadapter_hf.activations import cached_states
 from kadapter_hf.corpora import read_conllu, read_docred, read_fewrel, read_semeval
 from kadapter_hf.metrics import relation_metrics, semeval_metrics
 
@@ -119,33 +118,20 @@ def rows_of(rows: Dataset, relations: set[str], most: int | None) -> Dataset:
     return some(rows.select(kept), most)
 
 
-@torch.no_grad()
 def states_at_markers(
-    model: KAdapterModel, rows: Dataset, tokenizer: Any, cache: str | None = None
+    model: KAdapterForRelationClassification, rows: Dataset, tokenizer: Any, cache: str | None = None
 ) -> dict[str, torch.Tensor]:
     """
     The states of the backbone ("") and of each adapter at both markers, `(rows, 2, width)`.
 
     Args:
-        cache: a folder for the backbone's states, shared by models that read the same ones.
+        model: with a frozen backbone; its adapters are frozen here.
+        cache: a folder for the states, for a later run.
     """
-    model.eval()
-    collate: Any = DataCollatorWithPadding(tokenizer)
-    if cache:
-        collate = CachedActivationsCollator(collate, cached_activations(model, rows, tokenizer, cache, torch.bfloat16))
-        rows = rows.add_column(ROW, range(len(rows)))
-    order = sorted(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__)
-    found: dict[str, torch.Tensor] = {}
-    for start in track(range(0, len(order), 64), "States", transient=True):
-        places = order[start : start + 64]
-        batch = collate(rows.select(places).to_list())
-        markers = torch.stack([batch.pop("subject_start"), batch.pop("object_start")], dim=1)
-        batch.pop("labels")
-        output = model(**batch)
-        for name, states in {"": output.backbone_last_hidden_state, **output.knowledge_states}.items():
-            chosen = states.take_along_dim(markers[..., None], dim=1).cpu()
-            found.setdefault(name, torch.empty(len(rows), *chosen.shape[1:]))[places] = chosen
-    return found
+    model.freeze_knowledge_adapters()
+    cached = cached_states(model, rows, DataCollatorWithPadding(tokenizer), cache, batch_size=64)
+    states = torch.stack([cached[row]["fusion_states"] for row in range(len(cached))])
+    return dict(zip(("", *model.active_knowledge_adapters), states.unbind(2), strict=True))
 
 
 def machine() -> str:

@@ -26,7 +26,7 @@ from rich.progress import track
 from torch import nn
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
-from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
+from kadapter_hf import KAdapterForRelationClassification
 from kadapter_hf.features import encode, relation_features
 
 
@@ -82,7 +82,7 @@ def compare(task: Task, factual: str, tokenizer: Any, args: FusionArguments, res
     kwargs = {"labels": labels, "markers": task.markers}
     data = {name: encode(rows, relation_features, tokenizer, **kwargs) for name, rows in parts.items()}
     adapters = {UNTRAINED: args.adapter_config(), FACTUAL: factual}
-    whole = KAdapterModel.from_backbone(args.backbone, adapters)
+    whole = KAdapterForRelationClassification.from_backbone(args.backbone, adapters)
     states = {name: states_at_markers(whole, rows, tokenizer) for name, rows in data.items()}
     given = {name: {part: with_states(data[part], states[part], [name]) for part in data} for name in adapters}
     size = len(data["train"])

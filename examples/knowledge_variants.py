@@ -31,7 +31,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from kadapter_hf import KAdapterForRelationClassification, KAdapterModel, KnowledgeAdapterConfig
+from kadapter_hf import KAdapterForRelationClassification, KnowledgeAdapterConfig
 from kadapter_hf.corpora import read_fewrel
 from kadapter_hf.features import encode, relation_features
 from kadapter_hf.pretraining import PretrainingArguments, pretrain
@@ -170,7 +170,7 @@ class Probes:
             for task in tasks
         ]
 
-    def measure(self, model: KAdapterModel) -> dict[str, list[float]]:
+    def measure(self, model: KAdapterForRelationClassification) -> dict[str, list[float]]:
         """The accuracies for each task and number of examples, one for each sample of the training examples."""
         scores: dict[str, list[float]] = {}
         for task, rows in zip(self.tasks, self.rows, strict=True):
@@ -214,13 +214,15 @@ def run(args: Arguments) -> None:
         place = folder / variant.replace(" ", "-").replace("'", "")
         told: dict[str, Any] = {}
         if variant == UNTRAINED:
-            model = KAdapterModel.from_backbone(args.backbone, {"factual": untrained})
+            model = KAdapterForRelationClassification.from_backbone(args.backbone, {"factual": untrained})
         elif variant == BACKBONE:
-            model = KAdapterModel.from_pretrained(train_backbone(facts, args, place))
+            model = KAdapterForRelationClassification.from_pretrained(train_backbone(facts, args, place))
             model.freeze_backbone()
             model.add_knowledge_adapter("factual", untrained)
         else:
-            model = KAdapterModel.from_pretrained(train_adapter(VARIANTS[variant], facts, args, place))
+            model = KAdapterForRelationClassification.from_pretrained(
+                train_adapter(VARIANTS[variant], facts, args, place)
+            )
             told = model.config.knowledge_adapters["factual"].provenance["metrics"]
         minutes = (time.monotonic() - started) / 60
         results[variant] = {"pretraining": told, "minutes": minutes, "probes": probes.measure(model)}

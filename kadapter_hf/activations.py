@@ -1,181 +1,445 @@
 """
-A disk cache of the frozen backbone's states for a data set, so that the backbone runs once instead of in every epoch.
+What the frozen parts of a model compute for a data set: computed once, and read in every epoch and run.
 
-The states of an example depend only on its token ids and the backbone's weights. A cache is a folder named by a hash of
-these, so a different backbone, layer, tokenizer or text never uses an outdated cache.
+Without a graph and without dropout, the states of an example depend on its features and the frozen weights only. In a folder,
+they are kept under a hash of these, so a different backbone, adapter, tokenizer or text never uses outdated states.
 """
 
+import functools
 import hashlib
+import inspect
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from huggingface_hub.utils import WeakFileLock
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .corpora.schema import write_json
+from .corpora.schema import read_json, write_json
+from .modeling.format_kadapter import fingerprint
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
 logger = logging.get_logger(__name__)
 
-STATES = "states.bin"
+Collator = Callable[[list[dict[str, Any]]], Any]
+# The kinds of states, as `forward` takes them.
+KINDS = ("backbone_states", "fusion_states")
+INDEX = "index.json"
 BATCHES_PER_NOTE = 100  # how often the progress is saved, in case the process is killed
-ROW = "row"  # the column with the index of a row in the cache
 
 
-class ActivationCache:
+class States:
     """
-    Memory-mapped states of shape `(tokens, states, width)` for each row of a data set.
-
-    They are in the order of `model.backbone_states_read()`, followed by the backbone's last state.
-    """
-
-    def __init__(
-        self, file: Path, lengths: list[int], states: int, width: int, dtype: torch.dtype, writable: bool = False
-    ):
-        self.offsets = [0, *itertools.accumulate(lengths)]
-        size = self.offsets[-1] * states * width
-        self.tokens = torch.from_file(str(file), shared=writable, size=size, dtype=dtype).view(-1, states, width)
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        """`(tokens, states, width)`"""
-        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
-
-
-def cached_activations(
-    model: KAdapterPreTrainedModel,
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | os.PathLike,
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 32,
-) -> ActivationCache:
-    """
-    The states of the rows of `dataset` (with `input_ids`); computed if `folder` has no cache of them yet.
-
-    If the computation is interrupted, the next call continues it.
+    The states of each row, `(positions, states, width)`.
 
     Args:
-        dtype: dtype of the cache. float32 gives the same training as without a cache; bfloat16 needs half the disk space.
-        batch_size: batch size for the backbone.
+        blocks: `(positions, states, width)` each.
+        places: `(rows, 3)`: the block that has a row's states, where they start, and where they end.
+    """
+
+    def __init__(self, blocks: Sequence[torch.Tensor], places: np.ndarray):
+        self.blocks, self.places = blocks, places
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        block, start, end = self.places[row].tolist()
+        return self.blocks[block][start:end]
+
+
+class CachedStates(TorchDataset):
+    """
+    The rows of a data set with what the frozen parts of a model compute for them, as `CachedStatesCollator` takes them.
+
+    A row has the columns that the model takes, and tensors of shape `(positions, states, width)`: `fusion_states`, and if
+    adapters train, `backbone_states`.
+    """
+
+    def __init__(self, rows: Dataset, states: Mapping[str, States]):
+        self.rows, self.states = rows, dict(states)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
+        return [self._with_states(*of_row) for of_row in zip(rows, self.rows.__getitems__(rows), strict=True)]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """In order, which is faster than by number; `group_by_length` does so for the lengths."""
+        return itertools.starmap(self._with_states, enumerate(self.rows))
+
+    def _with_states(self, row: int, features: dict[str, Any]) -> dict[str, Any]:
+        return features | {kind: states[row] for kind, states in self.states.items()}
+
+
+class CachedStatesCollator:
+    """Wraps a collator, and adds the states of the rows of `CachedStates`, padded like the batch. Other rows have none."""
+
+    def __init__(self, collator: Collator):
+        self.collator = collator
+
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        batch = self.collator([{name: f[name] for name in f if name not in KINDS} for f in features])
+        for kind in KINDS:
+            if kind in features[0]:
+                batch[kind] = _padded([row[kind] for row in features], _rows_of(batch))
+        return batch
+
+
+def _rows_of(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Which tokens are real, `(rows, length)`; a choice counts as a row."""
+    return batch["attention_mask"].flatten(0, -2).bool()
+
+
+def _padded(states: list[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
+    """
+    `(rows, states, positions, width)`. States at all tokens are where these are in `real`, of shape `(rows, length)`; others
+    are at the start of their row, as are those at all tokens of rows that are padded on the right.
+    """
+    counts = [len(of_row) for of_row in states]
+    at_all_tokens = counts == real.view(len(states), -1).sum(1).tolist()
+    if at_all_tokens and not (counts == real.sum(1).tolist() and max(counts) == real.shape[1] and real[:, 0].all()):
+        padded = states[0].new_zeros(*real.shape, *states[0].shape[1:])
+        padded[real] = torch.cat(states)
+    else:
+        padded = pad_sequence(states, batch_first=True).view(len(real), -1, *states[0].shape[1:])
+    return padded.transpose(1, 2)
+
+
+def cached_states(
+    model: KAdapterPreTrainedModel,
+    dataset: Dataset,
+    collator: Collator,
+    folder: str | os.PathLike | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 32,
+) -> CachedStates:
+    """
+    The rows of `dataset` with what the frozen parts of `model` compute for them, so that these need not run again:
+
+        collator = CachedStatesCollator(DataCollatorWithPadding(tokenizer))
+        train = cached_states(model, features, collator)
+        arguments = TrainingArguments("out", remove_unused_columns=False)
+        Trainer(model, arguments, train_dataset=train, data_collator=collator).train()
+
+    If the active adapters are frozen, it is what the fusion reads at the positions that the head reads, and a step costs
+    fusion and head only. If they train, it is the states that they read, and the backbone's last where the head reads it.
+    A head must call `self.fusion(state, knowledge)` once, as those with `self.fused` do. At padding, the states are zero: the
+    loss of `KAdapterForQuestionAnswering`, which counts it, is not the same.
+
+    Args:
+        collator: makes batches, with an `attention_mask`, of rows with the columns that the model takes.
+        folder: keeps the states there, for other runs with the same frozen weights and rows. If the computation is
+            interrupted, the next call continues it. By default, they are in memory.
+        dtype: of the states; by default that in which they are computed, which gives the same training as without a cache.
+        batch_size: batch size for the computation.
 
     Raises:
-        ValueError: the backbone trains, or an adapter attends to padding, so the states depend on more than the example.
+        ValueError: the states depend on more than the row: the backbone trains, an adapter attends to padding, or the collator
+            is random.
         OSError: not enough disk space; the message says how much is needed.
+        MemoryError: without a folder, the states would take more than half of the free memory.
     """
-    if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+    if _trains(model.backbone):
         raise ValueError("the states of a backbone that trains can't be cached: call freeze_backbone() first.")
-    if any(adapter.attend_to_padding for adapter in (model.config.knowledge_adapters or {}).values()):
+    active: list[str] = model.config.active_knowledge_adapters  # type: ignore[assignment]
+    configs: list[Any] = [model.adapters[name].config for name in active]
+    if any(config.attend_to_padding for config in configs):
         raise ValueError("the states can't be cached for an adapter with attend_to_padding=True, which reads padding.")
-    layers = model.backbone_states_read()
-    states, width = len(layers) + 1, model.backbone.config.hidden_size
-    ids = dataset["input_ids"][:]
-    lengths = [len(row) for row in ids]
-    content = [model.backbone_fingerprint(), str(model.backbone.dtype), str(dtype), layers]
-    key = hashlib.sha256(json.dumps(content).encode())
-    for row in ids:
-        key.update(json.dumps(row).encode())
-    place = Path(folder) / key.hexdigest()[:32]
-    if not (place / STATES).is_file():
+    taken = inspect.signature(model.forward).parameters
+    rows = dataset.select_columns([name for name in dataset.column_names if name in taken])
+    few = list(range(min(len(rows), 8)))
+    first, second = (collator(rows.__getitems__(few)) for _ in range(2))
+    if any(not torch.equal(first[name], second[name]) for name in first):
+        raise ValueError(
+            "the states can't be cached with a collator that makes another batch of the same rows each time, e.g. masks tokens "
+            "at random."
+        )
+    layers = model.backbone_states_read() if any(_trains(model.adapters[name]) for name in active) else None
+    computed = _Computation(model, rows, collator, layers, dtype, batch_size)
+    if folder is None:
+        return CachedStates(rows, _in_memory(computed))
+    frozen: list[Any] = [
+        type(model).__qualname__,
+        model.backbone_fingerprint(),
+        str(model.backbone.dtype),
+        str(dtype),
+        layers,
+    ]
+    if layers is None:
+        for name, config in zip(active, configs, strict=True):
+            ignored = ("provenance", "backbone_name_or_path", "backbone_fingerprint")
+            settings = {key: value for key, value in config.to_dict().items() if key not in ignored}
+            frozen += [settings, fingerprint(model.adapters[name].state_dict().values())]
+    place = Path(folder) / _hash(frozen, rows)[:32]
+    if _done(place) < len(rows):
         place.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(place / "lock"):  # another run may be computing the same states
-            if not (place / STATES).is_file():
-                _compute(model, ids, tokenizer, place, lengths, layers, dtype, batch_size)
-    return ActivationCache(place / STATES, lengths, states, width, dtype)
+            if _done(place) < len(rows):
+                _write(computed, place)
+    return CachedStates(
+        rows, {kind: _read(place, kind, computed.order) for kind in read_json(place / INDEX, dict)["kinds"]}
+    )
 
 
-def _compute(
-    model: KAdapterPreTrainedModel,
-    ids: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    place: Path,
-    lengths: list[int],
-    layers: list[int],
-    dtype: torch.dtype,
-    batch_size: int,
-) -> None:
-    """Writes the states to a temporary file, which is renamed when it is complete. Continues one from an interrupted run."""
-    states, width = len(layers) + 1, model.backbone.config.hidden_size
-    token_size = states * width * dtype.itemsize
-    part, progress = place / f"{STATES}.part", place / "progress.json"
-    # Batches of equal length avoid the cost of padding and rounding differences caused by it.
-    order = sorted(range(len(ids)), key=lengths.__getitem__, reverse=True)
-    done = json.loads(progress.read_text()) if part.exists() and progress.exists() else 0
-    size = token_size * sum(lengths[row] for row in order[done:])
+def _trains(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _hash(frozen: list[Any], rows: Dataset) -> str:
+    key = hashlib.sha256(json.dumps(frozen, sort_keys=True, default=str).encode())
+    for table in rows.with_format("arrow").iter(10_000):
+        for name in sorted(table.column_names):
+            array = table[name].combine_chunks()
+            while _is_list(array.type):
+                key.update(_counts(array).tobytes())
+                array = array.flatten()
+            key.update(f"{name} {array.type}".encode())
+            values = array.to_numpy(zero_copy_only=False)
+            key.update(str(values.tolist()).encode() if values.dtype == object else values.tobytes())
+    return key.hexdigest()
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _counts(array: pa.Array) -> np.ndarray:
+    return pc.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _lengths(rows: Dataset) -> np.ndarray:
+    """The number of tokens of each row, over all of its choices."""
+    found = []
+    for table in rows.select_columns("input_ids").with_format("arrow").iter(10_000):
+        array = table["input_ids"].combine_chunks()
+        counts = _counts(array)
+        if _is_list(array.type.value_type):
+            ends = np.cumsum(_counts(array.flatten()))
+            counts = np.diff(ends[np.cumsum(counts) - 1], prepend=0)
+        found.append(counts)
+    return np.concatenate(found)
+
+
+# ---- Computing ------------------------------------------------------------------------------------------------------
+
+
+class _Recorded(Exception):
+    """Ends a forward pass when its states are known, before the head runs."""
+
+
+Block = tuple[np.ndarray, torch.Tensor]  # the number of positions of each row, and their states
+
+
+@dataclass
+class _Computation:
+    """The states of all rows by batches of similar length, the longest first; `layers` are those that adapters train on."""
+
+    model: KAdapterPreTrainedModel
+    rows: Dataset
+    collator: Collator
+    layers: list[int] | None
+    dtype: torch.dtype | None
+    batch_size: int
+
+    def __post_init__(self):
+        self.lengths = _lengths(self.rows)
+        self.order = np.argsort(-self.lengths, kind="stable")
+
+    def batches(self, done: int = 0) -> Iterator[dict[str, Block]]:
+        """Yields the states by kind for each batch, without the first `done` rows in `order`."""
+        starts = range(done, len(self.rows), self.batch_size)
+        with self._recording() as found:
+            for start in tqdm(starts, desc="Frozen states", disable=not logging.is_progress_bar_enabled()):
+                features = self.rows.__getitems__(self.order[start : start + self.batch_size].tolist())
+                batch = self.collator(features)
+                real = _rows_of(batch)
+                batch = {name: value.to(self.model.backbone.device) for name, value in batch.items()}
+                more = {} if self.layers is None else {"output_hidden_states": self.layers}
+                try:
+                    with torch.no_grad():
+                        self.model(**batch, **more)
+                except _Recorded:
+                    pass
+                yield {kind: self._block(found.pop(kind), real, len(features)) for kind in KINDS if kind in found}
+
+    @contextmanager
+    def _recording(self) -> Iterator[dict[str, list[torch.Tensor]]]:
+        """The states of each forward pass by kind, `(rows, length, width)`, or `(rows, width)` at one position."""
+        model, layers, found = self.model, self.layers, dict[str, list[torch.Tensor]]()
+
+        def after_backbone(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if layers is not None:
+                found["backbone_states"] = [output.hidden_states[layer] for layer in layers]
+
+        def before_fusion(module: torch.nn.Module, inputs: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+            found["fusion_states"] = [inputs[0], *inputs[1].values()]
+            raise _Recorded
+
+        hooks = [
+            model.backbone.register_forward_hook(after_backbone),
+            model.fusion.register_forward_pre_hook(before_fusion),
+        ]
+        was_training, active = model.training, model.config.active_knowledge_adapters
+        model.eval()
+        if layers is not None:
+            model.config.active_knowledge_adapters = []  # which need not run
+        try:
+            yield found
+        finally:
+            model.config.active_knowledge_adapters = active
+            for hook in hooks:
+                hook.remove()
+            model.train(was_training)
+
+    def _block(self, states: list[torch.Tensor], real: torch.Tensor, rows: int) -> Block:
+        dtype = self.dtype or functools.reduce(torch.promote_types, [state.dtype for state in states])
+        stacked = torch.stack([state.to(dtype) for state in states], dim=-2)  # (rows, [positions,] states, width)
+        if stacked.dim() == 4 and stacked.shape[1] == real.shape[1]:  # at all tokens
+            return real.view(rows, -1).sum(1).numpy(), stacked[real.to(stacked.device)].cpu()
+        block = stacked.reshape(-1, *stacked.shape[-2:]).cpu()
+        return np.full(rows, len(block) // rows), block
+
+    def size(self, batch: Mapping[str, Block], done: int) -> int:
+        """The bytes of all states but of the first `done` rows, from those of the batch that is computed next."""
+        total = 0
+        lengths = self.lengths[self.order[done:]]
+        for counts, block in batch.values():
+            at_all_tokens = np.array_equal(counts, lengths[: len(counts)])
+            positions = lengths.sum() if at_all_tokens else counts.mean() * len(lengths)
+            total += int(positions) * block[0].nbytes
+        return total
+
+
+def _in_memory(computed: _Computation) -> dict[str, States]:
+    blocks: dict[str, list[torch.Tensor]] = {}
+    places: dict[str, list[np.ndarray]] = {}
+    for number, batch in enumerate(computed.batches()):
+        if number == 0:
+            size, free = computed.size(batch, 0), psutil.virtual_memory().available
+            if size > free / 2:
+                raise MemoryError(
+                    f"the states of the frozen parts need {size / 1e9:.2f} GB, more than half of the {free / 1e9:.2f} GB "
+                    "of free memory: keep them in a folder."
+                )
+        for kind, (counts, block) in batch.items():
+            blocks.setdefault(kind, []).append(block)
+            places.setdefault(kind, []).append(_places(counts, number))
+    return {kind: States(blocks[kind], _by_row(np.concatenate(places[kind]), computed.order)) for kind in blocks}
+
+
+def _places(counts: np.ndarray, block: int = 0) -> np.ndarray:
+    ends = np.cumsum(counts)
+    return np.stack([np.full(len(counts), block), ends - counts, ends], axis=1)
+
+
+def _by_row(places: np.ndarray, order: np.ndarray) -> np.ndarray:
+    by_row = np.empty_like(places)
+    by_row[order] = places
+    return by_row
+
+
+# ---- In a folder ----------------------------------------------------------------------------------------------------
+#
+# For each kind of states, one file has the states and one the number of positions of each row, in the order in which they
+# are computed. The index says how many rows are complete, and how the states are stored.
+
+
+def _done(place: Path) -> int:
+    return read_json(place / INDEX, dict)["rows"] if (place / INDEX).exists() else -1
+
+
+def _files(place: Path, kind: str) -> tuple[Path, Path]:
+    return place / f"{kind}.bin", place / f"{kind}.counts"
+
+
+def _read(place: Path, kind: str, order: np.ndarray) -> States:
+    number, width, dtype = read_json(place / INDEX, dict)["kinds"][kind]
+    states, counts = _files(place, kind)
+    places = _places(np.fromfile(counts, np.int64))
+    size = int(places[-1, -1]) * number * width
+    block = torch.from_file(str(states), size=size, dtype=getattr(torch, dtype)).view(-1, number, width)
+    return States([block], _by_row(places, order))
+
+
+def _resume(place: Path) -> tuple[int, dict[str, Any]]:
+    """The number of complete rows, and the kinds of their states; removes what is behind them."""
+    if _done(place) < 0:
+        return 0, {}
+    index = read_json(place / INDEX, dict)
+    for kind, (number, width, dtype) in index["kinds"].items():
+        states, counts = _files(place, kind)
+        positions = np.fromfile(counts, np.int64, index["rows"]).sum()
+        os.truncate(counts, index["rows"] * 8)
+        os.truncate(states, int(positions) * number * width * getattr(torch, dtype).itemsize)
+    return index["rows"], index["kinds"]
+
+
+def _write(computed: _Computation, place: Path) -> None:
+    first, kinds = _resume(place)
+    done, total = first, len(computed.rows)
+    files: dict[Path, BinaryIO] = {}
+
+    def note_progress() -> None:
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())  # first, so that the states that are counted are on the disk
+        write_json(place / INDEX, {"rows": done, "kinds": kinds})
+
+    try:
+        for number, batch in enumerate(computed.batches(done), start=1):
+            if number == 1:
+                _check_space(computed.size(batch, done), place, done, total)
+                kinds = {
+                    kind: (*block.shape[1:], str(block.dtype).removeprefix("torch."))
+                    for kind, (_, block) in batch.items()
+                }
+                files = {path: open(path, "ab" if first else "wb") for kind in kinds for path in _files(place, kind)}
+            for kind, (counts, block) in batch.items():
+                states_file, counts_file = _files(place, kind)
+                files[states_file].write(block.contiguous().view(torch.uint8).numpy().data)
+                files[counts_file].write(counts.astype(np.int64).tobytes())
+            done += len(counts)
+            if number % BATCHES_PER_NOTE == 0:
+                note_progress()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Stopped with the frozen states of {done} of {total} examples in '{place}'. The same command continues from "
+            "there."
+        ) from None
+    finally:
+        if files:
+            note_progress()
+        for file in files.values():
+            file.close()
+
+
+def _check_space(size: int, place: Path, done: int, total: int) -> None:
     free = shutil.disk_usage(place).free
     earlier = f", in addition to {done} from an earlier run" if done else ""
-    logger.warning(
-        f"The backbone's states of {len(ids) - done} examples need {size / 1e9:.2f} GB in '{place}'{earlier}."
-    )
+    logger.warning(f"The frozen states of {total - done} examples need {size / 1e9:.2f} GB in '{place}'{earlier}.")
     if size > free:
         if not done:
             shutil.rmtree(place, ignore_errors=True)
         raise OSError(
-            f"'{place.parent}' has {free / 1e9:.2f} GB left, and the backbone's states need {size / 1e9:.2f} GB. "
-            "Choose a larger disk, cache them in bfloat16, or train without a cache."
+            f"'{place.parent}' has {free / 1e9:.2f} GB left, and the frozen states need {size / 1e9:.2f} GB. Choose a larger "
+            "disk, cache them in bfloat16, or train without a cache."
         )
-    with open(part, "r+b" if done else "wb") as file:
-        file.truncate(token_size * sum(lengths))
-        cache = ActivationCache(part, lengths, states, width, dtype, writable=True)
-
-        def note_progress() -> None:
-            os.fsync(file.fileno())  # first, so that the states that are counted are on the disk
-            write_json(progress, done)
-
-        collate = DataCollatorWithPadding(tokenizer)
-        model.eval()
-        starts = range(done, len(order), batch_size)
-        try:
-            for number, start in enumerate(
-                tqdm(starts, desc="Backbone's states", disable=not logging.is_progress_bar_enabled()), start=1
-            ):
-                rows = order[start : start + batch_size]
-                batch = collate([{"input_ids": ids[row]} for row in rows])
-                batch = {name: tensor.to(model.backbone.device) for name, tensor in batch.items()}
-                with torch.no_grad():
-                    output = model.backbone(**batch, output_hidden_states=True, return_dict=True)
-                found = [*(output.hidden_states[layer] for layer in layers), output.last_hidden_state]
-                stacked = torch.stack(found, dim=2).to("cpu", dtype)
-                for position, row in enumerate(rows):
-                    # Padding may be on either side.
-                    real = batch["attention_mask"][position].bool().cpu()
-                    cache[row].copy_(stacked[position, real])
-                done = start + len(rows)
-                if number % BATCHES_PER_NOTE == 0:
-                    note_progress()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"Stopped with the backbone's states of {done} of {len(ids)} examples in '{place}'. The same command "
-                "continues from there."
-            ) from None
-        finally:
-            note_progress()
-    os.replace(part, place / STATES)
-    progress.unlink()
-
-
-class CachedActivationsCollator:
-    """Wraps a collator and adds the cached states of the rows as `backbone_states`, padded like the batch."""
-
-    def __init__(self, collator: Callable[[list[dict]], dict[str, Any]], cache: ActivationCache):
-        self.collator = collator
-        self.cache = cache
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [feature[ROW] for feature in features]
-        batch = self.collator([{k: v for k, v in feature.items() if k != ROW} for feature in features])
-        mask = batch["attention_mask"].bool()
-        _, states, width = self.cache.tokens.shape
-        padded = torch.zeros(*mask.shape, states, width, dtype=self.cache.tokens.dtype)
-        padded[mask] = torch.cat([self.cache[row] for row in rows])
-        batch["backbone_states"] = padded.transpose(1, 2)
-        return batch

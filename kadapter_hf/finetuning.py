@@ -19,13 +19,14 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from .activations import CachedStatesCollator
 from .features import load_tokenizer, most_tokens
 from .figures import warn_without_matplotlib
 from .messages import did_you_mean, shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterLoadError
 from .modeling.fusion_kadapter import check_fusion
-from .modeling.heads_kadapter import KAdapterPreTrainedModel
+from .modeling.heads_kadapter import KAdapterForQuestionAnswering, KAdapterPreTrainedModel
 from .modeling.reading_kadapter import read_adapter
 from .modeling.sources_kadapter import adapter_file
 from .named_adapters import named_adapters
@@ -40,6 +41,7 @@ from .runs import (
     sample,
     save_and_push,
     train,
+    use_cached_states,
 )
 from .tasks import TASKS, Options, Task
 from .tasks.task import warn_of_dropped
@@ -90,6 +92,11 @@ class FinetuningArguments:
         False, "Train the fusion and the head only, and with --freeze_adapters false the adapters."
     )
     freeze_adapters: bool = _help(True, "Keep the adapters as they are, as the paper does.")
+    cache_activations: str | None = _help(
+        None,
+        "With --freeze_backbone: a folder for the states that the frozen parts compute, which other runs on the same rows "
+        "read. Default: if the adapters are frozen too, the states are computed once and kept in memory.",
+    )
     max_length: int | None = _help(
         None, "Maximum number of tokens. Default: the paper's, or the backbone's if it is less."
     )
@@ -110,6 +117,12 @@ class FinetuningArguments:
             raise ValueError("give either --adapters or --untrained_adapters")
         if self.untrained_like is not None and not self.untrained_adapters:
             raise ValueError("--untrained_like belongs to --untrained_adapters")
+        if self.cache_activations is not None and not self.freeze_backbone:
+            raise ValueError(
+                "--cache_activations belongs to --freeze_backbone: a backbone that trains changes its states"
+            )
+        if self.cache_activations is not None and Path(self.cache_activations).is_file():
+            raise ValueError(f"--cache_activations must be a folder; '{self.cache_activations}' is a file")
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
         limits = {"untrained_adapters": 0, "max_train_samples": 1, "max_eval_samples": 1, "max_length": 1}
@@ -201,20 +214,22 @@ def finetune(
     trainer = OrderedTrainer(
         model,
         training,
-        data_collator=task.collator(tokenizer),
+        data_collator=CachedStatesCollator(task.collator(tokenizer)),
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         processing_class=tokenizer,
         compute_metrics=task.metrics_on(splits["validation"], data["validation"], labels, options),
         callbacks=[stop],
     )
+    inputs = _inputs(trainer, data, arguments)
+    trainer.train_dataset, trainer.eval_dataset = inputs["train"], inputs["validation"]
     train(trainer, checkpoint, stop)
     folder = Path(str(training.output_dir))
     results: dict[str, dict[str, float]] = {}
     for name in ("validation", "test"):
         if name not in splits:
             continue
-        found, results[name] = _predict(trainer, task, splits[name], data[name], labels, options)
+        found, results[name] = _predict(trainer, task, splits[name], data[name], labels, options, inputs[name])
         if trainer.is_world_process_zero():  # the test split, if there is one
             write_report(folder, task, splits[name], found, labels)
     model.config.task["results"] = results
@@ -222,6 +237,27 @@ def finetune(
         model.config.task["fusion_weights"] = weights
     save_and_push(trainer, f"Upload a K-Adapter fine-tuned on {task.name}", {"metrics.json": results})
     return results
+
+
+def _inputs(trainer: Trainer, data: dict[str, Dataset], arguments: FinetuningArguments) -> dict[str, Any]:
+    """The rows of each split, with the states that the frozen parts compute for them, where these depend on the row only."""
+    model: Any = trainer.model
+    folder = arguments.cache_activations
+    reads_padding = isinstance(model, KAdapterForQuestionAnswering) or any(
+        config.attend_to_padding for config in (model.config.knowledge_adapters or {}).values()
+    )
+    if folder is not None and reads_padding:
+        raise ValueError(
+            "--cache_activations can't be used with extractive questions, whose loss counts the padding, or with adapters that "
+            "attend to padding."
+        )
+    if folder is None and (reads_padding or not (arguments.freeze_backbone and arguments.freeze_adapters)):
+        return dict(data)
+    try:
+        return dict(use_cached_states(trainer, data, folder))
+    except MemoryError as error:
+        logger.warning(f"The frozen parts run in every epoch: {error} That is what --cache_activations does.")
+        return dict(data)
 
 
 def _warn_of_warmup(training: TrainingArguments, rows: int) -> None:
@@ -353,11 +389,18 @@ def labels_of(model: KAdapterPreTrainedModel, task: Task) -> list[str]:
 
 
 def _predict(
-    trainer: Trainer, task: Task, rows: Dataset, features: Dataset, labels: Sequence[str], options: Options
+    trainer: Trainer,
+    task: Task,
+    rows: Dataset,
+    features: Dataset,
+    labels: Sequence[str],
+    options: Options,
+    inputs: Any = None,
 ) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
+    """`inputs` is what the model takes, by default the features."""
     has_labels = task.schema.labels in rows.column_names
     trainer.compute_metrics = task.metrics_on(rows, features, labels, options) if has_labels else None
-    output = trainer.predict(features, metric_key_prefix="")
+    output = trainer.predict(features if inputs is None else inputs, metric_key_prefix="")
     metrics = {name.removeprefix("_"): value for name, value in quality(output.metrics or {}).items()}
     return task.predictions(output.predictions, rows, features, labels, options), metrics
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from . import precision
-from .activations import ROW, CachedActivationsCollator, cached_activations
+from .activations import CachedStatesCollator
 from .corpora import Schema
 from .features import encode, load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
@@ -41,6 +41,7 @@ from .runs import (
     sample,
     save_and_push,
     train,
+    use_cached_states,
 )
 
 
@@ -73,7 +74,9 @@ class PretrainingArguments:
         None, "Folder to cache the backbone's states in, so that it runs once per row instead of in each epoch."
     )
     activations_dtype: str = _help(
-        "float32", "Data type of the cached states: float32, or bfloat16 for half the disk space."
+        "auto",
+        "Data type of the cached states: auto, which is that in which the backbone computes them; float32; or bfloat16, for "
+        "half the disk space.",
     )
     adapter_layers: list[int] | None = field(
         default=None,
@@ -109,8 +112,9 @@ class PretrainingArguments:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
         if self.cache_activations is not None and Path(self.cache_activations).is_file():
             raise ValueError(f"--cache_activations must be a folder; '{self.cache_activations}' is a file")
-        if self.activations_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--activations_dtype must be float32 or bfloat16, not {self.activations_dtype}")
+        if self.activations_dtype not in precision.DTYPES:
+            known = ", ".join(precision.DTYPES)
+            raise ValueError(f"--activations_dtype must be one of {known}, not {self.activations_dtype}")
         if self.name is not None:
             check_adapter_name(self.name)
         check_fusion(self.fusion, {})
@@ -188,15 +192,12 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     with training.main_process_first(desc="features"):
         most = most_tokens(tokenizer, arguments.max_length, model.backbone.config)
         data = {split: encode(split_rows, features, tokenizer, max_length=most) for split, split_rows in rows.items()}
-    if arguments.cache_activations is not None:
-        data = _numbered(data)
-        training.remove_unused_columns = False
     stop = StopOnInterrupt()
     # Made before the activations are computed, so that errors in its arguments come first.
     trainer = Trainer(
         model,
         training,
-        data_collator=task.collator(tokenizer),
+        data_collator=CachedStatesCollator(task.collator(tokenizer)),
         train_dataset=data["train"],
         eval_dataset=data["eval"],
         processing_class=tokenizer,
@@ -205,12 +206,9 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         callbacks=[stop],
     )
     if arguments.cache_activations is not None:
-        dtype = getattr(torch, arguments.activations_dtype)
-        all_rows = concatenate_datasets([split.select_columns("input_ids") for split in data.values()])
-        model.to(training.device)  # type: ignore[arg-type]
-        with training.main_process_first(desc="activations"):
-            cache = cached_activations(model, all_rows, tokenizer, arguments.cache_activations, dtype)
-        trainer.data_collator = CachedActivationsCollator(trainer.data_collator, cache)
+        dtype = None if arguments.activations_dtype == "auto" else getattr(torch, arguments.activations_dtype)
+        cached = use_cached_states(trainer, data, arguments.cache_activations, dtype)
+        trainer.train_dataset, trainer.eval_dataset = cached["train"], cached["eval"]
     train(trainer, checkpoint, stop)
     metrics = quality(trainer.evaluate())
     on_hub = [data for data in arguments.data if not Path(data).exists()]
@@ -275,15 +273,6 @@ def _rows_in_max_steps(training: TrainingArguments) -> int | None:
         return None
     per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     return training.max_steps * per_step
-
-
-def _numbered(data: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Numbers the rows consecutively over all splits."""
-    numbered, first = {}, 0
-    for name, split in data.items():
-        numbered[name] = split.add_column(ROW, list(range(first, first + len(split))))
-        first += len(split)
-    return numbered
 
 
 def _course(history: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -5,15 +5,18 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from datasets import Dataset
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
+from .activations import CachedStates, cached_states
 from .corpora.schema import write_json
 from .hub import push_folder
 from .messages import did_you_mean, is_repo_id, one_line
@@ -158,6 +161,24 @@ def remove_checkpoints(folder: Path) -> None:
     """Removes those of an earlier run, which a resumed run would take for its own."""
     while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))) is not None:
         shutil.rmtree(checkpoint)
+
+
+def use_cached_states(
+    trainer: Trainer,
+    splits: Mapping[str, Dataset],
+    folder: str | None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, CachedStates]:
+    """The rows of each split with what the frozen parts of the trainer's model compute for them; see `cached_states`."""
+    training, model = trainer.args, trainer.model
+    model.to(training.device)  # type: ignore[arg-type, union-attr]
+    with nullcontext() if folder is None else training.main_process_first(desc="frozen states"):
+        cached = {
+            name: cached_states(model, rows, trainer.data_collator, folder, dtype=dtype)  # type: ignore[arg-type]
+            for name, rows in splits.items()
+        }
+    training.remove_unused_columns = False  # which would remove the states
+    return cached
 
 
 def train(trainer: Trainer, checkpoint: str | None, stop: StopOnInterrupt) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import (
     ModernBertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    RobertaModel,
     XLMRobertaConfig,
     set_seed,
 )
@@ -277,6 +279,46 @@ def build(backbone):
         return model
 
     return build
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """`interrupt_at(forward)`: the backbone's forward pass of this number ends in what Ctrl-C does; 0 for none."""
+    wanted, passes = 0, 0
+    forward = RobertaModel.forward
+
+    def counted(self, *args, **kwargs):
+        nonlocal passes
+        passes += 1
+        if passes == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args, **kwargs)
+
+    def interrupt_at(number: int) -> int:
+        """Returns the number of passes since the last call."""
+        nonlocal wanted, passes
+        before, wanted, passes = passes, number, 0
+        return before
+
+    monkeypatch.setattr(RobertaModel, "forward", counted)
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield interrupt_at
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def backbone_passes(monkeypatch) -> list[int]:
+    """The number of rows in each forward pass of the backbone."""
+    passes: list[int] = []
+    forward = RobertaModel.forward
+
+    def counted(self, input_ids=None, **kwargs):
+        passes.append(len(input_ids))
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(RobertaModel, "forward", counted)
+    return passes
 
 
 @pytest.fixture

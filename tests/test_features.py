@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from kadapter_hf.corpora import read_conllu
 from kadapter_hf.features import (
@@ -16,6 +16,7 @@ from kadapter_hf.features import (
     relation_features,
     typing_features,
 )
+from kadapter_hf.modeling.marking_kadapter import tokenize
 
 
 ROOT = Path(__file__).parent
@@ -171,6 +172,18 @@ def test_markers_are_around_the_entities_whatever_the_order(wordpiece):
     texts = [wordpiece.decode(ids) for ids in found["input_ids"]]
     assert texts == ["[CLS] @ bath @ is near # bristol #. [SEP]", "[CLS] # bristol # is near @ bath @! [SEP]"]
     assert (found["subject_start"][:], found["object_start"][:]) == ([1, 6], [6, 1])
+
+
+def test_pieces_are_whole_whatever_truncation_and_padding_the_tokenizers_file_sets(wordpiece):
+    pieces = ["the river", "", "the city of rome is in italy", "the river"]
+    expected = [wordpiece.encode(piece, add_special_tokens=False) for piece in pieces]
+    wordpiece.backend_tokenizer.enable_truncation(3)
+    wordpiece.backend_tokenizer.enable_padding(length=5)
+    assert tokenize(pieces, wordpiece) == expected
+
+
+def test_a_tokenizer_in_python_makes_the_same_of_pieces():
+    assert tokenize(["ab", "", "ab"], CanineTokenizer()) == [[97, 98], [], [97, 98]]
 
 
 def test_the_whole_text_is_there_where_it_fits(wordpiece):

@@ -6,31 +6,28 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same_weights, contents, free_port, small_adapter
+from conftest import TINY, assert_same_weights, contents, free_port
 from datasets import Dataset
 from transformers import (
     AutoModel,
     AutoTokenizer,
     DataCollatorWithPadding,
     RobertaConfig,
-    RobertaModel,
     TrainerCallback,
 )
 from typer.testing import CliRunner, Result
 
 from kadapter_hf import KAdapterForDependencyParsing, KAdapterForRelationClassification, KAdapterModel, pretraining
-from kadapter_hf.activations import CachedActivationsCollator, cached_activations
+from kadapter_hf.activations import KINDS
 from kadapter_hf.cli import app
 from kadapter_hf.corpora import read_conllu
 from kadapter_hf.objectives import OBJECTIVES, Objective
@@ -164,119 +161,44 @@ def test_an_objective_of_ones_own_takes_a_few_lines(facts, backbone, tmp_path, m
     assert list(KAdapterModel.from_pretrained(tmp_path / "out").adapters) == ["maps"]
 
 
-# ---- Cached activations ---------------------------------------------------------------------------------------------
+# ---- Cached states -------------------------------------------------------------------------------------------------
 
 
-def test_with_cached_activations_the_losses_are_the_same_and_the_backbone_runs_once(
-    factual, facts, backbone, tmp_path, monkeypatch
+def test_with_cached_states_the_losses_are_the_same_and_the_backbone_runs_once(
+    factual, facts, backbone, tmp_path, backbone_passes
 ):
-    computed = []
-    forward = KAdapterForRelationClassification._run_backbone
-    monkeypatch.setattr(
-        KAdapterForRelationClassification,
-        "_run_backbone",
-        lambda self, *args, **kwargs: computed.append(1) or forward(self, *args, **kwargs),
-    )
     flags = ("--max_steps", "12", "--cache_activations", str(tmp_path / "cache"))
     run("factual", facts, backbone, tmp_path / "out", *flags)
     assert losses(tmp_path / "out") == pytest.approx(losses(factual), abs=1e-6)
-    assert not computed
+    assert backbone_passes == [32, 4]
     before = contents(tmp_path / "cache")
     run("factual", facts, backbone, tmp_path / "again", *flags)
-    assert contents(tmp_path / "cache") == before
+    assert backbone_passes == [32, 4] and contents(tmp_path / "cache") == before
 
 
-@pytest.fixture
-def cached(backbone, build, tokenizer, tmp_path):
-    """`cached(model, texts, dtype)`: a cache of the texts' states, in one folder for all."""
-
-    def make(model, texts, dtype=torch.float32):
-        rows = Dataset.from_dict({"input_ids": [tokenizer(text)["input_ids"] for text in texts]})
-        return cached_activations(model, rows, tokenizer, tmp_path / "cache", dtype)
-
-    return make
-
-
-def test_activations_are_computed_for_the_rows_that_are_used_only(facts, backbone, tmp_path):
+def test_states_are_computed_for_the_rows_that_are_used_only(facts, backbone, tmp_path):
     used = {}
     for name, flags in {
         "steps": ("--max_steps", "2", "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2"),
         "samples": ("--max_steps", "2", "--max_train_samples", "5", "--max_eval_samples", "1"),
     }.items():
         run(
-            "factual", facts, backbone, tmp_path / name, *flags, "--cache_activations", str(tmp_path / f"{name}-cache")
+            "factual",
+            facts,
+            backbone,
+            tmp_path / name,
+            *flags,
+            *("--cache_activations", str(tmp_path / f"{name}-cache"), "--backbone_dtype", "float32"),
         )
         provenance = KAdapterModel.from_pretrained(tmp_path / name).config.knowledge_adapters["factual"].provenance
         used[name] = (provenance["rows"], provenance["held_out_rows"], provenance["labels"])
     assert used == {"steps": (12, 4, 3), "samples": (5, 1, 3)}
-    # 11 tokens in each row; 3 states and the last one, each 32 wide, in float32.
-    (states,) = (tmp_path / "steps-cache").rglob("states.bin")
-    assert states.stat().st_size == (12 + 4) * 11 * 4 * 32 * 4
-
-
-TEXTS = ["the river", "the city of rome is in italy", "a"]
-
-
-def test_cached_states_are_those_that_the_backbone_gives(build, cached, tokenizer):
-    model = build(KAdapterModel, adapters=["factual"])
-    cache = cached(model, TEXTS)
-    rows = [{"input_ids": tokenizer(text)["input_ids"], "row": row} for row, text in enumerate(TEXTS)]
-    batch = CachedActivationsCollator(DataCollatorWithPadding(tokenizer), cache)(rows)
-    with torch.no_grad():
-        found = model(**batch)
-        batch.pop("backbone_states")
-        expected = model(**batch)
-    mask = batch["attention_mask"].bool()
-    for name in ("last_hidden_state", "backbone_last_hidden_state"):
-        torch.testing.assert_close(found[name][mask], expected[name][mask], rtol=0, atol=1e-6)
-
-
-def test_another_text_backbone_layer_or_dtype_is_another_cache(build, cached, tmp_path):
-    changed = build(KAdapterModel, adapters=["factual"])
-    with torch.no_grad():
-        changed.backbone.embeddings.word_embeddings.weight += 1
-    other_layers = build(KAdapterModel, adapters=[])
-    other_layers.add_knowledge_adapter("factual", small_adapter(backbone_layers=[1]))
-    model = build(KAdapterModel, adapters=["factual"])
-    for number, arguments in enumerate(
-        [(model, TEXTS), (model, TEXTS[::-1]), (changed, TEXTS), (other_layers, TEXTS), (model, TEXTS, torch.bfloat16)]
-    ):
-        cached(*arguments)
-        cached(*arguments)
-        assert len(list((tmp_path / "cache").iterdir())) == number + 1
-
-
-def test_bfloat16_takes_half_the_disk(build, cached):
-    model = build(KAdapterModel, adapters=["factual"])
-    exact, half = (cached(model, TEXTS, dtype).tokens for dtype in (torch.float32, torch.bfloat16))
-    assert exact.nbytes == 2 * half.nbytes
-    torch.testing.assert_close(half.float(), exact, rtol=1e-2, atol=1e-2)
-
-
-def test_a_disk_that_is_too_small_is_named_before_anything_is_computed(build, cached, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 100))
-    with pytest.raises(OSError, match="GB left, and the backbone's states need .* GB"):
-        cached(build(KAdapterModel, adapters=["factual"]), TEXTS)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_backbone_that_trains_or_an_adapter_that_reads_padding_can_not_be_cached(build, cached):
-    model = build(KAdapterModel, adapters=["factual"])
-    model.unfreeze_backbone()
-    with pytest.raises(ValueError, match="freeze_backbone"):
-        cached(model, TEXTS)
-    model = build(KAdapterModel, adapters=[])
-    model.add_knowledge_adapter("original", small_adapter(attend_to_padding=True))
-    with pytest.raises(ValueError, match="attend_to_padding"):
-        cached(model, TEXTS)
-
-
-def test_backbone_states_of_the_wrong_number_are_refused(build):
-    model = build(KAdapterModel, adapters=["factual"])
-    width = model.config.backbone_config.hidden_size
-    with pytest.raises(ValueError, match="backbone_states must be of shape"):
-        model(torch.ones(1, 3).long(), backbone_states=torch.zeros(1, 9, 3, width))
+    # 11 tokens in each row: three states of each, and the last at the two markers, 32 wide, in float32.
+    sizes = {kind: {file.stat().st_size for file in tmp_path.glob(f"steps-cache/*/{kind}.bin")} for kind in KINDS}
+    assert sizes == {
+        "backbone_states": {rows * 11 * 3 * 32 * 4 for rows in (12, 4)},
+        "fusion_states": {12 * 256, 4 * 256},
+    }
 
 
 # ---- Interrupted and resumed ----------------------------------------------------------------------------------------
@@ -316,53 +238,12 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_training_ends_with_the_same_weigh
     assert_same_weights(parts, whole)
 
 
-@pytest.fixture
-def interrupt_at(monkeypatch):
-    """`interrupt_at(forward)`: the backbone's forward pass of this number ends in what Ctrl-C does; 0 for none."""
-    wanted, passes = 0, 0
-    forward = RobertaModel.forward
-
-    def counted(self, *args, **kwargs):
-        nonlocal passes
-        passes += 1
-        if passes == wanted:
-            os.kill(os.getpid(), signal.SIGINT)
-        return forward(self, *args, **kwargs)
-
-    def interrupt_at(number: int) -> int:
-        """Returns the number of passes since the last call."""
-        nonlocal wanted, passes
-        before, wanted, passes = passes, number, 0
-        return before
-
-    monkeypatch.setattr(RobertaModel, "forward", counted)
-    # A shell starts what runs in its background with Ctrl-C ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield interrupt_at
-    signal.signal(signal.SIGINT, before)
-
-
-def test_interrupted_activations_are_continued_and_are_the_same(build, cached, tmp_path, interrupt_at):
-    model = build(KAdapterModel, adapters=["factual"])
-    texts = [" ".join(["river"] * count) for count in range(1, 60)] * 2  # four batches
-    whole = cached(model, texts).tokens.clone()
-    shutil.rmtree(tmp_path / "cache")
-    interrupt_at(3)
-    with pytest.raises(KeyboardInterrupt, match="states of 64 of 118 examples in .*The same command continues"):
-        cached(model, texts)
-    interrupt_at(0)
-    assert torch.equal(cached(model, texts).tokens, whole)
-    assert interrupt_at(0) == 2
-    cached(model, texts)
-    assert interrupt_at(0) == 0
-
-
 def test_ctrl_c_among_the_activations_says_so_and_speaks_of_no_checkpoint(facts, backbone, tmp_path, interrupt_at):
     interrupt_at(1)
     flags = ["--data", facts, "--backbone", backbone, "--output_dir", tmp_path / "out", "--max_steps", "1", *SMALL]
     done = invoke("pretrain", "factual", *map(str, flags), "--cache_activations", str(tmp_path / "cache"))
     assert done.exit_code == 130
-    assert "Stopped with the backbone's states of 0 of " in done.stderr and "checkpoint" not in done.stderr
+    assert "Stopped with the frozen states of 0 of " in done.stderr and "checkpoint" not in done.stderr
 
 
 def start(data: str, backbone: str, output: Path, *flags: str, command: tuple[str, ...] = ("-c",)) -> subprocess.Popen:

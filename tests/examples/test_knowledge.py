@@ -10,7 +10,7 @@ from conftest import load_script
 from datasets import load_dataset
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
+from kadapter_hf import KAdapterForRelationClassification
 from kadapter_hf.features import encode, relation_features
 
 
@@ -119,7 +119,7 @@ def test_the_head_on_states_gives_what_the_whole_model_gives(example, arguments,
     adapters = {name: args.adapter_config() for name in ("one", "two")}
     model = KAdapterForRelationClassification.from_backbone(backbone, adapters, num_labels=2).eval()
     model.save_pretrained(tmp_path / "model")
-    states = example.states_at_markers(KAdapterModel.from_pretrained(tmp_path / "model"), rows, tokenizer)
+    states = example.states_at_markers(model, rows, tokenizer)
     given = torch.stack([states[name] for name in ("", "one", "two")], dim=1)
     markers = {"subject_start": torch.zeros(len(rows)).long(), "object_start": torch.ones(len(rows)).long()}
     head = KAdapterForRelationClassification.from_pretrained(tmp_path / "model").eval()

@@ -4,7 +4,9 @@ import csv
 import json
 import re
 import shutil
+from collections import namedtuple
 
+import psutil
 import pytest
 import torch
 from conftest import assert_same_weights, small_adapter
@@ -331,3 +333,59 @@ def test_without_evaluation_the_last_checkpoint_is_the_model(adapter):
 def test_wrong_flags_are_one_sentence(flags, said):
     result = run("finetune", "relation", "--data", "x", "--output_dir", "x", *flags)
     assert result.exit_code == 2 and said in result.output
+
+
+FROZEN = ("--freeze_backbone", "true", "--learning_rate", "1e-2")
+
+
+def losses(folder) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry]
+
+
+@pytest.mark.parametrize("task", ["relation", "typing", "multiple-choice", "ner"])
+def test_frozen_parts_run_once_for_each_row_and_the_result_is_the_same(
+    task, adapter, tmp_path, backbone_passes, monkeypatch, caplog
+):
+    data = write_sample(task, tmp_path / "data")
+    common = (task, "--data", str(data), "--adapters", adapter, *STEPS, *FROZEN, "--logging_steps", "1")
+    cached = main([*common, "--output_dir", str(tmp_path / "cached")])
+    assert len(backbone_passes) == 3  # one batch of each split
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "available")(100))
+    plain = main([*common, "--output_dir", str(tmp_path / "plain")])
+    assert len(backbone_passes) > 10 and "The frozen parts run in every epoch" in caplog.text
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+    for split, metrics in plain.items():
+        assert cached[split] == pytest.approx(metrics, abs=1e-5)
+    predictions = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("cached", "plain")]
+    assert [json.loads(line)["prediction"] for line in predictions[0].splitlines()] == [
+        json.loads(line)["prediction"] for line in predictions[1].splitlines()
+    ]
+
+
+@pytest.mark.parametrize("freeze_adapters", ["true", "false"])
+def test_runs_with_other_seeds_share_the_states_in_a_folder(freeze_adapters, adapter, tmp_path, backbone_passes):
+    data = write_sample("relation", tmp_path / "data")
+    flags = ("--cache_activations", str(tmp_path / "cache"), "--freeze_adapters", freeze_adapters)
+    computed = []
+    for seed in ("1", "2"):
+        more = ("--output_dir", str(tmp_path / seed), "--seed", seed)
+        main(["relation", "--data", str(data), "--adapters", adapter, *STEPS, *FROZEN, *flags, *more])
+        computed.append(len(backbone_passes))
+    assert computed == [1, 1]  # the splits have the same rows
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "said"),
+    [
+        ("relation", ("--cache_activations", "cache"), "--cache_activations belongs to --freeze_backbone"),
+        ("relation", (*FROZEN, "--cache_activations", "setup.cfg"), "--cache_activations must be a folder"),
+        ("extractive-qa", (*FROZEN, "--cache_activations", "cache"), "whose loss counts the padding"),
+    ],
+)
+def test_states_that_can_not_be_cached_are_an_error(task, flags, said, adapter, tmp_path):
+    data = write_sample(task, tmp_path / "data")
+    result = run(
+        "finetune", task, "--data", data, "--adapters", adapter, "--output_dir", tmp_path / "out", *STEPS, *flags
+    )
+    assert result.exit_code != 0 and said in " ".join(result.stderr.split())
