@@ -1,49 +1,46 @@
 """
-Fine-tuning, evaluation and predictions on a downstream task, with the stock Trainer (paper, section 4).
+Fine-tuning on a downstream task, with the stock Trainer (paper, section 4).
 
 A task defines how its files are read, its features, head and metrics; see `kadapter_hf.tasks`.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from .activations import CachedStatesCollator
 from .features import load_tokenizer, most_tokens
 from .figures import warn_without_matplotlib
-from .messages import did_you_mean, shortened
-from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
+from .messages import shortened
+from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterLoadError
 from .modeling.heads_kadapter import KAdapterForQuestionAnswering, KAdapterPreTrainedModel
 from .modeling.reading_kadapter import read_adapter
 from .modeling.sources_kadapter import adapter_file
 from .named_adapters import fusion_config, named_adapters
+from .predicting import predict_with
 from .reports import mean_fusion_weights, write_report
+from .rows import held_out, whole_questions
 from .runs import (
     Parser,
     StopOnInterrupt,
     check_report_to,
     checkpoint_to_resume,
     label_fields,
-    quality,
     sample,
     save_and_push,
     train,
     use_cached_states,
 )
-from .tasks import TASKS, Options, Task
-from .tasks.task import warn_of_dropped
+from .tasks import Options, Task
+from .tasks.task import find_task, warn_of_dropped
 
 
 logger = logging.get_logger(__name__)
@@ -135,18 +132,6 @@ class FinetuningArguments:
         fusion_config(self.fusion, self.fusion_config)
 
 
-def find_task(name: str) -> Task:
-    """
-    The task of this name.
-
-    Raises:
-        ValueError: there is none; the message lists all.
-    """
-    if name not in TASKS:
-        raise ValueError(f"there is no task '{name}'; there are {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
-    return TASKS[name]
-
-
 def combination(adapters: dict[str, KnowledgeAdapterConfig]) -> str:
     """The paper's name for a set of adapters: `F` (factual), `L` (linguistic), `F+L`, or the empty string without any."""
     kinds = {(config.provenance or {}).get("objective", name) for name, config in adapters.items()}
@@ -232,7 +217,7 @@ def finetune(
     for name in ("validation", "test"):
         if name not in splits:
             continue
-        found, results[name] = _predict(trainer, task, splits[name], data[name], labels, options, inputs[name])
+        found, results[name] = predict_with(trainer, task, splits[name], data[name], labels, options, inputs[name])
         if trainer.is_world_process_zero():  # the test split, if there is one
             write_report(folder, task, splits[name], found, labels)
     model.config.task["results"] = results
@@ -274,138 +259,6 @@ def _warn_of_warmup(training: TrainingArguments, rows: int) -> None:
             f"The warm-up of {training.warmup_steps:g} steps is as long as the whole training ({steps} steps): the learning "
             "rate stays low. With so few rows, use e.g. --warmup_steps 0.1, a tenth of the steps."
         )
-
-
-def load_finetuned(source: str, task: Task) -> tuple[KAdapterPreTrainedModel, PreTrainedTokenizerBase]:
-    """
-    A fine-tuned model and its tokenizer, from a folder or a repository.
-
-    Raises:
-        ValueError: it is not a K-Adapter, or was fine-tuned on a task of another kind.
-        OSError: it can't be loaded.
-    """
-    try:
-        content, _ = KAdapterConfig.get_config_dict(source)
-    except OSError as error:
-        raise KAdapterLoadError(
-            f"'{source}' is neither a folder with a model nor a repository that can be loaded: {error}"
-        ) from error
-    if content.get("model_type") != KAdapterConfig.model_type:
-        raise ValueError(f"'{source}' is no K-Adapter, but a model of the type {content.get('model_type')}.")
-    saved = next(iter(content.get("architectures") or []), None)
-    if saved != task.model_class.__name__:
-        raise ValueError(f"'{task.name}' needs a {task.model_class.__name__}, but '{source}' is a {saved}.")
-    return task.model_class.from_pretrained(source), load_tokenizer(source)
-
-
-def evaluate(
-    model: KAdapterPreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    task: Task | None = None,
-    batch_size: int = 32,
-) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
-    """
-    Predictions for rows of a task, by row number, and the metrics, if the rows have labels.
-
-    Args:
-        rows: as `Task.read` returns them.
-        task: by default the one that the model was fine-tuned on. How its input is made, e.g. the markers, comes from
-            `model.config.task`.
-
-    Raises:
-        ValueError: the model was not fine-tuned on a task of this kind, or does not know a label.
-    """
-    task = task_of(model, task)
-    options, labels = options_of(model, task), labels_of(model, task)
-    if labels and task.schema.labels in rows.column_names:
-        unknown = sorted(task.label_set(rows).difference(labels))
-        if unknown:
-            raise ValueError(
-                f"the model does not know {len(unknown)} of the labels: {', '.join(map(shortened, unknown[:5]))}. It was "
-                f"fine-tuned on {len(labels)}: {', '.join(map(shortened, labels[:5]))}{', …' if len(labels) > 5 else ''}"
-            )
-    features = task.encode(rows, tokenizer, labels, (model.config.task or {}).get("max_length"), options)
-    with TemporaryDirectory() as folder:  # Trainer wants one
-        training = TrainingArguments(
-            folder,
-            per_device_eval_batch_size=batch_size,
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        trainer = Trainer(model, training, data_collator=task.collator(tokenizer))
-        return _predict(trainer, task, rows, features, labels, options)
-
-
-def predict(
-    model: KAdapterPreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
-    task: Task | None = None,
-    batch_size: int = 32,
-) -> list[dict[str, Any] | None]:
-    """
-    The prediction for each of a few rows, which have the columns for data of your own, also with a model of the paper's tasks:
-
-        predict(model, tokenizer, [{"question": "Where is Rome?", "context": "Rome is in Italy."}])
-
-    Returns:
-        A dict with `prediction` and more for each row; None for a row that does not fit into the maximum length.
-
-    Raises:
-        ValueError: a row lacks something, or the model was not fine-tuned on a task of this kind.
-    """
-    task = task_of(model, task)
-    # Of tasks with the same columns, the one for data of your own is the base class, registered first.
-    reader = next(other for other in TASKS.values() if other.schema is task.schema)
-    read, _ = reader.read(Dataset.from_list(list(rows)), labelled=False)
-    found, _ = evaluate(model, tokenizer, read, task, batch_size)
-    return [found.get(number) for number in range(len(read))]
-
-
-def task_of(model: KAdapterPreTrainedModel, task: Task | None = None) -> Task:
-    """The task, after checking that the model was fine-tuned on one of this kind; by default the model's own."""
-    recorded = (model.config.task or {}).get("name")
-    if task is None:
-        if recorded is None:
-            raise ValueError("the model does not record the task that it was fine-tuned on: name the task.")
-        return find_task(recorded)
-    if not isinstance(model, task.model_class):
-        raise ValueError(
-            f"'{task.name}' needs a {task.model_class.__name__}, but the model is a {type(model).__name__}"
-            f"{f', fine-tuned on {recorded}' if recorded else ''}."
-        )
-    return task
-
-
-def options_of(model: KAdapterPreTrainedModel, task: Task) -> Options:
-    """The task's options as the model records them; the task's defaults for those that it does not."""
-    names = asdict(task.options()).keys()
-    return task.options(**{name: value for name, value in (model.config.task or {}).items() if name in names})
-
-
-def labels_of(model: KAdapterPreTrainedModel, task: Task) -> list[str]:
-    """The labels in the order of the model's outputs; empty for a task without labels."""
-    if not task.has_labels:
-        return []
-    return [label for _, label in sorted((model.config.id2label or {}).items())]
-
-
-def _predict(
-    trainer: Trainer,
-    task: Task,
-    rows: Dataset,
-    features: Dataset,
-    labels: Sequence[str],
-    options: Options,
-    inputs: Any = None,
-) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
-    """`inputs` is what the model takes, by default the features."""
-    has_labels = task.schema.labels in rows.column_names
-    trainer.compute_metrics = task.metrics_on(rows, features, labels, options) if has_labels else None
-    output = trainer.predict(features if inputs is None else inputs, metric_key_prefix="")
-    metrics = {name.removeprefix("_"): value for name, value in quality(output.metrics or {}).items()}
-    return task.predictions(output.predictions, rows, features, labels, options), metrics
 
 
 def load_data(
@@ -457,21 +310,6 @@ def _used(
     return used
 
 
-def whole_questions(rows: Dataset, most: int, seed: int) -> Dataset:
-    """The passages of as many random questions as have at most this many passages together, but of one at least."""
-    passages = Counter(rows["id"][:])
-    names = sorted(passages)
-    np.random.default_rng(seed).shuffle(names)
-    kept: set[str] = set()
-    total = 0
-    for name in names:
-        total += passages[name]
-        if kept and total > most:
-            break
-        kept.add(name)
-    return rows.select([number for number, name in enumerate(rows["id"][:]) if name in kept])
-
-
 def _check_labels(task: Task, splits: DatasetDict) -> None:
     """Refuses rows with too few labels to learn from; warns of labels that can't be learned."""
     if not task.has_labels:
@@ -490,27 +328,6 @@ def _check_labels(task: Task, splits: DatasetDict) -> None:
                 f"{len(unknown)} of the labels for {name} do not occur in training and count as errors: "
                 f"{', '.join(map(shortened, unknown[:5]))}{', …' if len(unknown) > 5 else ''}"
             )
-
-
-def held_out(rows: Dataset, share: float, group: str | None, seed: int) -> tuple[Dataset, Dataset]:
-    """
-    Divides rows into those to train on and a random share to hold out; rows with the same value in the column `group` stay
-    together.
-
-    Raises:
-        ValueError: there is only one row or group.
-    """
-    keys = rows[group][:] if group is not None else list(range(len(rows)))
-    groups = sorted(set(keys))
-    if len(groups) < 2:
-        kind = "row" if group is None else group
-        raise ValueError(f"there is only one {kind}, too few to hold some out: add a split for validation.")
-    np.random.default_rng(seed).shuffle(groups)
-    held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
-    numbers: tuple[list[int], list[int]] = ([], [])
-    for number, key in enumerate(keys):
-        numbers[key in held].append(number)
-    return rows.select(numbers[0]), rows.select(numbers[1])
 
 
 def _existing(file: str) -> str:

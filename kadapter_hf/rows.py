@@ -1,10 +1,12 @@
-"""Loads the rows that `kadapter pretrain --data` names, from files, folders or the Hub."""
+"""Loads rows from files, folders or the Hub as `kadapter pretrain --data` names them, and divides them."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from transformers.utils import logging
@@ -113,6 +115,42 @@ def split_named(name: str) -> str | None:
     """The split in the name of a file, if it has one."""
     words = set(re.split("[^a-z]+", name.lower()))
     return next((split for split, names in SPLITS.items() if words & names), None)
+
+
+def held_out(rows: Dataset, share: float, group: str | None, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    Divides rows into those to train on and a random share to hold out; rows with the same value in the column `group` stay
+    together.
+
+    Raises:
+        ValueError: there is only one row or group.
+    """
+    keys = rows[group][:] if group is not None else list(range(len(rows)))
+    groups = sorted(set(keys))
+    if len(groups) < 2:
+        kind = "row" if group is None else group
+        raise ValueError(f"there is only one {kind}, too few to hold some out: add a split for validation.")
+    np.random.default_rng(seed).shuffle(groups)
+    held = set(groups[: min(max(round(share * len(groups)), 1), len(groups) - 1)])
+    numbers: tuple[list[int], list[int]] = ([], [])
+    for number, key in enumerate(keys):
+        numbers[key in held].append(number)
+    return rows.select(numbers[0]), rows.select(numbers[1])
+
+
+def whole_questions(rows: Dataset, most: int, seed: int) -> Dataset:
+    """The passages of as many random questions as have at most this many passages together, but of one at least."""
+    passages = Counter(rows["id"][:])
+    names = sorted(passages)
+    np.random.default_rng(seed).shuffle(names)
+    kept: set[str] = set()
+    total = 0
+    for name in names:
+        total += passages[name]
+        if kept and total > most:
+            break
+        kept.add(name)
+    return rows.select([number for number, name in enumerate(rows["id"][:]) if name in kept])
 
 
 def _without_report(file: str, rows: Dataset, report: Report) -> Dataset:

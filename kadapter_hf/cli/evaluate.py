@@ -119,7 +119,7 @@ def _rows(task: str, data: str, split: str, skip_bad_rows: bool):
 
 def _run(task: str, model: str, rows, batch_size: int):
     """The predictions by row, the metrics if the rows have labels, and the labels."""
-    from ..finetuning import evaluate as run, labels_of, load_finetuned
+    from ..predicting import evaluate as run, labels_of, load_finetuned
     from ..tasks import TASKS
 
     loaded, tokenizer = load_finetuned(model, TASKS[task])

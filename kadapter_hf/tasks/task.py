@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..corpora.schema import Record, Report, Row, Schema, build
 from ..features import encode
-from ..messages import shortened
+from ..messages import did_you_mean, shortened
 from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 from ..rows import find_splits
 from .records import TABLES, Named, RowProblem, dataset_records, records
@@ -33,6 +33,18 @@ def register_task(name: str) -> Callable[[T], T]:
         return task
 
     return register
+
+
+def find_task(name: str) -> "Task":
+    """
+    The task of this name.
+
+    Raises:
+        ValueError: there is none; the message lists all.
+    """
+    if name not in TASKS:
+        raise ValueError(f"there is no task '{name}'; there are {', '.join(TASKS)}.{did_you_mean(name, TASKS)}")
+    return TASKS[name]
 
 
 @dataclass

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from kadapter_hf import KAdapterModel
 from kadapter_hf.cli import app
-from kadapter_hf.finetuning import labels_of, load_finetuned, main, options_of, parser, predict
+from kadapter_hf.finetuning import main, parser
 from kadapter_hf.named_adapters import named_adapters
+from kadapter_hf.predicting import labels_of, load_finetuned, options_of, predict
 from kadapter_hf.runs import schedule
 from kadapter_hf.tasks import TASKS
 

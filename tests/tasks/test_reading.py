@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from samples import FACTS, SAMPLES, files_of, write_sample
 
-from kadapter_hf.finetuning import held_out, whole_questions
+from kadapter_hf.rows import held_out, whole_questions
 from kadapter_hf.tasks import TASKS
 
 
