@@ -19,7 +19,7 @@ from kadapter_hf import (
     KAdapterModel,
 )
 from kadapter_hf.modeling import backbone_kadapter
-from kadapter_hf.modeling.format_kadapter import equal_bits, fingerprint
+from kadapter_hf.modeling.format_kadapter import checksum, equal_bits, fingerprint
 
 
 BACKBONE = "backbone.safetensors"
@@ -587,3 +587,32 @@ def test_an_adapter_added_to_a_cast_model_fits_its_backbone(build, backbone, tmp
     model = build(adapters=()).to(torch.bfloat16)
     model.add_knowledge_adapter("late", small_adapter())
     KAdapterModel.from_backbone(backbone, model.save_knowledge_adapter(tmp_path, "late"))
+
+
+# ---- The checksum that tells whether a backbone was touched ----------------------------------------------------------
+
+
+def changed(tensor: torch.Tensor, change: str) -> torch.Tensor:
+    other = tensor.clone()
+    if change == "one bit":
+        other.view(torch.uint8)[-1] ^= 1
+    elif change == "two values in each other's place":
+        other[[3, 5000]] = other[[5000, 3]]
+    elif change == "two rows in each other's place":
+        other[:4096] = tensor[4096:8192]
+        other[4096:8192] = tensor[:4096]
+    return other
+
+
+@pytest.mark.parametrize("change", ["one bit", "two values in each other's place", "two rows in each other's place"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_checksum_tells_of_any_change(change, dtype):
+    tensor = torch.randn(20_003, generator=torch.Generator().manual_seed(0)).mul(50).to(dtype)
+    assert checksum({"weight": changed(tensor, "none")}) == checksum({"weight": tensor})
+    assert checksum({"weight": changed(tensor, change)}) != checksum({"weight": tensor})
+
+
+def test_a_checksum_depends_on_values_and_not_on_where_they_are_stored():
+    stored = torch.arange(30_001, dtype=torch.bfloat16)
+    assert checksum({"weight": stored[1:]}) == checksum({"weight": stored[1:].clone()})
+    assert checksum({"weight": torch.zeros(())}) != checksum({"weight": torch.zeros(1)})
