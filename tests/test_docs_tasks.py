@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import small_adapter
+from conftest import batch, small_adapter
 
 from kadapter_hf import (
     KAdapterForDependencyParsing,
@@ -53,4 +53,6 @@ def test_a_program_runs_as_printed(page, number, folder, backbone):
     program = programs(page)[number].replace("FacebookAI/roberta-large", backbone)
     if "Trainer(" in program:
         program = program.replace('"out", ', '"out", max_steps=1, use_cpu=True, report_to="none", ')
-    exec(program, {})
+    adapters = {"factual": small_adapter(), "linguistic": small_adapter()}
+    model = KAdapterModel.from_backbone(backbone, adapters, fusion="attention")
+    exec(program, {"model": model, "inputs": batch(), "batch": batch()})  # which some programs don't make
