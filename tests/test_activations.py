@@ -75,14 +75,14 @@ def without(monkeypatch):
 
 
 def assert_same_outputs(found, expected, real: torch.Tensor) -> None:
-    """Equal where the tokens are `real`."""
+    """Equal where the tokens are `real`, within 1e-5 of the largest value."""
     for name, tensor in expected.items():
         if not torch.is_tensor(tensor):
             continue
         pair = (found[name], tensor)
         if tensor.shape[:2] == real.shape:
             pair = (found[name][real], tensor[real])
-        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-5 * max(1, tensor.abs().max().item()))
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen-adapters", "adapters-train"])
