@@ -1,5 +1,7 @@
 """The data type of a frozen backbone: `--backbone_dtype`."""
 
+from typing import Any
+
 import torch
 from transformers.utils import logging
 
@@ -28,7 +30,9 @@ def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"{torch.cuda.get_device_name(device)} multiplies it faster"
         return torch.float32, f"{torch.cuda.get_device_name(device)} does not support bfloat16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # not in torch 2.6
+    capabilities: dict[str, bool] = {}
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # not in torch 2.6
+        capabilities = dict(torch.cpu.get_capabilities())
     for capability, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16")):
         if capabilities.get(capability):
             return torch.bfloat16, f"this processor multiplies it faster ({name})"
@@ -48,7 +52,7 @@ def cast_backbone(model: KAdapterPreTrainedModel, dtype: str, device: torch.devi
     Raises:
         ValueError: `dtype` is `"bfloat16"`, and the backbone trains, is quantised, or shares its embeddings with the head.
     """
-    backbone = model.backbone
+    backbone: Any = model.backbone
     reasons = {
         "trains": any(parameter.requires_grad for parameter in backbone.parameters()),
         "is quantised or offloaded": is_opaque(backbone),

@@ -87,9 +87,10 @@ class KnowledgeAdapter(nn.Module):
             attention_mask = attention_mask.to(states[0].device)
         if self.config.num_hidden_layers:  # made once for all layers, as it waits for a GPU
             attention_mask = create_bidirectional_mask(self.attention, states[0], attention_mask)
-        columns = positions[:, None] if positions is not None and positions.dim() == 1 else positions
-        output = None
-        for number, (layer, state) in enumerate(zip(self.layers, states, strict=True), start=1):
-            state = state if output is None else state + output
-            output = layer(state, attention_mask, columns if number == len(self.layers) else None)
-        return output if columns is positions else output[:, 0]
+        *lower, last = self.layers
+        state = states[0]
+        for layer, read in zip(lower, states[1:], strict=True):
+            state = read + layer(state, attention_mask)
+        if positions is not None and positions.dim() == 1:
+            return last(state, attention_mask, positions[:, None])[:, 0]
+        return last(state, attention_mask, positions)
