@@ -111,6 +111,8 @@ def report(results: list[dict[str, Any]], tasks: list[Task], args: FusionArgumen
     for task in tasks:
         for rate in args.learning_rates:
             found = [of_one for of_one in results if (of_one["task"], of_one["learning_rate"]) == (task.name, rate)]
+            if not found:
+                continue
             metric = task.metric.replace("_f1", "-F1")
             lines += [f"## {task.name}, {args.few} examples, learning rate {rate:g}: {metric}", ""]
             lines += ["| fusion | untrained adapter | factual adapter | gain |", "|---|---|---|---|"]

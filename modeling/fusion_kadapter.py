@@ -62,6 +62,11 @@ def to_layer(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     return states.to(weight.dtype) if weight.is_meta else states.to(device=weight.device, dtype=weight.dtype)
 
 
+def direction(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """States of length 1, as input of a layer that computes weights: how large a backbone's states are must not matter."""
+    return nn.functional.normalize(to_layer(states, layer), dim=-1)
+
+
 class KnowledgeFusion(nn.Module):
     """
     Base class of fusions; `width` is that of the backbone's states. Further arguments of a subclass's `__init__` are its
@@ -211,7 +216,10 @@ class ConcatFusion(KnowledgeFusion):
         return [parameter for module in modules for parameter in module.parameters()] + shared
 
     def fuse(self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]) -> torch.Tensor:
-        fused = {name: _pair(self.states[name], backbone_state, state) for name, state in adapter_states.items()}
+        fused = {}
+        for name, state in adapter_states.items():
+            layer = self.states[name]
+            fused[name] = layer(torch.cat([to_layer(backbone_state, layer), to_layer(state, layer)], dim=-1))
         if len(fused) == 1:
             return next(iter(fused.values()))
         return sum((self.mix[name](state) for name, state in fused.items()), start=self.bias)
@@ -220,7 +228,7 @@ class ConcatFusion(KnowledgeFusion):
 @register_fusion("gate")
 class GateFusion(KnowledgeFusion):
     """
-    `H + Σ g_k y_k`, where the gate `g_k` is one number per adapter and position, computed from `[H; y_k]`.
+    `H + Σ g_k y_k`, where the gate `g_k` is one number per adapter and position, computed from the directions of `H` and `y_k`.
 
     Args:
         activation (`str`): `"sigmoid"`: each gate is open or closed by itself. `"softmax"`: the gates compete, and add up to
@@ -271,7 +279,7 @@ class GateFusion(KnowledgeFusion):
                 f"{list(adapter_states)} are active: activate more, or lower top_k in fusion_config."
             )
         scores = torch.cat(
-            [_pair(self.gates[name], backbone_state, state) for name, state in adapter_states.items()], -1
+            [self._score(name, backbone_state, state) for name, state in adapter_states.items()], dim=-1
         )
         if self.top_k is not None and count > self.top_k:
             chosen = torch.zeros_like(scores).scatter(-1, scores.topk(self.top_k).indices, 1.0)
@@ -283,19 +291,17 @@ class GateFusion(KnowledgeFusion):
             gates = scores.sigmoid()
         return dict(zip(adapter_states, gates.unbind(-1), strict=True))
 
-
-def _pair(layer: nn.Module, backbone_state: torch.Tensor, adapter_state: torch.Tensor) -> torch.Tensor:
-    """`layer([H; y_k])`"""
-    return layer(torch.cat([to_layer(backbone_state, layer), to_layer(adapter_state, layer)], dim=-1))
+    def _score(self, name: str, backbone_state: torch.Tensor, adapter_state: torch.Tensor) -> torch.Tensor:
+        gate = self.gates[name]
+        return gate(torch.cat([direction(backbone_state, gate), direction(adapter_state, gate)], dim=-1))
 
 
 @register_fusion("attention")
 class AttentionFusion(KnowledgeFusion):
     """
-    Attention at each position over the backbone's own state and the adapters' outputs: the query is computed from `H`, a key
-    and a value from each of `H, y_1, …`. The result is the weighted sum of the values.
-
-    A key has one more number, which is added to its score. Values start as the states themselves.
+    Attention at each position over the backbone's own state and the adapters' outputs: the query is computed from the
+    direction of `H`, keys from those of `H, y_1, …`, and values from these states, as which they start. The result is the
+    weighted sum of the values. A key has one more number, which is added to its score.
 
     Source: AdapterFusion (Pfeiffer et al., EACL 2021, section 3.2), which shares the matrices for keys and values among its
     adapters. Here each adapter has its own.
@@ -322,7 +328,7 @@ class AttentionFusion(KnowledgeFusion):
         del self.keys[name], self.values[name]
 
     def init_shared(self) -> None:
-        init.normal_(self.to_query.weight, std=self.width**-0.5)
+        init.normal_(self.to_query.weight)
         init.zeros_(self.to_query.bias)
         self._init_source(self.backbone_key, self.backbone_value, score=0.0)
 
@@ -351,7 +357,7 @@ class AttentionFusion(KnowledgeFusion):
     def weights(
         self, backbone_state: torch.Tensor, adapter_states: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        query = self.to_query(to_layer(backbone_state, self.to_query)) * self.key_size**-0.5
+        query = self.to_query(direction(backbone_state, self.to_query)) * self.key_size**-0.5
         own = self._score(query, self.backbone_key, backbone_state)
         scores = [self._score(query, self.keys[name], state) for name, state in adapter_states.items()]
         scores = [own, *(score - math.log(len(scores)) for score in scores)]
@@ -359,5 +365,5 @@ class AttentionFusion(KnowledgeFusion):
         return dict(zip(adapter_states, weights[1:], strict=True))
 
     def _score(self, query: torch.Tensor, layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
-        key = layer(to_layer(state, layer))
+        key = layer(direction(state, layer))
         return (query * key[..., :-1]).sum(-1) + key[..., -1]

@@ -435,7 +435,8 @@ def test_a_fusion_of_the_same_kind_keeps_its_weights(kadapters):
     saved = KAdapterModel.from_pretrained(kadapters["concat"]).fusion.state_dict()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in kept.fusion.state_dict().items())
     weight = replaced.fusion.states["factual"].weight
-    assert torch.allclose(weight, torch.eye(32, 64), atol=2e-3)  # new: it passes on the backbone's state
+    new = torch.cat([torch.eye(32), 0.1 * torch.eye(32)], dim=1)  # it adds a tenth of the adapter's state
+    assert torch.allclose(weight, new, atol=2e-3)
 
 
 def test_texts_are_lines_or_json_lines(write_file):

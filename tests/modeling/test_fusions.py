@@ -73,7 +73,9 @@ def test_gate_weighs_each_adapter_at_each_position(activation, top_k):
         scores = {}
         for name, vector in given.items():
             gate = fusion.gates[name]
-            scores[name] = (gate.weight[0] @ torch.cat([own, vector]) + gate.bias[0]).item()
+            scores[name] = (
+                gate.weight[0] @ torch.cat([own / own.norm(), vector / vector.norm()]) + gate.bias[0]
+            ).item()
         chosen = sorted(scores, key=scores.get)[-(top_k or 3) :]
         odds = {name: math.exp(scores[name]) / len(chosen) for name in chosen}
         rest = 1 + sum(odds.values())
@@ -87,10 +89,11 @@ def test_attention_is_that_of_torch_over_the_backbones_state_and_the_adapters():
     sources = torch.stack([state, *adapters.values()], dim=-2)
     keys = [fusion.backbone_key, *fusion.keys.values()]
     values = [fusion.backbone_value, *fusion.values.values()]
-    keys = torch.stack([layer(sources[..., place, :]) for place, layer in enumerate(keys)], dim=-2)
+    directions = sources / sources.norm(dim=-1, keepdim=True)
+    keys = torch.stack([layer(directions[..., place, :]) for place, layer in enumerate(keys)], dim=-2)
     values = torch.stack([layer(sources[..., place, :]) for place, layer in enumerate(values)], dim=-2)
     own_scores = keys[..., -1] - torch.tensor([0.0, *[math.log(3)] * 3])
-    query = fusion.to_query(state)[..., None, :]
+    query = fusion.to_query(directions[..., 0, :])[..., None, :]
     wanted = F.scaled_dot_product_attention(query, keys[..., :-1], values, attn_mask=own_scores[..., None, :])
     torch.testing.assert_close(fusion(state, adapters), wanted[..., 0, :])
 

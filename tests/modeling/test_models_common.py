@@ -233,13 +233,18 @@ def test_new_adapter_is_almost_the_identity(backbone):
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
-def test_new_model_gives_almost_what_its_backbone_does(backbone, adapters):
+@pytest.mark.parametrize("start", [None, 0.0])
+def test_new_model_adds_a_little_of_its_adapters_to_what_its_backbone_gives(backbone, adapters, start):
     model = KAdapterModel.from_backbone(
-        backbone, adapters={f"a{number}": small_adapter() for number in range(adapters)}
+        backbone,
+        adapters={f"a{number}": small_adapter() for number in range(adapters)},
+        fusion_config=None if start is None else {"start": start},
     )
     output = run(model)
-    state = output.backbone_last_hidden_state
-    assert 0 < (output.last_hidden_state - state).norm() / state.norm() < 0.05
+    state, knowledge = output.backbone_last_hidden_state, sum(output.knowledge_states.values()) / adapters
+    wanted = state + (0.1 if start is None else start) * knowledge
+    assert 0 < (output.last_hidden_state - wanted).norm() / state.norm() < 0.05
+    assert (output.last_hidden_state - state).norm() / state.norm() < 0.5
 
 
 @each_kind
