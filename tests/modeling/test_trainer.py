@@ -170,7 +170,7 @@ def assert_close_weights(model, other, **tolerance) -> None:
 @every_task
 def test_training_lowers_the_loss_that_evaluation_reports(task, build, trainer_for):
     dataset = task.dataset()
-    trainer = trainer_for(task.build(build), dataset, eval_dataset=dataset, max_steps=12)
+    trainer = trainer_for(task.build(build), dataset, eval_dataset=dataset, max_steps=12, learning_rate=1e-3)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
