@@ -4,7 +4,8 @@
 #                For a build without CUDA:
 #                make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 #   PYTHON       the interpreter for creating the environments
-#   ARGS         arguments of `make demo`, `make knowledge`, `make knowledge-variants` and `make bench`
+#   ARGS         arguments of `make demo`, `make knowledge`, `make knowledge-variants`, `make knowledge-fusions`
+#                and `make bench`
 #   CORPORA      the folder with the corpora of `make knowledge`; see docs/knowledge.md
 #   PYTEST_ARGS  additional arguments of pytest, e.g. PYTEST_ARGS="-k config -x"
 #   JOBS         the number of test processes
@@ -31,12 +32,13 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv versions demo knowledge knowledge-variants test slow conformance lint bench floor clean
+.PHONY: help venv versions demo knowledge knowledge-variants knowledge-fusions test slow conformance lint bench floor clean
 
 help:
 	@echo "make demo      train adapters on a small model and demonstrate them (ARGS=... is passed to the script)"
 	@echo "make knowledge train adapters on real corpora and evaluate them (CORPORA=folder)"
 	@echo "make knowledge-variants  train and compare fifteen variants of the factual adapter"
+	@echo "make knowledge-fusions   compare fusions with the factual adapter of make knowledge"
 	@echo "make test      run the tests except those marked slow or cuda"
 	@echo "make slow      run the tests marked slow, then those of make conformance"
 	@echo "make conformance  run the common tests of transformers on every class"
@@ -90,6 +92,10 @@ knowledge: $(VENV)/.installed
 knowledge-variants: $(VENV)/.installed
 	$(RUN_ENV) $(VENV)/bin/python examples/knowledge_variants.py --data $(CORPORA) $(ARGS)
 	cp knowledge-output/variants/variants.md docs/
+
+knowledge-fusions: $(VENV)/.installed
+	$(RUN_ENV) $(VENV)/bin/python examples/knowledge_fusions.py --data $(CORPORA) --factual knowledge-output/factual $(ARGS)
+	cp knowledge-output/fusions/fusion-results.md docs/
 
 # A file's tests run in one process, as many share what a fixture of their module has made.
 test: $(VENV)/.installed
