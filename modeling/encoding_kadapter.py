@@ -111,7 +111,7 @@ def _in_rows(parts: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], batch: i
     for rows, tensors in parts:
         for name, tensor in tensors.items():
             known = whole.get(name, tensor.new_zeros(batch, *tensor.shape[1:]))
-            whole[name] = known.index_copy(0, rows, tensor)
+            whole[name] = known.index_copy(0, rows.to(tensor.device), tensor)
     return whole
 
 
@@ -253,7 +253,9 @@ class EncodingMixin(nn.Module):
             if encoded.fusion_weights is not None:
                 weights = [(rows, part.fusion_weights or {}) for rows, part in encoded.parts]
                 encoded.fusion_weights = _in_rows(weights, len(encoded.backbone_state))
-            return torch.cat([fused for _, fused in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
+            order = torch.cat([rows for rows, _ in parts]).argsort()
+            fused = torch.cat([of_part for _, of_part in parts])
+            return fused[order.to(fused.device)]
         state, knowledge = encoded.at(positions)
         if encoded.fusion_weights is not None and knowledge:
             weights = self.fusion.weights(state, knowledge)
