@@ -154,7 +154,7 @@ def cached_states(
 
     Raises:
         ValueError: the states depend on more than the row: the backbone trains, an adapter attends to padding, or the collator
-            is random.
+            is random; or there are no rows, or `folder` is a file.
         OSError: not enough disk space; the message says how much is needed.
         MemoryError: without a folder, the states would take more than half of the free memory.
     """
@@ -164,6 +164,14 @@ def cached_states(
     configs: list[Any] = [model.adapters[name].config for name in active]
     if any(config.attend_to_padding for config in configs):
         raise ValueError("the states can't be cached for an adapter with attend_to_padding=True, which reads padding.")
+    if list(active) != model.active_knowledge_adapters:
+        raise ValueError(
+            "the states can't be cached within using_knowledge_adapters: call set_active_knowledge_adapters."
+        )
+    if not len(dataset):
+        raise ValueError("there are no rows to compute states for.")
+    if folder is not None and Path(folder).is_file():
+        raise ValueError(f"the states are kept in a folder, and '{folder}' is a file.")
     taken = inspect.signature(model.forward).parameters
     rows = dataset.select_columns([name for name in dataset.column_names if name in taken])
     few = list(range(min(len(rows), 8)))
@@ -190,9 +198,12 @@ def cached_states(
             settings = {key: value for key, value in config.to_dict().items() if key not in ignored}
             frozen += [settings, fingerprint(model.adapters[name].state_dict().values())]
     place = Path(folder) / _hash(frozen, rows)[:32]
-    if _done(place) < len(rows):
+    if _done(place) < len(rows) or _is_damaged(place):
         place.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(place / "lock"):  # another run may be computing the same states
+            if _is_damaged(place):
+                logger.warning(f"'{place}' is damaged, and is computed again.")
+                (place / INDEX).unlink(missing_ok=True)
             if _done(place) < len(rows):
                 _write(computed, place)
     return CachedStates(
@@ -364,7 +375,28 @@ def _by_row(places: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def _done(place: Path) -> int:
-    return read_json(place / INDEX, dict)["rows"] if (place / INDEX).exists() else -1
+    """The number of complete rows; -1 without an index that can be read."""
+    try:
+        return read_json(place / INDEX, dict)["rows"]
+    except (OSError, ValueError, KeyError):
+        return -1
+
+
+def _is_damaged(place: Path) -> bool:
+    """Whether files are shorter than the index says, which is written after them."""
+    if not (place / INDEX).exists():
+        return False
+    try:
+        index = read_json(place / INDEX, dict)
+        for kind, (number, width, dtype) in index["kinds"].items():
+            states, counts = _files(place, kind)
+            positions = np.fromfile(counts, np.int64, index["rows"])
+            size = int(positions.sum()) * number * width * getattr(torch, dtype).itemsize
+            if len(positions) < index["rows"] or states.stat().st_size < size:
+                return True
+    except (OSError, ValueError, KeyError):
+        return True
+    return False
 
 
 def _files(place: Path, kind: str) -> tuple[Path, Path]:

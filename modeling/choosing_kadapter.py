@@ -102,7 +102,10 @@ class ChoosingMixin(nn.Module):
         return _CHOSEN.get().get(id(self), self.config.active_knowledge_adapters)
 
     def _checked_names(self, names: str | Iterable[str]) -> list[str]:
-        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        listed = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+        if not all(isinstance(name, str) for name in listed):
+            raise KAdapterConfigError(f"knowledge adapters are chosen by a name or a list of names, not {names!r}.")
+        names = list(dict.fromkeys(listed))
         for name in names:
             if name not in self.adapters:
                 raise KAdapterConfigError(f"there is no knowledge adapter '{name}'; there are {list(self.adapters)}.")

@@ -1,5 +1,6 @@
 """Cached states of frozen parts: the same as those that the model computes, for every head; in memory and in a folder."""
 
+import os
 import shutil
 from collections import namedtuple
 
@@ -16,6 +17,7 @@ from kadapter_hf import (
     KAdapterForMaskedLM,
     KAdapterForQuestionAnswering,
     KAdapterForRelationClassification,
+    KAdapterForSequenceClassification,
     KAdapterForTokenClassification,
     KAdapterModel,
     cross_entropy,
@@ -285,3 +287,33 @@ def test_interrupted_states_are_continued_and_are_the_same(build, cached, tmp_pa
     assert interrupt_at(0) == 2
     cached(model, texts)
     assert interrupt_at(0) == 0
+
+
+@pytest.mark.parametrize("damage", ["states cut", "counts cut", "states missing", "index empty", "index halved"])
+def test_damaged_states_are_computed_again(damage, build, cached, tmp_path):
+    model = build(KAdapterModel, adapters=["factual"])
+    model.freeze_knowledge_adapters()
+    before = states_of(cached(model, TEXTS))
+    (states,), (counts,), (index,) = (
+        list((tmp_path / "cache").rglob(name)) for name in ("*.bin", "*.counts", "index.json")
+    )
+    if damage == "states missing":
+        states.unlink()
+    else:
+        file, size = {"states": (states, 100), "counts": (counts, 8), "index": (index, 0)}[damage.split()[0]]
+        os.truncate(file, index.stat().st_size // 2 if damage == "index halved" else size)
+    after = states_of(cached(model, TEXTS))
+    for kind in before:
+        torch.testing.assert_close(after[kind], before[kind])
+
+
+def test_states_of_adapters_chosen_for_a_while_no_rows_and_a_file_for_a_folder_are_refused(build, tmp_path):
+    model = build(KAdapterForSequenceClassification, adapters=["factual", "linguistic"])
+    rows = examples(KAdapterForSequenceClassification)
+    with model.using_knowledge_adapters("factual"), pytest.raises(ValueError, match="set_active_knowledge_adapters"):
+        cached_states(model, rows, collate)
+    with pytest.raises(ValueError, match="no rows"):
+        cached_states(model, rows.select([]), collate)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="'.*file' is a file"):
+        cached_states(model, rows, collate, tmp_path / "file")

@@ -45,7 +45,10 @@ def combine(
     fusion_config: Annotated[
         str | None,
         typer.Option(
-            show_default=False, help="""The configuration of the fusion as JSON, e.g. '{"top_k": 2}' for gate."""
+            "--fusion_config",
+            "--fusion-config",
+            show_default=False,
+            help="""The configuration of the fusion as JSON, e.g. '{"top_k": 2}' for gate.""",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -349,3 +349,15 @@ def test_fusion_without_weights_says_so(fusion, build):
     message = f"output_fusion_weights: the fusion '{fusion}' has no weights of adapters; 'attention', 'gate' and 'add'"
     with pytest.raises(ValueError, match=message):
         build(fusion=fusion)(**batch(), output_fusion_weights=True)
+
+
+@pytest.mark.parametrize("names", [3, [["factual"]], [None]])
+def test_names_of_another_type_are_refused(names, build):
+    model = build(KAdapterModel, adapters=["factual"])
+    with pytest.raises(KAdapterConfigError, match="chosen by a name or a list of names, not"):
+        model.set_active_knowledge_adapters(names)
+    with (
+        pytest.raises(KAdapterConfigError, match="chosen by a name or a list of names, not"),
+        model.using_knowledge_adapters(names),
+    ):
+        pass
