@@ -15,23 +15,28 @@ semeval-2010-task-8/{TRAIN_FILE.TXT,TEST_FILE_FULL.TXT}.
 
 import json
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import matplotlib.figure
 import torch
 import transformers
 from datasets import Dataset
-from knowledge_corpora import DEFAULT_BACKBONE, Task, default_backbone, machine, read_corpora, states_at_markers
+from knowledge_corpora import (
+    DEFAULT_BACKBONE,
+    Task,
+    default_backbone,
+    machine,
+    read_corpora,
+    run_script,
+    states_at_markers,
+)
 from rich.console import Console
 from rich.progress import track
 from transformers import (
     AutoTokenizer,
-    HfArgumentParser,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -314,15 +319,7 @@ def run(args: Arguments) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, allow_abbrev=False)
-    (args,) = parser.parse_args_into_dataclasses()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"knowledge.py: {error}")
+    run_script(Arguments, __doc__, run)
 
 
 if __name__ == "__main__":

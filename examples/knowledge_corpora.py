@@ -8,15 +8,19 @@ import json
 import os
 import platform
 import random
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset, concatenate_datasets
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, HfArgumentParser
 
 from kadapter_hf import KAdapterForRelationClassification
 from kadapter_hf.activations import cached_states
@@ -138,3 +142,15 @@ def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     packages = " ".join(f"{name} {version(name)}" for name in ("kadapter-hf", "torch", "transformers", "datasets"))
     return f"{device}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, {packages}"
+
+
+def run_script(arguments: Any, description: str | None, run: Callable[[Any], None]) -> None:
+    """The command line of the scripts for knowledge: quiet libraries, and an error in a sentence."""
+    (args,) = HfArgumentParser(arguments, description=description, allow_abbrev=False).parse_args_into_dataclasses()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

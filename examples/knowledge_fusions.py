@@ -11,20 +11,25 @@ DIR is the same as for knowledge.py. Results are stored in results.json, from wh
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from knowledge import Arguments, fit, flag, gains, mean_and_spread, pretrain_adapter, scores_of, with_states
-from knowledge_corpora import DEFAULT_BACKBONE, Task, default_backbone, machine, read_corpora, states_at_markers
+from knowledge_corpora import (
+    DEFAULT_BACKBONE,
+    Task,
+    default_backbone,
+    machine,
+    read_corpora,
+    run_script,
+    states_at_markers,
+)
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoTokenizer, set_seed
 
 from kadapter_hf import KAdapterForRelationClassification
 from kadapter_hf.features import encode, relation_features
@@ -140,14 +145,7 @@ def run(args: FusionArguments) -> None:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(FusionArguments, description=__doc__, allow_abbrev=False).parse_args_into_dataclasses()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"knowledge_fusions.py: {error}")
+    run_script(FusionArguments, __doc__, run)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,29 @@ DIR is the same as for knowledge.py. Results are stored in results.json, from wh
 
 import json
 import statistics
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset, load_dataset
-from knowledge_corpora import DEFAULT_BACKBONE, Task, default_backbone, machine, read_corpora, some, states_at_markers
+from knowledge_corpora import (
+    DEFAULT_BACKBONE,
+    Task,
+    default_backbone,
+    machine,
+    read_corpora,
+    run_script,
+    some,
+    states_at_markers,
+)
 from rich.console import Console
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from kadapter_hf import KAdapterForRelationClassification, KnowledgeAdapterConfig
 from kadapter_hf.corpora import read_fewrel
@@ -260,16 +266,8 @@ def report(results: dict[str, dict[str, Any]], args: Arguments) -> str:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__, allow_abbrev=False)
-    (args,) = parser.parse_args_into_dataclasses()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     warnings.simplefilter("ignore", ConvergenceWarning)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"knowledge_variants.py: {error}")
+    run_script(Arguments, __doc__, run)
 
 
 if __name__ == "__main__":
