@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..inspect import describe, fit
+from ..contents import describe, fit
 from ..messages import one_line
 from ._common import AsJson, Revision, Token, plain_errors, print_json
 

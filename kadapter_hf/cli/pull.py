@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME
 import kadapter_hf
 
 from ..hub import PICKLES, checked_files
-from ..inspect import read_saved
+from ..contents import read_saved
 from ..messages import one_line
 from ..modeling.format_kadapter import BACKBONE_FILE, KAdapterLoadError, adapter_path, check_adapter_name
 from ..modeling.reading_kadapter import read_adapter, read_config
