@@ -94,7 +94,8 @@ knowledge-variants: $(VENV)/.installed
 	cp knowledge-output/variants/variants.md docs/
 
 knowledge-fusions: $(VENV)/.installed
-	$(RUN_ENV) $(VENV)/bin/python examples/knowledge_fusions.py --data $(CORPORA) --factual knowledge-output/factual $(ARGS)
+	$(RUN_ENV) $(VENV)/bin/python examples/knowledge_fusions.py --data $(CORPORA) --factual knowledge-output/factual \
+		--linguistic knowledge-output/linguistic $(ARGS)
 	cp knowledge-output/fusions/fusion-results.md docs/
 
 # A file's tests run in one process, as many share what a fixture of their module has made.

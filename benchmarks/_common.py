@@ -1,5 +1,6 @@
 """Shared by the benchmarks: fresh processes, a description of the machine, Markdown tables."""
 
+import ctypes
 import json
 import os
 import platform
@@ -55,6 +56,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # returns what was freed before to the system
         Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -72,12 +73,17 @@ class Bench:
         return KnowledgeAdapterConfig(backbone_layers=[0, self.layers // 2 - 1, self.layers - 2], **fields)
 
     def model(
-        self, adapters: int = 1, dtype: str = "auto", model_class: Any = KAdapterForRelationClassification, **fields
+        self,
+        adapters: int = 1,
+        dtype: str = "auto",
+        model_class: Any = KAdapterForRelationClassification,
+        sizes: Mapping[str, int] = MappingProxyType({}),
+        **fields,
     ) -> Any:
-        """With a frozen backbone in `dtype`."""
+        """With a frozen backbone in `dtype`; `sizes` are those of the adapters, by default the paper's."""
         made = model_class.from_backbone(
             self.backbone(),
-            {f"adapter{number}": self.adapter() for number in range(adapters)},
+            {f"adapter{number}": self.adapter(**sizes) for number in range(adapters)},
             **{"num_labels": LABELS, "fusion": "add"} | fields,
         )
         made = made.to(self.device)
@@ -90,17 +96,24 @@ class Bench:
 
     def seconds(self, work: Callable[[Batch], object], batches: Iterable[Batch]) -> float:
         """The median time of `work` on a batch."""
-        times, batches = [], list(batches)
+        return self.seconds_of([work], batches)[0]
+
+    def seconds_of(self, works: Sequence[Callable[[Batch], object]], batches: Iterable[Batch]) -> list[float]:
+        """The median time of each, which take turns on the batches, so that their differences mean something."""
+        times: list[list[float]] = [[] for _ in works]
+        batches = list(batches)
         if self.device.type == "cuda":  # bfloat16 attention prepares itself for each length, which takes up to 0.3 s
             for batch in batches:
-                work(batch)
+                for work in works:
+                    work(batch)
         for batch in batches:
-            self.wait()
-            start = time.perf_counter()
-            work(batch)
-            self.wait()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[WARM_UP:])
+            for work, found in zip(works, times, strict=True):
+                self.wait()
+                start = time.perf_counter()
+                work(batch)
+                self.wait()
+                found.append(time.perf_counter() - start)
+        return [statistics.median(found[WARM_UP:]) for found in times]
 
     def wait(self) -> None:
         if self.device.type == "cuda":

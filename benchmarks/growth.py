@@ -1,28 +1,45 @@
 """
-Time and memory of a pre-training step as the work grows: more adapters, longer texts, a larger corpus.
+Time and memory of a pre-training step as the work grows: more adapters, more small adapters, longer texts, a larger corpus.
 
-A backbone of roberta-large's width with --layers layers and random weights. Draws the figure of docs/performance.md.
+A backbone of roberta-large's width with --layers layers and random weights; all adapters train. Each point is measured in a
+process of its own. Draws the figure of docs/performance.md.
 
-    python benchmarks/growth.py [--output growth.png]
+    python benchmarks/growth.py [--output bench-output/growth.png]
 """
 
 import argparse
-from collections.abc import Callable
+import json
 from pathlib import Path
 
 import matplotlib.figure
 import torch
-from _common import peak_memory, print_table, reset_peak
+from _common import in_fresh_process, peak_memory, print_table, reset_peak
 from _setting import Batch, Bench, collate, fused_adamw
+from rich.progress import track
 from transformers import logging
 
 
-def measured(bench: Bench, adapters: int, length: int, steps: int = 1) -> tuple[float, float]:
+SMALL = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 256, "num_hidden_layers": 1}
+STEPS = 5
+# By what grows: its sizes, and the arguments of `measure`.
+SERIES = {
+    "adapters": [(number, {"adapters": number}) for number in (1, 2, 4, 8)],
+    "small adapters": [(number, {"adapters": number, "small": True}) for number in (1, 4, 16, 64)],
+    "tokens of a text": [(length, {"length": length}) for length in (32, 64, 128, 256, 512)],
+    "steps, as the corpus grows": [(steps, {"steps": steps}) for steps in (1, 2, 5, 10)],
+}
+
+
+def measure(
+    device: str, layers: int, batch_size: int, adapters: int = 1, small: bool = False, length: int = 64, steps: int = 1
+) -> dict[str, float]:
     """Seconds, and GB above the weights, of this many steps on texts of one length."""
-    model = bench.model(adapters=adapters, dtype="float32")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    bench = Bench(device, STEPS, batch_size, layers)
+    model = bench.model(adapters=adapters, dtype="float32", sizes=SMALL if small else {})
     model.train()
-    optimizer = fused_adamw(model)
-    step = bench.training(model, optimizer)
+    step = bench.training(model, fused_adamw(model))
     generator = torch.Generator().manual_seed(0)
     texts = [bench.text(length, generator) for _ in range(bench.batch_size)]
     batch: Batch = {name: tensor.to(bench.device) for name, tensor in collate(texts).items()}
@@ -31,11 +48,19 @@ def measured(bench: Bench, adapters: int, length: int, steps: int = 1) -> tuple[
         for _ in range(steps):
             step(batch)
 
-    step(batch)  # which makes the optimizer's state, part of the weights here
     reset_peak(bench.device)
     before = peak_memory(bench.device)
-    seconds = bench.seconds(work, [batch] * (bench.steps + 1))
-    return seconds, (peak_memory(bench.device) - before) / 1e9
+    work(batch)
+    space = (peak_memory(bench.device) - before) / 1e9
+    return {"seconds": bench.seconds(work, [batch] * (STEPS + 1)), "space": space}
+
+
+POINT = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from growth import measure
+print(json.dumps(measure(**json.loads(sys.argv[1]))))
+"""
 
 
 def main() -> None:
@@ -43,29 +68,25 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--output", type=Path, help="the figure")
+    parser.add_argument("--output", type=Path, default=Path("bench-output", "growth.png"), help="the figure")
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    bench = Bench(arguments.device, 3, arguments.batch_size, arguments.layers)
-    series: dict[str, tuple[list[int], Callable[[int], tuple[float, float]]]] = {
-        "adapters": ([1, 2, 4, 8], lambda adapters: measured(bench, adapters, 64)),
-        "tokens of a text": ([32, 64, 128, 256, 512], lambda length: measured(bench, 1, length)),
-        "steps, as the corpus grows": ([1, 2, 5, 10], lambda steps: measured(bench, 1, 64, steps)),
-    }
-    rows, figure = [], matplotlib.figure.Figure(figsize=(11, 3.2), layout="constrained")
-    for axes, (name, (sizes, measure)) in zip(figure.subplots(1, 3), series.items(), strict=True):
-        found = [measure(size) for size in sizes]
-        rows += [
-            [name, str(size), f"{time:.2f}", f"{space:.2f}"] for size, (time, space) in zip(sizes, found, strict=True)
-        ]
-        axes.plot(sizes, [time for time, _ in found], marker="o", label="seconds")
-        axes.plot(sizes, [space for _, space in found], marker="s", label="GB above the weights")
+    setting = {name: getattr(arguments, name) for name in ("device", "layers", "batch_size")}
+    points = [(name, size, setting | kwargs) for name, sizes in SERIES.items() for size, kwargs in sizes]
+    found: dict[str, list[tuple[int, float, float]]] = {name: [] for name in SERIES}
+    for name, size, kwargs in track(points, "growth"):
+        point = in_fresh_process(POINT, json.dumps(kwargs))
+        found[name].append((size, point["seconds"], point["space"]))
+    figure = matplotlib.figure.Figure(figsize=(13, 3.2), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(SERIES)), found.items(), strict=True):
+        sizes, seconds, spaces = zip(*values, strict=True)
+        axes.plot(sizes, seconds, marker="o", label="seconds")
+        axes.plot(sizes, spaces, marker="s", label="GB above the weights")
         axes.set(xlabel=name, ylim=(0, None), xlim=(0, None))
         axes.legend(fontsize="small")
+    rows = [[name, str(size), f"{s:.2f}", f"{gb:.2f}"] for name, values in found.items() for size, s, gb in values]
     print_table(["", "number", "seconds", "GB above the weights"], rows)
-    if arguments.output:
-        figure.savefig(arguments.output, dpi=120)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(arguments.output, dpi=100)
 
 
 if __name__ == "__main__":

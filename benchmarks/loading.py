@@ -5,7 +5,7 @@ The baseline is the unavoidable part: loading its backbone with `AutoModel` and 
 Each measurement runs in a separate process, with the files in the page cache; the two kinds alternate. The ratios are those
 of the medians and of the fastest runs.
 
-    python benchmarks/loading.py [--runs 15]
+    python benchmarks/loading.py [--runs 5]
 """
 
 import argparse
@@ -61,7 +61,7 @@ print(json.dumps({"seconds": seconds, "peak": peak * 1024, "size": size}))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=15, help="pairs of measurements (after a warm-up)")
+    parser.add_argument("--runs", type=int, default=5, help="pairs of measurements (after a warm-up)")
     runs = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as folder:
         in_fresh_process(PREPARE, folder)

@@ -5,7 +5,7 @@ Random weights; the default adapters; batches of 16 texts of 18 to 64 tokens, as
 things in one run: the ratio is what counts, as seconds depend on the machine. Medians over the steps after one for warm-up.
 Writes the figures to --output as JSON, and compares the ratios with those committed for the same kind of machine.
 
-    python benchmarks/setting.py [--device cuda] [--rows pretraining lora …]
+    python benchmarks/speed.py [--device cuda] [--rows pretraining lora …]
 """
 
 import argparse
@@ -197,27 +197,36 @@ def forward(bench: Bench) -> Iterator[Row]:
 
 @torch.no_grad()
 def many_adapters(bench: Bench) -> Iterator[Row]:
-    model = bench.model(adapters=8, dtype="float32").eval()
-    batches = bench.batches()
-    names = list(model.adapters)
-    times = {}
-    for count in (0, 1, 8):
-        model.set_active_knowledge_adapters(names[:count])
-        times[count] = bench.seconds(lambda batch: model(**batch), batches)
-    yield "8 adapters, forward, beside 8 times one", times[8] - times[0], 8 * (times[1] - times[0]), 1.0
+    """Without the backbone: with its states."""
+    adapters = list(bench.model(adapters=8, dtype="float32").eval().adapters.values())
+    width = bench.backbone().config.hidden_size
+
+    def run(batch: Batch, count: int) -> None:
+        shape = (*batch["input_ids"].shape, width)
+        states = dict.fromkeys(adapters[0].config.backbone_layers, torch.ones(shape, device=bench.device))
+        read = torch.stack([batch["subject_start"], batch["object_start"]], dim=1)
+        for adapter in adapters[:count]:
+            adapter(states, batch["attention_mask"], read)
+
+    one, all_of_them = bench.seconds_of([functools.partial(run, count=count) for count in (1, 8)], bench.batches())
+    yield "8 adapters, forward, beside 8 times one", all_of_them, 8 * one, 1.0
 
 
 def sharing_states(bench: Bench, runs: int = 4) -> Iterator[Row]:
     """Several runs on one corpus, such as with other learning rates, share the states of the backbone."""
-    more = cached_epochs(bench, FLOAT32, runs)
-    whole = our_step(bench, FLOAT32)
-    model = bench.model(dtype="float32").eval()
-    with torch.no_grad():
-        names = ("input_ids", "attention_mask")
-        backbone = bench.seconds(
-            lambda batch: model.backbone(**{name: batch[name] for name in names}), bench.batches()
-        )
+    model = bench.model(dtype="float32")
+    model.train_knowledge_adapter("adapter0", train_head=True)
+    model.train()
+    frozen = model.backbone
+
+    @torch.no_grad()
+    def only_backbone(batch: Batch) -> None:
+        frozen(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    step = bench.training(model, fused_adamw(model))
+    whole, backbone = bench.seconds_of([step, only_backbone], bench.batches())
     least = runs * (whole - backbone) + backbone
+    more = cached_epochs(bench, FLOAT32, runs)
     yield f"{runs} runs that share the cached states, beside {runs} adapters and one backbone", more, least, 1 / 1.1
 
 
@@ -305,7 +314,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--layers", type=int, default=24, help="layers of the backbone (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which rows (default: all)")
-    parser.add_argument("--output", type=Path, help="a file for the figures as JSON")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench-output", "speed.json"), help="a file for the figures as JSON"
+    )
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -325,9 +336,9 @@ def main() -> None:
             print(f"| {label} | {' | '.join(cells)} |", flush=True)
             rows.append({"name": label, "here": ours, "baseline": theirs, "ratio": ratio, "to_reach": target})
             gc.collect()
-    if arguments.output:
-        content = {"machine": machine(), "kind": kind, "batch_size": bench.batch_size, "rows": rows}
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {"machine": machine(), "kind": kind, "batch_size": bench.batch_size, "rows": rows}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

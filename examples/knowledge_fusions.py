@@ -2,10 +2,12 @@
 Compares fusions, and how concat starts, on two tasks of knowledge.py: SemEval-2010 Task 8, and the relations of Re-DocRED that
 the factual adapter has not seen.
 
-Each is trained with an untrained and with the factual adapter, which knowledge.py describes; the backbone and the adapter are
-frozen. All runs of a task have the same states; a seed chooses the examples and the start.
+Each is trained with an untrained adapter, with the factual adapter, and with both the factual and the linguistic adapter,
+which knowledge.py describes; the backbone and the adapters are frozen. All runs of a task have the same states; a seed chooses
+the examples and the start.
 
-    python examples/knowledge_fusions.py --data DIR --output_dir knowledge-output/fusions --factual knowledge-output/factual
+    python examples/knowledge_fusions.py --data DIR --output_dir knowledge-output/fusions --factual knowledge-output/factual \
+        --linguistic knowledge-output/linguistic
 
 DIR is the same as for knowledge.py. Results are stored in results.json, from which an interrupted run is resumed.
 """
@@ -53,7 +55,8 @@ FUSIONS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "gate": ("gate", {}, None),
     "attention": ("attention", {}, None),
 }
-UNTRAINED, FACTUAL = "untrained", "factual"
+UNTRAINED, FACTUAL, BOTH = "untrained adapter", "factual adapter", "factual and linguistic"
+SETS = {UNTRAINED: ["untrained"], FACTUAL: ["factual"], BOTH: ["factual", "linguistic"]}
 console = Console()
 
 
@@ -65,32 +68,35 @@ class FusionArguments(Arguments):
     seeds: int = flag(5, "Number of runs of each setting, each with a new head and another sample of examples.")
 
 
-def compare(task: Task, factual: str, tokenizer: Any, args: FusionArguments, results: list[dict[str, Any]]) -> None:
-    """Adds a record for each fusion, adapter and seed that `results` lacks."""
+def compare(
+    task: Task, adapters: dict[str, Any], tokenizer: Any, args: FusionArguments, results: list[dict[str, Any]]
+) -> None:
+    """Adds a record for each fusion, set of adapters and seed that `results` lacks."""
     labels, parts = task.labels, {"train": task.train, "test": task.test}
     kwargs = {"labels": labels, "markers": task.markers}
     data = {name: encode(rows, relation_features, tokenizer, **kwargs) for name, rows in parts.items()}
-    adapters = {UNTRAINED: args.adapter_config(), FACTUAL: factual}
     whole = KAdapterForRelationClassification.from_backbone(args.backbone, adapters)
     states = {name: states_at_markers(whole, rows, tokenizer) for name, rows in data.items()}
-    given = {name: {part: with_states(data[part], states[part], [name]) for part in data} for name in adapters}
+    given = {
+        chosen: {part: with_states(data[part], states[part], names) for part in data} for chosen, names in SETS.items()
+    }
     size = len(data["train"])
     done = {(result["task"], result["learning_rate"], result["setting"], result["seed"]) for result in results}
     settings = [
-        (fusion, adapter, seed)
+        (fusion, names, seed)
         for seed in range(args.seeds)
         for fusion in args.fusions or FUSIONS
-        for adapter in adapters
-        if (task.name, args.learning_rate, f"{fusion}: {adapter}", seed) not in done
+        for names in SETS
+        if (task.name, args.learning_rate, f"{fusion}: {names}", seed) not in done
     ]
-    for fusion, adapter, seed in track(settings, task.name, console=console):
+    for fusion, names, seed in track(settings, task.name, console=console):
         kind, values, start = FUSIONS[fusion]
         chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[: args.few].tolist()
-        rows = {"train": [given[adapter]["train"][place] for place in chosen], "test": given[adapter]["test"]}
+        rows = {"train": [given[names]["train"][place] for place in chosen], "test": given[names]["test"]}
         set_seed(seed)
         model = KAdapterForRelationClassification.from_backbone(
             args.backbone,
-            {adapter: adapters[adapter]},
+            {name: adapters[name] for name in SETS[names]},
             fusion=kind,
             fusion_config=values,
             id2label=dict(enumerate(labels)),
@@ -100,7 +106,7 @@ def compare(task: Task, factual: str, tokenizer: Any, args: FusionArguments, res
             start(model.fusion)
         model.freeze_knowledge_adapters()
         score = fit(model, rows, task.metrics(), args, seed)[task.metric]
-        told = {"task": task.name, "learning_rate": args.learning_rate, "setting": f"{fusion}: {adapter}"}
+        told = {"task": task.name, "learning_rate": args.learning_rate, "setting": f"{fusion}: {names}"}
         results.append(told | {"seed": seed, "score": score})
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
@@ -113,11 +119,12 @@ def report(results: list[dict[str, Any]], tasks: list[Task], args: FusionArgumen
         chosen = (task.name, args.learning_rate)
         found = [result for result in results if (result["task"], result["learning_rate"]) == chosen]
         lines += [f"## {task.name}, {args.few} examples: {task.metric.replace('_f1', '-F1')}", ""]
-        lines += ["| fusion | untrained adapter | factual adapter | gain |", "|---|---|---|---|"]
+        lines += [f"| fusion | {UNTRAINED} | {FACTUAL} | gain | {BOTH} | gain over factual |", "|---|" + "---|" * 5]
         for fusion in args.fusions or FUSIONS:
-            untrained, factual = (f"{fusion}: {adapter}" for adapter in (UNTRAINED, FACTUAL))
+            untrained, factual, both = (f"{fusion}: {names}" for names in SETS)
             cells = [mean_and_spread(scores_of(found, setting)) for setting in (untrained, factual)]
             cells.append(mean_and_spread(gains(found, factual, untrained), "+"))
+            cells += [mean_and_spread(scores_of(found, both)), mean_and_spread(gains(found, both, factual), "+")]
             lines.append(f"| {fusion} | {' | '.join(cells)} |")
         lines.append("")
     lines += [f"- {machine()}", f"- backbone: {DEFAULT_BACKBONE}"]
@@ -135,10 +142,13 @@ def run(args: FusionArguments) -> None:
     kept = folder / "results.json"
     results = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
     corpora, (semeval, unseen, _) = read_corpora(Path(args.data), folder, args.max_rows)
-    factual = args.factual or pretrain_adapter(FACTUAL, corpora[FACTUAL], args, folder)
+    adapters: dict[str, Any] = {
+        name: getattr(args, name) or pretrain_adapter(name, corpora[name], args, folder) for name in SETS[BOTH]
+    }
+    adapters["untrained"] = args.adapter_config()
     tokenizer = AutoTokenizer.from_pretrained(args.backbone)
     for task in (unseen, semeval):
-        compare(task, factual, tokenizer, args, results)
+        compare(task, adapters, tokenizer, args, results)
     page = report(results, [unseen, semeval], args)
     (folder / "fusion-results.md").write_text(page, encoding="utf-8")
     console.print(page, markup=False, highlight=False)

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def averaged(model: Any, weights: Any) -> tuple[KnowledgeAdapterConfig, dict[str
             mean[key] = mean.get(key, 0) + weight * tensor.float()
     config = copy.deepcopy(next(iter(configs.values())))
     config.provenance = {
-        "average_of": dict(weights),
+        "average_of": {name: float(weight) for name, weight in weights.items()},
         "fingerprints": {name: fingerprint(of_one.values()) for name, of_one in tensors.items()},
         "sources": {name: of_one.provenance for name, of_one in configs.items()},
     }
@@ -46,7 +47,7 @@ def _check_weights(weights: Any) -> None:
             f"weights must be a dict from names of knowledge adapters to numbers, not {weights!r}."
         )
     for name, weight in weights.items():
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not isinstance(weight, Real) or not math.isfinite(weight):
             raise KAdapterConfigError(f"the weight of '{name}' must be a finite number, not {weight!r}.")
     total = math.fsum(weights.values())
     if abs(total - 1) > 1e-6:
@@ -68,9 +69,18 @@ def _check_comparable(configs: Mapping[str, KnowledgeAdapterConfig]) -> None:
                 f"with fingerprint {config.backbone_fingerprint}, '{first}' on '{wanted.backbone_name_or_path}' with "
                 f"{wanted.backbone_fingerprint}."
             )
-        seeds = [(of_one.provenance or {}).get("seed") for of_one in (config, wanted)]
-        if None not in seeds and seeds[0] != seeds[1]:
+        here, there = _seeds(config.provenance), _seeds(wanted.provenance)
+        if here and there and here != there:
             raise KAdapterConfigError(
                 f"only adapters that started from the same weights can be averaged, and '{name}' was trained with seed "
-                f"{seeds[0]}, '{first}' with {seeds[1]}."
+                f"{', '.join(sorted(here))}, '{first}' with {', '.join(sorted(there))}."
             )
+
+
+def _seeds(provenance: Any) -> set[str]:
+    """The seed of an adapter, or those of what it is the average of, as far as they are recorded."""
+    if not isinstance(provenance, Mapping):
+        return set()
+    own = {str(provenance["seed"])} if provenance.get("seed") is not None else set()
+    sources = provenance.get("sources")
+    return own.union(*map(_seeds, sources.values())) if isinstance(sources, Mapping) else own

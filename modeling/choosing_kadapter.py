@@ -34,7 +34,7 @@ class ChoosingMixin(nn.Module):
     def set_active_knowledge_adapters(self, names: str | Iterable[str] | None) -> None:
         """
         Activates exactly these adapters. Without any, the model's output is the backbone's. To activate others for a while,
-        or in one of several threads, use `using_knowledge_adapters`.
+        or in one of several threads, use `using_knowledge_adapters`; within it, this takes effect afterwards.
         """
         names = self._checked_names(names or [])
         thaw = not self._is_frozen_from_outside()

@@ -15,8 +15,8 @@ from transformers.utils import CONFIG_NAME
 
 import kadapter_hf
 
-from ..hub import PICKLES, checked_files
 from ..contents import read_saved
+from ..hub import PICKLES, checked_files
 from ..messages import one_line
 from ..modeling.format_kadapter import BACKBONE_FILE, KAdapterLoadError, adapter_path, check_adapter_name
 from ..modeling.reading_kadapter import read_adapter, read_config

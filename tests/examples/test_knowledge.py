@@ -149,14 +149,15 @@ def test_variants_are_trained_and_probed_and_a_run_that_was_cut_off_goes_on(corp
 
 def test_fusions_are_compared_on_the_same_states_and_a_run_that_was_cut_off_goes_on(corpora, backbone, tmp_path):
     fusions = load_script(SCRIPT.with_name("knowledge_fusions.py"))
-    sizes = {"adapter_size": 64, "factual_epochs": 1, "few": 10, "steps": 2, "seeds": 1}
+    sizes = {"adapter_size": 64, "factual_epochs": 1, "linguistic_epochs": 1, "few": 10, "steps": 2, "seeds": 1}
     args = fusions.FusionArguments(str(corpora), backbone, str(tmp_path), **sizes, fusions=["attention"])
     fusions.run(args)
     first = json.loads((tmp_path / "results.json").read_text())
-    args.fusions, args.factual = [*fusions.FUSIONS], str(tmp_path / "factual")
+    args.fusions = [*fusions.FUSIONS]
+    args.factual, args.linguistic = str(tmp_path / "factual"), str(tmp_path / "linguistic")
     fusions.run(args)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(first) == 2 * 2 and len(results) == 2 * 2 * len(fusions.FUSIONS)  # tasks, adapters
+    assert len(first) == 2 * 3 and len(results) == 2 * 3 * len(fusions.FUSIONS)  # tasks, sets of adapters
     assert all(result in results for result in first) and all(0 <= result["score"] <= 1 for result in results)
     page = (tmp_path / "fusion-results.md").read_text()
     assert all(page.count(f"| {name} | ") == 2 for name in fusions.FUSIONS)

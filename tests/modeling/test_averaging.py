@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import batch, disturb, small_adapter
@@ -91,3 +92,21 @@ def test_adapters_of_two_backbones_are_not_averaged(model, build, tmp_path):
 def test_taken_name_is_refused(model):
     with pytest.raises(KAdapterConfigError, match="there is a knowledge adapter 'b' already"):
         model.average_knowledge_adapters({"a": 0.5, "b": 0.5}, into="b")
+
+
+def test_average_of_averages_knows_the_seeds_of_all_its_parts(model):
+    model.add_knowledge_adapter("same", small_adapter(provenance={"seed": 0}))
+    model.add_knowledge_adapter("later", small_adapter(provenance={"seed": 1}))
+    model.average_knowledge_adapters({"a": 0.5, "same": 0.5}, into="mean")
+    model.average_knowledge_adapters({"mean": 0.5, "a": 0.5}, into="again")
+    with pytest.raises(KAdapterConfigError, match="'later' was trained with seed 1, 'again' with 0"):
+        model.average_knowledge_adapters({"again": 0.5, "later": 0.5}, into="refused")
+
+
+def test_weights_of_an_average_can_be_numpy_numbers(model, tmp_path):
+    model.average_knowledge_adapters({"a": np.float32(0.5), "b": np.float64(0.5)}, into="both")
+    model.save_pretrained(tmp_path)
+    assert KAdapterModel.from_pretrained(tmp_path).config.knowledge_adapters["both"].provenance["average_of"] == {
+        "a": 0.5,
+        "b": 0.5,
+    }

@@ -208,16 +208,16 @@ FSDP = ("--use_fsdp", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fs
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("head", "model_type", "active", "freeze_backbone"),
+    ("head", "model_type", "active", "freeze_backbone", "fusion"),
     [
-        ("KAdapterForTokenClassification", "roberta", ["factual"], True),
-        ("KAdapterForSequenceClassification", "bert", ["factual", "linguistic"], False),
+        ("KAdapterForTokenClassification", "roberta", ["factual"], True, "gate"),
+        ("KAdapterForSequenceClassification", "bert", ["factual", "linguistic"], False, "attention"),
         # The output layers of RoBERTa and BERT have a bias with two names, which accelerate can't shard.
-        ("KAdapterForMaskedLM", "modernbert", ["factual", "linguistic"], False),
+        ("KAdapterForMaskedLM", "modernbert", ["factual", "linguistic"], False, "concat"),
     ],
 )
 def test_two_processes_that_share_the_weights_out_train_as_one_does(
-    head, model_type, active, freeze_backbone, backbones, tmp_path
+    head, model_type, active, freeze_backbone, fusion, backbones, tmp_path
 ):
     settings = {
         "backbone": backbones[model_type],
@@ -226,6 +226,7 @@ def test_two_processes_that_share_the_weights_out_train_as_one_does(
         "freeze_backbone": freeze_backbone,
         "fsdp_on_cpu": True,
         "arguments": {},
+        "fusion": fusion,
     }
     assert "FSDPModule" in train_side_by_side(settings, tmp_path, *FSDP, "--fsdp_version", "2")
 
