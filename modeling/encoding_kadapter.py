@@ -86,8 +86,22 @@ class Encoded:
 
 
 def _at_given(state: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    """A state that was given at the positions, `(batch, number, width)`; `(batch, width)` for one position of each row."""
-    return state if positions is None or positions.dim() == 2 else state[:, 0]
+    """
+    A state that was given at the positions, `(batch, number, width)`; `(batch, width)` for one position of each row. It may have
+    more at the end, where the rows that it was computed with had more positions, such as words.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if positions is None:
+        return state
+    if positions.dim() == 1:
+        return state[:, 0]
+    if state.shape[1] < positions.shape[1]:
+        raise ValueError(
+            f"fusion_states have {state.shape[1]} positions, and the head reads {positions.shape[1]} of each row."
+        )
+    return state[:, : positions.shape[1]]
 
 
 def _rows_of(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithPaddin
 
 from kadapter_hf import (
     HeadModel,
+    KAdapterForDependencyParsing,
     KAdapterForEntityTyping,
     KAdapterForMaskedLM,
     KAdapterForQuestionAnswering,
@@ -103,6 +104,29 @@ def test_every_head_gives_the_same_on_cached_states(model_class, frozen, build, 
         without(model.backbone, *(model.adapters.values() if frozen else ()))
         found = model(**CachedStatesCollator(collate)(cached.__getitems__(places)))
     assert_same_outputs(found, expected, batch["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen-adapters", "adapters-train"])
+def test_rows_with_fewer_words_than_those_they_were_computed_with(frozen, build):
+    """A parser reads as many positions as the longest row of a batch has words."""
+    words = [[1, 2], [1, 3, 5, 6, 7, 8], [2, 4, 8]]
+    tokens = inputs_for(KAdapterForDependencyParsing, rows=3)["input_ids"].tolist()
+    rows = Dataset.from_list(
+        [
+            {"input_ids": of_row, "attention_mask": [1] * len(of_row), "word_starts": starts}
+            for of_row, starts in zip(tokens, words, strict=True)
+        ]
+    )
+    model = build(KAdapterForDependencyParsing, fusion="gate").eval()
+    if frozen:
+        model.freeze_knowledge_adapters()
+    collator = CachedStatesCollator(collate)
+    cached = cached_states(model, rows, collator, batch_size=3)
+    for chosen in ([0], [0, 2], [1, 2]):
+        batch = collate([rows[row] for row in chosen])
+        with torch.no_grad():
+            expected, found = model(**batch), model(**collator([cached[row] for row in chosen]))
+        assert_same_outputs(found, expected, batch["attention_mask"].bool())
 
 
 def test_padding_may_be_on_the_left(build, without):
