@@ -87,8 +87,8 @@ class Encoded:
 
 def _at_given(state: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
     """
-    A state that was given at the positions, `(batch, number, width)`; `(batch, width)` for one position of each row. It may have
-    more at the end, where the rows that it was computed with had more positions, such as words.
+    A state that was given at the positions, `(batch, number, width)`; `(batch, width)` for one position of each row. It may
+    have more at the end, where the rows that it was computed with had more positions, such as words.
 
     Raises:
         ValueError: it has fewer.
