@@ -107,8 +107,14 @@ $(VENV)/.ray: $(VENV)/.installed
 	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet "datatrove[ray]"
 	@touch $@
 
+# Chromium, from the system's packages, and what drives it.
+$(VENV)/.browser: $(VENV)/.installed
+	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet -e ".[browser]"
+	command -v chromium > /dev/null || apt-get install --yes --quiet chromium
+	@touch $@
+
 # PYTEST_ARGS is for the slow tests: what they select may be nothing among those of conformance.
-slow: $(VENV)/.ray
+slow: $(VENV)/.ray $(VENV)/.browser
 	$(TEST_ENV) FUZZ_EXAMPLES=400 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not cuda" \
 		$(PYTEST_ARGS)
 	$(MAKE) conformance PYTEST_ARGS=

@@ -189,12 +189,12 @@ def draw_contributions(shares: Mapping[str, np.ndarray], tokens: Sequence[str], 
     `tokenizer.convert_ids_to_tokens(input_ids)`.
     """
     values = np.stack([share[row, : len(tokens)] for share in shares.values()])
-    figure = _figure(2 + 0.4 * len(tokens), 1.5 + 0.3 * len(shares))
+    figure = _figure(2 + 0.4 * len(tokens), 2 + 0.3 * len(shares))
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, aspect="auto")
     axes.set_xticks(range(len(tokens)), tokens, rotation=90)
     axes.set_yticks(range(len(shares)), list(shares))
-    figure.colorbar(image, label="change of the fused state")
+    figure.colorbar(image, label="change")
     return figure
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .app import app as try_in_browser
 from .combine import combine
 from .convert import convert
 from .evaluate import evaluate, predict
@@ -31,6 +32,7 @@ app.command(context_settings=flags)(pretrain)
 app.command(context_settings=flags)(finetune)
 app.command(context_settings=flags)(reproduce)
 app.command(context_settings=flags)(probe)
+app.command(name="app", no_args_is_help=True)(try_in_browser)
 for command in (evaluate, predict, combine, convert, info, push, pull):
     app.command(no_args_is_help=True)(command)
 

@@ -1,0 +1,295 @@
+"""A web page for trying K-Adapters, with each adapter switched on and off: `kadapter app`."""
+
+import html
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from transformers import AutoTokenizer, Pipeline, pipeline
+
+from . import __version__
+from .inspect import collect_states, contributions, draw_contributions
+from .messages import is_repo_id, sentence
+from .modeling.configuration_kadapter import KAdapterConfig
+from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
+from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+from .modeling.registry_kadapter import HEADS
+from .trees import draw_tree
+
+
+TOP = 5
+FAULTS = (ValueError, OSError, ImportError)
+
+
+@dataclass(frozen=True)
+class View:
+    """
+    What the page shows for a kind of model.
+
+    Args:
+        task: the pipeline that predicts.
+        title: the title of its predictions.
+        example: a sentence to begin with; entities are in brackets, `{mask}` is the mask token.
+        entities: the names of the marked entities in the pipeline's input.
+        help: what to type.
+        predict: from the pipeline and its input to what `output` shows.
+        output: the component that shows a prediction.
+    """
+
+    task: str
+    title: str
+    example: str
+    help: str
+    predict: Callable[[Pipeline, Any], Any]
+    output: Callable[..., Any] = gr.Label
+    entities: tuple[str, ...] = ()
+
+
+def _scores(pipe: Pipeline, inputs: Any) -> dict[str, float]:
+    return {found["label"]: found["score"] for found in pipe(inputs, top_k=TOP)}
+
+
+def _types(pipe: Pipeline, inputs: Any) -> dict[str, float]:
+    return {found["label"]: found["score"] for found in pipe(inputs, top_k=TOP, threshold=-1.0)}
+
+
+def _words(pipe: Pipeline, inputs: str) -> dict[str, float]:
+    text = re.sub(r"<mask>|\[MASK\]", lambda _: pipe.tokenizer.mask_token, inputs)
+    if text.count(pipe.tokenizer.mask_token) != 1:
+        raise ValueError(f"Put one {pipe.tokenizer.mask_token} where a word is to be filled in.")
+    scores: dict[str, float] = {}
+    for found in pipe(text, top_k=TOP):  # the best first; a word has a token of its own with a space before it
+        word = found["token_str"].strip() or f"token {found['token']}"
+        scores.setdefault(word, found["score"])
+    return scores
+
+
+def _tree(pipe: Pipeline, inputs: str) -> str:
+    drawing = re.sub(
+        r'width="(\d+)" height="(\d+)"', r'width="100%" viewBox="0 0 \1 \2"', draw_tree(pipe(inputs)), count=1
+    )
+    return f'<div style="background: white">{drawing}</div>'
+
+
+def _tags(pipe: Pipeline, inputs: str) -> list[tuple[str, str | None]]:
+    """The text in pieces, with the label of each piece that has one."""
+    pieces: list[tuple[str, str | None]] = []
+    done = 0
+    for found in pipe(inputs, aggregation_strategy="simple"):
+        pieces += [
+            (inputs[done : found["start"]], None),
+            (inputs[found["start"] : found["end"]], found["entity_group"]),
+        ]
+        done = found["end"]
+    return [*pieces, (inputs[done:], None)]
+
+
+VIEWS = {
+    "KAdapterForEntityTyping": View(
+        "entity-typing",
+        "Types of the entity",
+        "We saw an exhibition of paintings by [Frida Kahlo].",
+        "A sentence with one entity in brackets.",
+        _types,
+        entities=("entity",),
+    ),
+    "KAdapterForRelationClassification": View(
+        "relation-classification",
+        "Relation of the first entity to the second",
+        "[Vienna] is the capital of [Austria].",
+        "A sentence with two entities in brackets, the subject first; or numbered: [2: Austria] has the capital [1: Vienna].",
+        _scores,
+        entities=("subject", "object"),
+    ),
+    "KAdapterForMaskedLM": View(
+        "fill-mask", "Words for the mask", "Vienna is the capital of {mask}.", "A sentence with one {mask}.", _words
+    ),
+    "KAdapterForDependencyParsing": View(
+        "dependency-parsing",
+        "Dependency tree",
+        "The Danube flows through Vienna.",
+        "A sentence.",
+        _tree,
+        gr.HTML,
+    ),
+    "KAdapterForSequenceClassification": View(
+        "text-classification", "Classes of the text", "The Danube flows through Vienna.", "A text.", _scores
+    ),
+    "KAdapterForTokenClassification": View(
+        "token-classification",
+        "Labels in the text",
+        "The Danube flows through Vienna.",
+        "A sentence.",
+        _tags,
+        gr.HighlightedText,
+    ),
+}
+
+
+def unbracketed(text: str, view: View) -> dict[str, Any]:
+    """
+    The input of a pipeline from a sentence with entities in brackets: the text without brackets, and the span of each entity
+    under its name. `[1: …]` and `[2: …]` number the entities; otherwise their order does.
+
+    Raises:
+        ValueError: there are not as many entities in brackets as the view has.
+    """
+    plain, spans, done = "", {}, 0
+    for count, found in enumerate(re.finditer(r"\[(?:\s*(\d)\s*:)?\s*([^\[\]]*?)\s*\]", text), start=1):
+        plain += text[done : found.start()]
+        spans[int(found[1] or count)] = [len(plain), len(plain) + len(found[2])]
+        plain += found[2]
+        done = found.end()
+    plain += text[done:]
+    filled = all(start < end for start, end in spans.values())
+    if sorted(spans) != list(range(1, len(view.entities) + 1)) or not filled or "[" in plain or "]" in plain:
+        wanted = "one entity" if len(view.entities) == 1 else f"{len(view.entities)} entities"
+        raise ValueError(f"Put {wanted} in brackets, as in: {view.example}")
+    return {"text": plain} | {name: spans[number] for number, name in enumerate(view.entities, start=1)}
+
+
+def load(source: str, revision: str | None = None) -> tuple[KAdapterPreTrainedModel, Any]:
+    """
+    A model and its tokenizer, from a folder or a repository.
+
+    Raises:
+        KAdapterLoadError: it is no K-Adapter, or has a head that the page can't show.
+    """
+    content, _ = KAdapterConfig.get_config_dict(source, revision=revision)
+    name = next(iter(content.get("architectures") or []), None)
+    if content.get("model_type") != KAdapterConfig.model_type or name not in VIEWS:
+        raise KAdapterLoadError(
+            f"'{source}' is a {name or content.get('model_type')}; the app shows models of the classes {', '.join(VIEWS)}."
+        )
+    model = HEADS[name][0].from_pretrained(source, revision=revision)
+    return model.eval(), AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def build(sources: str | Sequence[str]) -> gr.Blocks:
+    """
+    The page, with a tab for each model; `build("user/model").launch()` serves it.
+
+    Args:
+        sources: folders or repositories of K-Adapters with a task head, which may be of different tasks.
+    """
+    with gr.Blocks(title="K-Adapter") as page:
+        gr.Markdown("# K-Adapter\nType a sentence, and see what each knowledge adapter changes.")
+        for source in [sources] if isinstance(sources, str) else sources:
+            model, tokenizer = load(source)
+            with gr.Tab(Path(source).name):
+                _tab(model, tokenizer)
+    return page
+
+
+def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
+    view = VIEWS[type(model).__name__]
+    pipe = pipeline(view.task, model=model, tokenizer=tokenizer)
+    mask = tokenizer.mask_token or ""
+    text = gr.Textbox(view.example.replace("{mask}", mask), label="Sentence", info=view.help.replace("{mask}", mask))
+    names = list(model.adapters)
+    active = gr.CheckboxGroup(names, value=model.active_knowledge_adapters, label="Knowledge adapters")
+    button = gr.Button("Predict", variant="primary")
+    with gr.Row():
+        chosen = view.output(label=f"{view.title}: with these adapters")
+        alone = view.output(label=f"{view.title}: backbone alone")
+    gr.Markdown("The head was trained with the adapters, so it is at a disadvantage without them.")
+    with gr.Accordion("What each adapter contributes", open=True):
+        gr.Markdown(
+            "Means over the tokens: the norm of the adapter's state, beside that of the backbone's; the relative change of the "
+            "fused state if the adapter is left out, which the figure shows for each token; and the adapter's weight in the "
+            "fusion, if it has weights."
+        )
+        table = gr.Dataframe(headers=COLUMNS, show_label=False)
+        plot = gr.Plot(show_label=False)
+
+    def predict(text: str, names: list[str]) -> tuple[Any, ...]:
+        try:
+            if not text.strip():
+                raise ValueError("Type a sentence first.")
+            inputs = unbracketed(text, view) if view.entities else text.strip()
+            with model.using_knowledge_adapters(names):
+                predicted = view.predict(pipe, inputs)
+                shares = _shares(pipe, inputs)
+            with model.without_knowledge_adapters():
+                return predicted, view.predict(pipe, inputs), *shares
+        except FAULTS as error:
+            raise gr.Error(html.escape(sentence(error)), print_exception=False) from error
+
+    outputs = [chosen, alone, table, plot]
+    button.click(predict, [text, active], outputs)
+    text.submit(predict, [text, active], outputs)
+    active.change(predict, [text, active], outputs)
+
+
+COLUMNS = [
+    "adapter",
+    "norm of its state",
+    "norm of the backbone's state",
+    "change of the fused state",
+    "weight in the fusion",
+]
+
+
+def _shares(pipe: Pipeline, inputs: Any) -> tuple[list[list[Any]], Any]:
+    """A row of the table for each adapter, and the figure; both empty without adapters."""
+    model, tokenizer = pipe.model, pipe.tokenizer
+    names = model.active_knowledge_adapters
+    if not names:
+        return [], None
+    if isinstance(inputs, dict):  # with markers around the entities
+        found = next(iter(pipe.preprocess(inputs)))
+        batch = {name: found[name] for name in ("input_ids", "attention_mask")}
+    else:
+        batch = dict(tokenizer(inputs, return_tensors="pt", truncation=True))
+    states, changes = collect_states(model, batch), contributions(model, batch)
+    backbone = [name for name in states if name.startswith("backbone ")][-1]
+    norms = {name: float(np.linalg.norm(state, axis=-1).mean()) for name, state in states.items()}
+    weights = _weights(model, batch)
+    rows = [
+        [
+            name,
+            *(round(number, 2) for number in (norms[f"adapter {name}"], norms[backbone], float(changes[name].mean()))),
+        ]
+        for name in names
+    ]
+    rows = [[*row, round(weights[row[0]], 2) if row[0] in weights else None] for row in rows]
+    tokens = [tokenizer.decode([number]).strip() for number in batch["input_ids"][0]]
+    return rows, draw_contributions(changes, tokens)
+
+
+@torch.no_grad()
+def _weights(model: KAdapterPreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The mean weight of each adapter, if the fusion has weights."""
+    encoded = model.encode(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+    weights = model.fusion.weights(encoded.backbone_state, encoded.knowledge) or {}
+    return {name: float(weight.mean()) for name, weight in weights.items()}
+
+
+def write_space(sources: Sequence[str], folder: Path) -> None:
+    """
+    Writes the files of a Space on the Hub that serves the page.
+
+    Raises:
+        KAdapterConfigError: a source is no repository on the Hub.
+    """
+    for source in sources:
+        if Path(source).exists() or not is_repo_id(source):
+            raise KAdapterConfigError(
+                f"a Space loads its models from the Hub, and '{source}' is no repository there: push it first."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = "\n".join(f"- {source}" for source in sources)
+    (folder / "README.md").write_text(
+        f"---\ntitle: K-Adapter\nsdk: gradio\nsdk_version: {gr.__version__}\napp_file: app.py\nmodels:\n{listed}\n---\n\n"
+        "Made by `kadapter app --space`.\n",
+        encoding="utf-8",
+    )
+    (folder / "requirements.txt").write_text(f"kadapter-hf[app]=={__version__}\n", encoding="utf-8")
+    (folder / "app.py").write_text(
+        f"from kadapter_hf.app import build\n\n\nbuild({list(sources)!r}).launch()\n", encoding="utf-8"
+    )
