@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -18,16 +18,19 @@ ROOT = Path(__file__).parents[2]
 RUN = ("python", "bash", "console")
 NOT_RUN = ("text", "json", "csv", "dockerfile", "toml", "yaml")
 FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,})(?P<language>[^`\s]*)[^`]*")
-# What makes the programs short. A flag that the page gives wins, as it comes later.
+# What makes the programs short, put before the flags of the page, so that these win; but for the number of steps.
 SHORT = "--max_steps 1 --use_cpu true --report_to none "
 SMALL = "--adapter_hidden_size 16 --adapter_num_attention_heads 2 --adapter_intermediate_size 24 "
 FLAGS = (
     (r"\bkadapter pretrain multitask ", SHORT),
     (r"\bkadapter pretrain (?!multitask|--help)[\w-]+ ", SHORT + SMALL),
     (r"\bkadapter finetune (?!--help)[\w-]+ ", SHORT),
-    (r"\bkadapter reproduce (?!--help)", SHORT + "--max_length 64 "),
+    (r"\bkadapter reproduce (?!--help)", "--models backbone untrained "),
+    (r"\bkadapter reproduce (?!--help)(?=[^\n]*--data (?!lama))", SHORT + "--max_length 64 "),
     (r"\bpython examples/(run_(?!lama)\w+|search_hyperparameters)\.py ", SHORT),
+    (r"\bpython examples/search_hyperparameters\.py ", "--trials 1 "),
     (r"\bpython examples/demo\.py ?", "--max_steps 1 --seeds 1 "),
+    (r"\bkadapter convert ", "--backbone backbone "),  # roberta-large's configuration is part of the package
 )
 TRAINING = 'max_steps=1, use_cpu=True, report_to="none"'
 SMALL_CONFIG = "hidden_size=16, num_attention_heads=2, intermediate_size=24"
@@ -97,7 +100,7 @@ def run_page(blocks: list[Block], folder: str, made: str) -> None:
     torch.manual_seed(0)
     variables, placed = {"__name__": "__main__"}, set()
     try:
-        for block in blocks:
+        for block in map(shortened, blocks):
             provide(block, Path(folder), Path(made), placed)
             run(block, variables)
     finally:
@@ -109,6 +112,19 @@ def run_page(blocks: list[Block], folder: str, made: str) -> None:
         for name in set(sys.modules) - modules:
             if (Path(folder) / f"{name}.py").exists():
                 del sys.modules[name]
+
+
+def shortened(block: Block) -> Block:
+    """The same program with little to do."""
+    text = block.text
+    if block.language == "python":
+        text = re.sub(r"\bTrainingArguments\(\s*([^,()]+)", rf"TrainingArguments(\1, {TRAINING}", text)
+        text = text.replace("KnowledgeAdapterConfig()", f"KnowledgeAdapterConfig({SMALL_CONFIG})")
+    else:
+        text = re.sub(r"--max_steps \d+|(?<=--seeds 1)( \d+)+|\\\n", " ", text)
+        for pattern, flags in FLAGS:
+            text = re.sub(pattern, lambda found, flags=flags: found[0] + flags, text)
+    return replace(block, text=text)
 
 
 def run(block: Block, variables: dict) -> None:
@@ -127,19 +143,17 @@ def run(block: Block, variables: dict) -> None:
 
 def run_python(block: Block, variables: dict) -> None:
     """A block whose first line is `# name.py` is that file, which is imported; others run in the page's variables."""
-    code = re.sub(r"\bTrainingArguments\(\s*([^,()]+)", rf"TrainingArguments(\1, {TRAINING}", block.text)
-    code = code.replace("KnowledgeAdapterConfig()", f"KnowledgeAdapterConfig({SMALL_CONFIG})")
-    file = re.match(r"# (\w+)\.py\n", code)
+    file = re.match(r"# (\w+)\.py\n", block.text)
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             if file:
-                Path(f"{file[1]}.py").write_text(code, encoding="utf-8")
+                Path(f"{file[1]}.py").write_text(block.text, encoding="utf-8")
                 importlib.invalidate_caches()
                 importlib.import_module(file[1])
             else:
                 # The lines before make those of a traceback the page's.
-                exec(compile("\n" * (block.line - 1) + code, block.page, "exec"), variables)
+                exec(compile("\n" * (block.line - 1) + block.text, block.page, "exec"), variables)
     except BaseException:
         raise AssertionError(f"{block.place}:\n{output.getvalue()}\n{traceback.format_exc()}") from None
 
@@ -154,8 +168,6 @@ def run_bash(block: Block) -> None:
 
 def run_command(command: str) -> tuple[int, str, str]:
     """The exit code, stdout and stderr of shell code."""
-    for pattern, flags in FLAGS:
-        command = re.sub(pattern, lambda found, flags=flags: found[0] + flags, command)
     if in_process(command):
         from typer.testing import CliRunner
 

@@ -4,6 +4,7 @@ What stands under the names that the pages use: tiny models and a few rows of da
 A page's folder gets what its blocks name and don't make themselves. A new name is one line here.
 """
 
+import csv
 import json
 import re
 import shutil
@@ -51,6 +52,16 @@ def sample_file(task: str, ending: str) -> Maker:
         shutil.rmtree(folder)
 
     return make
+
+
+def cosmosqa(path: Path) -> None:
+    """With the names of the original's files; those for the leaderboard have no label."""
+    write_sample("cosmos-qa", path)
+    (path / "dev.csv").rename(path / "valid.csv")
+    with open(path / "test.csv", encoding="utf-8", newline="") as file:
+        rows = [{name: cell for name, cell in row.items() if name != "label"} for row in csv.DictReader(file)]
+    (path / "test.csv").unlink()
+    (path / "test.jsonl").write_text(lines(rows), encoding="utf-8")
 
 
 def relation_rows(path: Path) -> None:
@@ -125,7 +136,7 @@ DATA: dict[str, Maker] = {
     "TACRED": sample("tacred"),
     "tacred": sample("tacred"),
     "SemEval": sample("semeval-2010-task-8"),
-    "cosmosqa": sample("cosmos-qa"),
+    "cosmosqa": cosmosqa,
     "searchqa": sample("search-qa"),
     "LAMA": lama,
     "lama": lama,
@@ -209,8 +220,8 @@ def save_models(folder: str) -> None:
         return model
 
     factual = save("factual-adapter", KAdapterModel, "factual", fusion="add")
-    factual.save_pretrained(out / "news-adapter")
-    tokenizer.save_pretrained(out / "news-adapter")
+    for name in ("news-adapter", "wiki/factual-adapter", "news/factual-adapter"):
+        factual.save_pretrained(out / name)
     save("linguistic-adapter", KAdapterForDependencyParsing, "linguistic", fusion="add", num_labels=4)
     save("both", KAdapterModel, "factual", "linguistic")
     factual.save_knowledge_adapter(out / "factual.safetensors", "factual")
@@ -227,6 +238,7 @@ def save_models(folder: str) -> None:
             model.push_to_hub("user/both")
             for adapter in ("factual", "linguistic"):
                 model.push_knowledge_adapter_to_hub(adapter, f"user/{adapter}")
+            model.push_knowledge_adapter_to_hub("factual", "user/factual-adapter")
     biomedical = KAdapterModel.from_backbone(backbone, {"biomedical": KnowledgeAdapterConfig(**ADAPTER)})
     biomedical.push_knowledge_adapter_to_hub("biomedical", "user/biomedical")
     save_checkpoints(out)
@@ -278,9 +290,15 @@ def save_checkpoints(folder: Path) -> None:
 
 
 TASKS_OF_MODELS = ("open-entity", "figer", "tacred", "semeval-2010-task-8", "relation", "cosmos-qa", "search-qa")
-MODELS = ("factual-adapter", "news-adapter", "linguistic-adapter", "both", "factual.safetensors") + tuple(
-    "semeval-model" if task.startswith("semeval") else f"{task}-model" for task in TASKS_OF_MODELS
-)
+MODELS = (
+    "factual-adapter",
+    "news-adapter",
+    "wiki/factual-adapter",
+    "news/factual-adapter",
+    "linguistic-adapter",
+    "both",
+    "factual.safetensors",
+) + tuple("semeval-model" if task.startswith("semeval") else f"{task}-model" for task in TASKS_OF_MODELS)
 CHECKPOINTS = (
     "fac-adapter/pytorch_model.bin",
     "lin-adapter/pytorch_model.bin",

@@ -25,6 +25,9 @@ from hub_server import HubServer  # noqa: E402
 
 # Pages whose blocks take more than a few seconds.
 SLOW = {
+    "docs/command-line.md",
+    "docs/extend.md",
+    "docs/finetuning.md",
     "docs/lama.md",
     "docs/reproduction.md",
     "examples/README.md",
