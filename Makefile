@@ -115,10 +115,10 @@ $(VENV)/.docs: $(VENV)/.installed
 
 # Warnings are errors, and nothing is downloaded.
 docs: $(VENV)/.docs
-	$(TEST_ENV) $(VENV)/bin/python -m mkdocs build --strict
+	$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 docs-serve: $(VENV)/.docs
-	$(TEST_ENV) $(VENV)/bin/python -m mkdocs serve
+	$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs serve
 
 # PYTEST_ARGS is for the slow tests: what they select may be nothing among those of conformance.
 slow: $(VENV)/.ray $(VENV)/.docs

@@ -25,8 +25,10 @@ ELSEWHERE = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
-LINK = re.compile(r"(!?)\[([^\[\]]*)\]\((?![a-z]+:|#)([^()\s#]+)(#[^()\s]*)?\)")
-CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`(?!\]))", flags=re.DOTALL | re.MULTILINE)
+# Code, in which nothing is a link, or a link to a file.
+LINK = re.compile(
+    r"^```.*?^```$|`[^`\n]+`|(!?)\[([^\[\]]*)\]\((?![a-z]+:|#)([^()\s#]+)(#[^()\s]*)?\)", flags=re.DOTALL | re.MULTILINE
+)
 # Methods that are added to the models when the package is imported, by module.
 ADDED = {
     "kadapter_hf.summary": ["knowledge_summary"],
@@ -59,14 +61,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def replaced(link: re.Match) -> str:
         image, text, target, anchor = link.groups()
+        if target is None:
+            return link[0]
         path = os.path.normpath(os.path.join(os.path.dirname(source), target))
         uri = uris.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
         if uri is None:
             return text
         return f"{image}[{text}]({os.path.relpath(uri, os.path.dirname(here) or '.')}{anchor or ''})"
 
-    parts = CODE.split(markdown)
-    return "".join(part if number % 2 else LINK.sub(replaced, part) for number, part in enumerate(parts))
+    return LINK.sub(replaced, markdown)
 
 
 # ---- The reference ---------------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def typer_table(command: Any) -> list[str]:
     for parameter in command.params:
         name = ", ".join(parameter.opts + parameter.secondary_opts)
         if getattr(parameter, "param_type_name", "") == "argument":
-            name = parameter.human_readable_name
+            name = parameter.name.upper()
         shown = "" if parameter.required or parameter.default in (None, False) else parameter.default
         rows.append((name, shown, getattr(parameter, "help", None) or ""))
     return [table(rows)] if rows else []
