@@ -32,7 +32,8 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv versions demo knowledge knowledge-variants knowledge-fusions test slow conformance lint bench floor clean
+.PHONY: help venv versions demo knowledge knowledge-variants knowledge-fusions test slow conformance lint bench docs \
+	docs-serve floor clean
 
 help:
 	@echo "make demo      train adapters on a small model and demonstrate them (ARGS=... is passed to the script)"
@@ -44,6 +45,8 @@ help:
 	@echo "make conformance  run the common tests of transformers on every class"
 	@echo "make lint      run ruff and mypy"
 	@echo "make bench     run each script in benchmarks/"
+	@echo "make docs      build the documentation site in build/site"
+	@echo "make docs-serve  show it at http://127.0.0.1:8000, and again after each change"
 	@echo "make floor     run the tests with the oldest supported version of each dependency"
 	@echo "make clean     remove environments, build artifacts and caches"
 
@@ -113,10 +116,22 @@ $(VENV)/.browser: $(VENV)/.installed
 	command -v chromium > /dev/null || apt-get install --yes --quiet chromium
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet -e ".[docs,notebooks]"
+	@touch $@
+
+# Warnings are errors, and nothing is downloaded.
+docs: $(VENV)/.docs
+	$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs serve
+
 # PYTEST_ARGS is for the slow tests: what they select may be nothing among those of conformance.
-slow: $(VENV)/.ray $(VENV)/.browser
+slow: $(VENV)/.ray $(VENV)/.browser $(VENV)/.docs
 	$(TEST_ENV) FUZZ_EXAMPLES=400 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not cuda" \
 		$(PYTEST_ARGS)
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -o addopts= -q --nbmake examples/notebooks
 	$(MAKE) conformance PYTEST_ARGS=
 
 # The tests of the installed version of transformers, which are downloaded once.

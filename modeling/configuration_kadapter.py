@@ -122,9 +122,9 @@ class KnowledgeAdapterConfig:
         hidden_size (`int`, defaults to 768): their width, or that of the bottleneck; it may differ from the backbone's.
         num_attention_heads (`int`, defaults to 12): must divide `hidden_size`.
         intermediate_size (`int`, defaults to 3072): width of their feed-forward part.
-        hidden_act (`str`, defaults to `"gelu"`)
-        hidden_dropout_prob, attention_probs_dropout_prob (`float`, default to 0.1)
-        layer_norm_eps (`float`, defaults to 1e-5)
+        hidden_act (`str`, defaults to `"gelu"`): the activation.
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, default to 0.1): dropout, as in BERT.
+        layer_norm_eps (`float`, defaults to 1e-5): added to the variance in layer normalisation.
         initializer_range (`float`, defaults to 2e-4):
             Standard deviation of a new adapter's projections, so small that it starts almost as the identity.
         attend_to_padding (`bool`, defaults to `False`):

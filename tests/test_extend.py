@@ -322,7 +322,7 @@ def test_own_corpus_becomes_a_data_set_and_a_report(modules, tmp_path, monkeypat
 
 
 def test_line_in_corpora_makes_an_own_corpus_a_command(modules, tmp_path, monkeypatch):
-    (line,) = re.findall(r"```\n(\"birthplaces\": .*?),\n```", PAGE.read_text(encoding="utf-8"))
+    (line,) = re.findall(r"```text\n(\"birthplaces\": .*?),\n```", PAGE.read_text(encoding="utf-8"))
     scope = {"Corpus": Corpus, "read_birthplaces": importlib.import_module("birthplaces").read_birthplaces}
     monkeypatch.setitem(CORPORA, "birthplaces", eval(f"{{{line}}}", scope)["birthplaces"])
     app = importlib.reload(importlib.import_module("kadapter_hf.cli.prepare")).prepare
