@@ -226,13 +226,7 @@ def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
     active.change(predict, [text, active], outputs)
 
 
-COLUMNS = [
-    "adapter",
-    "norm of its state",
-    "norm of the backbone's state",
-    "change of the fused state",
-    "weight in the fusion",
-]
+COLUMNS = ["adapter", "norm", "backbone's norm", "change", "fusion weight"]
 
 
 def _shares(pipe: Pipeline, inputs: Any) -> tuple[list[list[Any]], Any]:
