@@ -160,7 +160,8 @@ def _logs() -> Iterator[None]:
     for one, level in zip(loggers, levels.values(), strict=True):
         one.setLevel(level)
         one.propagate, one.handlers = True, []
-    root.handlers += handlers
+    for handler in handlers:
+        root.addHandler(handler)
     logging.captureWarnings(True)
     # In a log file or a pipe, each update of a bar would be a line.
     hides = transformers_logging.is_progress_bar_enabled() and (settings.quiet or not sys.stderr.isatty())
