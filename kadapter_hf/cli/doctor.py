@@ -5,13 +5,16 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ._arguments import AsJson
 from ._output import print_json, print_rows, running
 
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 PACKAGE = "kadapter-hf"
 # What the extras for users are for; their packages are in the package's metadata.
@@ -32,14 +35,14 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: `kadapter doctor`
     """
-    required = [line for line in requires(PACKAGE) or () if "extra ==" not in line]
+    required = requirements()
     problems = missing(required)
     found: dict[str, Any] = {
         "versions": {PACKAGE: version(PACKAGE), "python": platform.python_version(), "system": platform.platform()}
-        | {name: installed(name) for name in map(name_of, required)},
+        | {one.name: installed(one.name) for one in required},
         "problems": problems,
         "extras": {
-            extra: {"for": purpose, "missing": missing(packages_of(extra))} for extra, purpose in EXTRAS.items()
+            extra: {"for": purpose, "missing": missing(requirements(extra))} for extra, purpose in EXTRAS.items()
         },
     }
     if not problems:
@@ -55,15 +58,16 @@ def doctor(as_json: AsJson = False) -> None:
 # ---- Packages -------------------------------------------------------------------------------------------------------
 
 
-def packages_of(extra: str) -> list[str]:
-    """The requirements of an extra, as the package's metadata has them."""
-    return [line for line in requires(PACKAGE) or () if f'extra == "{extra}"' in line]
-
-
-def name_of(requirement: str) -> str:
+def requirements(extra: str = "") -> list["Requirement"]:
+    """What the package's metadata requires on this machine: always, or for an extra."""
     from packaging.requirements import Requirement
 
-    return Requirement(requirement).name
+    return [
+        one
+        for one in map(Requirement, requires(PACKAGE) or ())
+        if ("extra" in str(one.marker)) == bool(extra)
+        and (one.marker is None or one.marker.evaluate({"extra": extra}))
+    ]
 
 
 def installed(name: str) -> str | None:
@@ -73,18 +77,15 @@ def installed(name: str) -> str | None:
         return None
 
 
-def missing(requirements: list[str]) -> list[str]:
+def missing(wanted: list["Requirement"]) -> list[str]:
     """The requirements that are not met, each with the installed version."""
-    from packaging.requirements import Requirement
-
     unmet = []
-    for line in requirements:
-        wanted = Requirement(line)
-        there = installed(wanted.name)
+    for one in wanted:
+        there = installed(one.name)
         if there is None:
-            unmet.append(f"{wanted.name} is not installed")
-        elif not wanted.specifier.contains(there, prereleases=True):
-            unmet.append(f"{wanted.name} {there} is installed, and {wanted.name}{wanted.specifier} is required")
+            unmet.append(f"{one.name} is not installed")
+        elif not one.specifier.contains(there, prereleases=True):
+            unmet.append(f"{one.name} {there} is installed, and {one.name}{one.specifier} is required")
     return unmet
 
 

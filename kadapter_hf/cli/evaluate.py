@@ -51,23 +51,28 @@ def evaluate(
     Example: `kadapter evaluate open-entity --model open-entity-model --data OpenEntity/test.json`
     """
     from kadapter_hf.corpora.schema import write_json
-    from kadapter_hf.predicting import label_names, labels_of
+    from kadapter_hf.predicting import evaluate as run, label_names, labels_of, load_finetuned
     from kadapter_hf.reports import write_report
     from kadapter_hf.tasks.task import find_task
 
+    of_task = find_task(task)
     with running():
-        rows = _rows(task, data, split.value, skip_bad_rows)
-        found, metrics, loaded = _run(task, model, rows, batch_size)
+        splits = of_task.read_splits(data, skip_bad_rows=skip_bad_rows)
+        name = "train" if Path(data).is_file() else split.value
+        if name not in splits:
+            raise ValueError(f"'{data}' has no split named {name}; it has {', '.join(splits)}.")
+        rows = splits[name]
+        loaded, tokenizer = load_finetuned(model, of_task)
+        found, metrics = run(loaded, tokenizer, rows, of_task, batch_size)
         if output is not None:
-            labels, names = labels_of(loaded, find_task(task)), label_names(loaded)
-            write_report(output, find_task(task), rows, found, labels, names)
+            write_report(output, of_task, rows, found, labels_of(loaded, of_task), label_names(loaded))
             write_json(output / "metrics.json", {split.value: metrics})
         if as_json:
             print_json(metrics)
             return
         for key, value in metrics.items():
             say(f"{key}: {value:.4f}")
-        metric = find_task(task).metric
+        metric = of_task.metric
         where = f"The predictions are in {output}." if output else "--output FOLDER keeps the predictions."
         conclude(f"The {metric} on {len(rows)} rows is {metrics[metric]:.4f}. {where}")
 
@@ -94,39 +99,21 @@ def predict(
 
     Example: `kadapter predict relation --model relation-model --input sentences.csv`
     """
+    from kadapter_hf.predicting import evaluate as run, load_finetuned
     from kadapter_hf.reports import write_predictions, write_submission
     from kadapter_hf.tasks.task import find_task
 
+    of_task = find_task(task)
     path = output or input.with_name(f"{input.name}.predictions.jsonl")
     with running():
-        rows, report = find_task(task).read(input, labelled=False, skip_bad_rows=skip_bad_rows)
+        rows, report = of_task.read(input, labelled=False, skip_bad_rows=skip_bad_rows)
         path.parent.mkdir(parents=True, exist_ok=True)
-        found, _, _ = _run(task, model, rows, batch_size)
+        loaded, tokenizer = load_finetuned(model, of_task)
+        found, _ = run(loaded, tokenizer, rows, of_task, batch_size)
         write_predictions(path, rows, found)
-        submission = write_submission(path.parent, find_task(task), rows, found)
+        submission = write_submission(path.parent, of_task, rows, found)
         if submission is not None:
             say(f"The file for the task's scorer is {submission}.")
         skipped = sum(report.dropped.values())
         more = f" {skipped} rows are skipped." if skipped else ""
         conclude(f"{len(found)} predictions for {len(rows)} rows are in {path}.{more}")
-
-
-def _rows(task: str, data: str, split: str, skip_bad_rows: bool):
-    from kadapter_hf.tasks.task import find_task
-
-    splits = find_task(task).read_splits(data, skip_bad_rows=skip_bad_rows)
-    if Path(data).is_file():
-        return splits["train"]
-    if split not in splits:
-        raise ValueError(f"'{data}' has no split named {split}; it has {', '.join(splits)}.")
-    return splits[split]
-
-
-def _run(task: str, model: str, rows, batch_size: int):
-    """The predictions by row, the metrics if the rows have labels, and the model."""
-    from kadapter_hf.predicting import evaluate as run, load_finetuned
-    from kadapter_hf.tasks.task import find_task
-
-    loaded, tokenizer = load_finetuned(model, find_task(task))
-    found, metrics = run(loaded, tokenizer, rows, find_task(task), batch_size)
-    return found, metrics, loaded
