@@ -153,9 +153,10 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	@rm -rf build/typing && mkdir -p build/typing/kadapter_hf
-	@ln -s $(CURDIR)/kadapter_hf/* $(MAPPED:%=$(CURDIR)/%) build/typing/kadapter_hf/
+	@ln -s $(filter-out %/cli,$(wildcard $(CURDIR)/kadapter_hf/*)) $(MAPPED:%=$(CURDIR)/%) build/typing/kadapter_hf/
+	@ln -s $(CURDIR)/kadapter_hf/cli build/typing/kadapter_cli
 	cd build/typing && $(CURDIR)/$(VENV)/bin/python -m mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache -p kadapter_hf
+		--cache-dir $(CURDIR)/.mypy_cache -p kadapter_hf -p kadapter_cli
 
 # Files whose names start with an underscore are helpers.
 BENCHES := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))

@@ -10,7 +10,7 @@ The flags are those of `kadapter probe`; `--protocol as-is` needs no text and tr
 
 from transformers import HfArgumentParser
 
-from kadapter_hf.cli.probe import show
+from kadapter_cli.probe import show
 from kadapter_hf.probing import ProbingArguments, probe
 
 

@@ -27,12 +27,12 @@ from datasets import Dataset
 from huggingface_hub.utils import WeakFileLock
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset as TorchDataset
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .corpora.schema import read_json, write_json
 from .modeling.format_kadapter import fingerprint
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+from .progress import progress
 
 
 logger = logging.get_logger(__name__)
@@ -279,7 +279,7 @@ class _Computation:
         """Yields the states by kind for each batch, without the first `done` rows in `order`."""
         starts = range(done, len(self.rows), self.batch_size)
         with self._recording() as found:
-            for start in tqdm(starts, desc="Frozen states", disable=not logging.is_progress_bar_enabled()):
+            for start in progress(starts, "Frozen states"):
                 features = self.rows.__getitems__(self.order[start : start + self.batch_size].tolist())
                 batch = self.collator(features)
                 real = _rows_of(batch)

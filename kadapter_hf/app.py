@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, Pipeline, pipeline
 
+from kadapter_cli._names import is_repo_id
+
 from . import __version__
 from .inspect import collect_states, contributions, draw_contributions
-from .messages import is_repo_id, sentence
+from .messages import sentence
 from .modeling.configuration_kadapter import KAdapterConfig
 from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .corpora import Report
-from .corpora.schema import progress
 from .lama import MASK, Fact
 from .modeling.heads_kadapter import KAdapterForMaskedLM
+from .progress import progress
 
 
 TOP = 10  # of the best candidates that a prediction holds

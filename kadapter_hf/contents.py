@@ -13,7 +13,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from .messages import LOGIN, is_repo_id, one_line, sentence
+from .messages import LOGIN, one_line, sentence
 from .modeling.backbone_kadapter import check_is_encoder, load_backbone
 from .modeling.compat_kadapter import quiet
 from .modeling.configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
@@ -56,10 +56,6 @@ def describe(source: str, revision: str | None, token: str | None) -> dict[str, 
         return {"source": source, "from": "file", "commit": None, "adapters": adapters}
     if path.is_dir():
         return {"source": source, "from": "folder", "commit": None, **describe_folder(path)}
-    if not is_repo_id(source) or path.suffix == ".safetensors":
-        raise KAdapterLoadError(
-            f"'{source}' is neither a local file or folder nor a valid name of a repository on the Hub (owner/name)."
-        )
     api = HfApi(token=token)
     try:
         there = api.model_info(source, revision=revision, files_metadata=True)
@@ -166,13 +162,17 @@ def summary(
     if saved is None:
         return found
     config, backbone = saved.config, saved.config.backbone_config
+    has_head = any(not name.startswith("fusion.") for name in saved.tensors.get(HEAD_FILE, ()))
     return {
         "class": config.architectures[0] if config.architectures else None,
         "fusion": config.fusion,
+        "task": (config.task or {}).get("name"),
+        "labels": [label for label in (config.id2label or {}).values() if not label.startswith("LABEL_")],
+        "label_names": (config.task or {}).get("label_names", {}),
         "fusion_weights": (config.task or {}).get("fusion_weights"),
         "active_adapters": config.active_knowledge_adapters,
         "frozen_adapters": config.frozen_knowledge_adapters,
-        "has_head": any(not name.startswith("fusion.") for name in saved.tensors.get(HEAD_FILE, ())),
+        "has_head": has_head,
         "has_backbone": BACKBONE_FILE in saved.tensors,
         "backbone": {
             "name": config.backbone_name_or_path,

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from .activations import CachedStatesCollator
+from .corpora import names_beside
 from .features import load_tokenizer, most_tokens
 from .figures import warn_without_matplotlib
 from .messages import shortened
@@ -25,7 +26,7 @@ from .modeling.heads_kadapter import KAdapterForQuestionAnswering, KAdapterPreTr
 from .modeling.reading_kadapter import read_adapter
 from .modeling.sources_kadapter import adapter_file
 from .named_adapters import fusion_config, named_adapters
-from .predicting import predict_with
+from .predicting import label_names, predict_with
 from .reports import mean_fusion_weights, write_report
 from .rows import held_out, whole_questions
 from .runs import (
@@ -36,6 +37,7 @@ from .runs import (
     label_fields,
     sample,
     save_and_push,
+    show_progress,
     train,
     use_cached_states,
 )
@@ -195,6 +197,8 @@ def finetune(
     length = arguments.max_length or task.paper.get("max_length")
     length = most_tokens(tokenizer, length, model.backbone.config)
     model.config.task = {"name": task.name, "schema": task.schema.name, "max_length": length, **asdict(options)}
+    if names := names_beside(arguments.data or arguments.train_file or ""):
+        model.config.task["label_names"] = {label: names[label] for label in labels if label in names}
     with training.main_process_first(desc="features"):
         data = {name: task.encode(rows, tokenizer, labels, length, options) for name, rows in splits.items()}
     _warn_of_warmup(training, len(data["train"]))
@@ -209,6 +213,7 @@ def finetune(
         compute_metrics=task.metrics_on(splits["validation"], data["validation"], labels, options),
         callbacks=[stop],
     )
+    show_progress(trainer)
     inputs = _inputs(trainer, data, arguments)
     trainer.train_dataset, trainer.eval_dataset = inputs["train"], inputs["validation"]
     train(trainer, checkpoint, stop)
@@ -219,7 +224,7 @@ def finetune(
             continue
         found, results[name] = predict_with(trainer, task, splits[name], data[name], labels, options, inputs[name])
         if trainer.is_world_process_zero():  # the test split, if there is one
-            write_report(folder, task, splits[name], found, labels)
+            write_report(folder, task, splits[name], found, labels, label_names(model))
     model.config.task["results"] = results
     if weights := mean_fusion_weights(trainer, data["validation"]):
         model.config.task["fusion_weights"] = weights

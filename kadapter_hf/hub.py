@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME, logging
 
 from .cards import card_text
-from .modeling.compat_kadapter import without_initialization
+from .modeling.compat_kadapter import quiet, without_initialization
 from .modeling.configuration_kadapter import KAdapterConfig
 from .modeling.format_kadapter import (
     BACKBONE_FILE,
@@ -28,9 +29,18 @@ from .modeling.format_kadapter import (
 )
 from .modeling.modeling_kadapter import KAdapterModel, KAdapterPreTrainedModel
 from .modeling.peft_kadapter import plain_state_dict
-from .modeling.reading_kadapter import read_config_dict, read_file, read_index, read_json
+from .modeling.reading_kadapter import (
+    SavedAdapter,
+    read_adapter,
+    read_config,
+    read_config_dict,
+    read_file,
+    read_index,
+    read_json,
+)
+from .modeling.replacing_kadapter import finish_replacing
 from .modeling.saving_kadapter import write_repository
-from .modeling.sources_kadapter import patiently
+from .modeling.sources_kadapter import adapter_file, patiently
 
 
 logger = logging.get_logger(__name__)
@@ -126,6 +136,61 @@ def write_adapter_repository(
     if dtype is not None:
         model.backbone.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     write_repository(model, folder, tensors)
+
+
+def push_source(source: Path, repo_id: str, adapter: str | None, **kwargs) -> tuple[CommitInfo, list[str]]:
+    """
+    Uploads a K-Adapter folder, one of its adapters, or an adapter's file, as `kadapter push` names them; see `push_folder`.
+
+    Returns:
+        The commit, and the names of the uploaded files.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = source
+        if adapter is not None or not (source / CONFIG_NAME).exists():
+            folder, saved = Path(temporary), read_adapter(adapter_file(source, adapter))
+            if adapter not in (None, saved.name):
+                raise KAdapterLoadError(f"'{source}' has the adapter '{saved.name}', not '{adapter}'.")
+            adapter = saved.name
+            write_adapter_repository(folder, adapter, _config_of(source, saved, kwargs.get("token")), saved.tensors)
+        else:
+            finish_replacing(folder)
+        files = sorted(checked_files(folder) | {CARD_FILE})
+        return push_folder(folder, repo_id, adapter=adapter, **kwargs), files
+
+
+def _config_of(source: Path, saved: SavedAdapter, token: str | None) -> KAdapterConfig:
+    """
+    A K-Adapter configuration with this adapter: the folder's, or, for a file, a new one with the backbone that it names.
+
+    Raises:
+        BackboneMismatchError: the backbone that the adapter was trained on exists only in the folder.
+        KAdapterLoadError: there is no folder, and the backbone's configuration can't be read.
+    """
+    if (source / CONFIG_NAME).exists():
+        config = read_config(source)
+        if BACKBONE_FILE in read_index(source)[0] and saved.config.backbone_fingerprint == config.backbone_fingerprint:
+            raise BackboneMismatchError(
+                f"the adapter '{saved.name}' was trained on the backbone in '{source}' and is useless without it: push the "
+                "folder without --adapter."
+            )
+        config.knowledge_adapters = {saved.name: saved.config}
+        return config
+    name = saved.config.backbone_name_or_path
+    if name is None:
+        raise KAdapterLoadError(
+            f"'{source}' does not name its backbone, which a repository requires: push its folder instead."
+        )
+    try:
+        with quiet():
+            backbone = AutoConfig.from_pretrained(name, token=token)
+    except Exception as error:  # a foreign configuration class may raise anything
+        raise KAdapterLoadError(
+            f"the configuration of the backbone '{name}' of '{source}' can't be read: {error}"
+        ) from error
+    return KAdapterConfig(
+        backbone_name_or_path=name, backbone_config=backbone, knowledge_adapters={saved.name: saved.config}
+    )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """A K-Adapter and its untouched backbone as masked-language models, and the training of their last layers on text."""
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,6 @@ from transformers import (
     AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -29,6 +26,7 @@ from .modeling.configuration_kadapter import KAdapterConfig
 from .modeling.fusion_kadapter import FUSIONS, check_fusion
 from .modeling.head_base_kadapter import cross_entropy
 from .modeling.heads_kadapter import KAdapterForMaskedLM
+from .runs import show_progress
 
 
 Model = KAdapterForMaskedLM
@@ -208,13 +206,6 @@ class LossAtMasks(nn.Module):
         return {"loss": cross_entropy(logits, labels[masked], num_items_in_batch)}
 
 
-class _Progress(ProgressCallback):
-    """Trainer's progress bar without its logs, which go to standard output."""
-
-    def on_log(self, *args, **kwargs):
-        pass
-
-
 def train_on(
     model: Model,
     texts: Dataset,
@@ -246,7 +237,6 @@ def train_on(
             dataloader_pin_memory=torch.cuda.is_available(),
             save_strategy="no",
             report_to="none",
-            disable_tqdm=True,
             seed=seed,
         )
         trainer = Trainer(
@@ -255,9 +245,8 @@ def train_on(
             train_dataset=texts,
             data_collator=DataCollatorForLanguageModeling(tokenizer),
             processing_class=tokenizer,
-            callbacks=[_Progress()] if sys.stderr.isatty() else None,
         )
-        trainer.remove_callback(PrinterCallback)
+        show_progress(trainer)
         done = trainer.train()
     model.eval()
     return {"steps": done.global_step, "loss": done.training_loss}

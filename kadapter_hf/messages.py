@@ -1,19 +1,15 @@
 """Formatting of errors and of untrusted text for display."""
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 
 MOST = 4000
@@ -54,18 +50,3 @@ def shortened(text: Any, most: int = 100) -> str:
     text = str(text)
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The suggestion of a similar name, to append to a message; empty if there is none."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether this is a valid name of a repository on the Hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True

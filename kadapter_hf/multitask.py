@@ -16,14 +16,24 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoModel, Trainer, TrainingArguments, set_seed
 
+from kadapter_cli._names import did_you_mean
+
 from .corpora.schema import write_json
 from .features import encode, load_tokenizer, most_tokens
-from .messages import did_you_mean
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .objectives import OBJECTIVES
 from .pretraining import known_labels, split_rows
-from .runs import Parser, StopOnInterrupt, checkpoint_to_resume, label_fields, quality, sample, train
+from .runs import (
+    Parser,
+    StopOnInterrupt,
+    checkpoint_to_resume,
+    label_fields,
+    quality,
+    sample,
+    show_progress,
+    train,
+)
 
 
 @dataclass
@@ -156,6 +166,7 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
     stop = StopOnInterrupt()
     trainer = Trainer(MultitaskModel(models), training, data_collator=collate, train_dataset=groups, callbacks=[stop])
     trainer.model_accepts_loss_kwargs = False  # labels of different objectives can't be counted together
+    show_progress(trainer)
     train(trainer, checkpoint, stop)
     metrics = dict(_metrics(models, data["eval"], labels, collators))
     folder = Path(str(training.output_dir))
@@ -185,6 +196,7 @@ def _metrics(
                 compute_metrics=objective.metrics(labels[name]) if objective.metrics else None,
                 preprocess_logits_for_metrics=objective.preprocess_logits,
             )
+            show_progress(trainer)
             yield name, quality(trainer.evaluate(data[name]))
 
 

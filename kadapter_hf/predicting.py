@@ -9,19 +9,20 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from .corpora import names_beside
 from .features import load_tokenizer
 from .messages import shortened
 from .modeling.configuration_kadapter import KAdapterConfig
 from .modeling.format_kadapter import KAdapterLoadError
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
-from .runs import quality
+from .runs import quality, show_progress
 from .tasks import TASKS, Options, Task
 from .tasks.task import find_task
 
 
 def load_finetuned(source: str, task: Task) -> tuple[KAdapterPreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A fine-tuned model and its tokenizer, from a folder or a repository.
+    A fine-tuned model and its tokenizer, from a folder or a repository. A relations.json in the folder names the labels.
 
     Raises:
         ValueError: it is not a K-Adapter, or was fine-tuned on a task of another kind.
@@ -38,7 +39,10 @@ def load_finetuned(source: str, task: Task) -> tuple[KAdapterPreTrainedModel, Pr
     saved = next(iter(content.get("architectures") or []), None)
     if saved != task.model_class.__name__:
         raise ValueError(f"'{task.name}' needs a {task.model_class.__name__}, but '{source}' is a {saved}.")
-    return task.model_class.from_pretrained(source), load_tokenizer(source)
+    model = task.model_class.from_pretrained(source)
+    if names := names_beside(source):
+        model.config.task = (model.config.task or {}) | {"label_names": names}
+    return model, load_tokenizer(source)
 
 
 def evaluate(
@@ -77,6 +81,7 @@ def evaluate(
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = Trainer(model, training, data_collator=task.collator(tokenizer))
+        show_progress(trainer)
         return predict_with(trainer, task, rows, features, labels, options)
 
 
@@ -144,7 +149,7 @@ def predict_with(
     inputs: Any = None,
 ) -> tuple[dict[int, dict[str, Any]], dict[str, float]]:
     """
-    As `evaluate`, with the model of a Trainer.
+    As `evaluate`, with the model of a Trainer. Predictions of labels that have names also have a `name`, or `names`.
 
     Args:
         inputs: what the model takes, by default the features.
@@ -153,4 +158,17 @@ def predict_with(
     trainer.compute_metrics = task.metrics_on(rows, features, labels, options) if has_labels else None
     output = trainer.predict(features if inputs is None else inputs, metric_key_prefix="")
     metrics = {name.removeprefix("_"): value for name, value in quality(output.metrics or {}).items()}
-    return task.predictions(output.predictions, rows, features, labels, options), metrics
+    found = task.predictions(output.predictions, rows, features, labels, options)
+    names = label_names(trainer.model)
+    for prediction in found.values():
+        label = prediction["prediction"]
+        if isinstance(label, str) and label in names:
+            prediction["name"] = names[label]
+        elif isinstance(label, list) and names.keys() & set(label):
+            prediction["names"] = [names.get(one, one) for one in label]
+    return found, metrics
+
+
+def label_names(model: Any) -> dict[str, str]:
+    """The names of labels that are ids, e.g. Wikidata's relations, which the model has recorded; empty if there are none."""
+    return (model.config.task or {}).get("label_names", {})

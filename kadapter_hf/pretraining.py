@@ -19,12 +19,14 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from kadapter_cli._names import did_you_mean
+
 from . import precision
 from .activations import CachedStatesCollator
 from .corpora import Schema
 from .features import encode, load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
-from .messages import did_you_mean, shortened
+from .messages import shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.format_kadapter import check_adapter_name
 from .modeling.fusion_kadapter import check_fusion
@@ -40,6 +42,7 @@ from .runs import (
     quality,
     sample,
     save_and_push,
+    show_progress,
     train,
     use_cached_states,
 )
@@ -205,6 +208,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
         preprocess_logits_for_metrics=task.preprocess_logits,
         callbacks=[stop],
     )
+    show_progress(trainer)
     if arguments.cache_activations is not None:
         dtype = None if arguments.activations_dtype == "auto" else getattr(torch, arguments.activations_dtype)
         cached = use_cached_states(trainer, data, arguments.cache_activations, dtype)

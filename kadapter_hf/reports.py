@@ -24,20 +24,27 @@ MOST_ROWS = 1000
 
 
 def write_report(
-    folder: Path, task: Task, rows: Dataset, found: Mapping[int, dict[str, Any]], labels: Sequence[str]
+    folder: Path,
+    task: Task,
+    rows: Dataset,
+    found: Mapping[int, dict[str, Any]],
+    labels: Sequence[str],
+    names: Mapping[str, str],
 ) -> None:
-    """Writes all files about predictions for rows that have labels."""
+    """Writes all files about predictions for rows that have labels; `names` are those of labels that are ids."""
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(folder / PREDICTIONS, rows, found)
     write_submission(folder, task, rows, found)
     table = per_class(task, rows, found)
+    if names:
+        table = [{"class": row["class"], "name": names.get(row["class"], "")} | row for row in table]
     if table:
         with open(folder / "per_class.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
             writer.writerows(table)
     if table and isinstance(rows[0][task.schema.labels], str) and len(labels) <= MOST_CLASSES:
-        draw_confusion_matrix(task, rows, found, labels, folder / "confusion_matrix.png")
+        draw_confusion_matrix(task, rows, found, labels, names, folder / "confusion_matrix.png")
 
 
 @torch.no_grad()
@@ -102,7 +109,12 @@ def per_class(task: Task, rows: Dataset, found: Mapping[int, dict[str, Any]]) ->
 
 
 def draw_confusion_matrix(
-    task: Task, rows: Dataset, found: Mapping[int, dict[str, Any]], labels: Sequence[str], path: Path
+    task: Task,
+    rows: Dataset,
+    found: Mapping[int, dict[str, Any]],
+    labels: Sequence[str],
+    names: Mapping[str, str],
+    path: Path,
 ) -> None:
     """Draws how often each true class was predicted as each other one, as a share of the true class."""
     size = 3 + len(labels) * 0.25
@@ -116,8 +128,9 @@ def draw_confusion_matrix(
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(labels))
-    axes.set_xticks(ticks, labels, rotation=90)
-    axes.set_yticks(ticks, labels)
+    shown = [names.get(label, label) for label in labels]
+    axes.set_xticks(ticks, shown, rotation=90)
+    axes.set_yticks(ticks, shown)
     axes.set(xlabel="predicted", ylabel="true")
     figure.colorbar(image, shrink=0.6)
     figure.savefig(path, dpi=120)

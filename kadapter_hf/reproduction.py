@@ -7,7 +7,7 @@ import csv
 import shlex
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,13 +15,15 @@ from typing import Any
 
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from kadapter_cli._names import did_you_mean
 
 from . import probing
 from .corpora.schema import read_json
 from .figures import new_figure, warn_without_matplotlib
 from .finetuning import FinetuningArguments, combination, finetune, load_data, new_model, parser
 from .lama import PUBLISHED
-from .messages import did_you_mean
 from .modeling.heads_kadapter import KAdapterForMaskedLM
 from .modeling.reading_kadapter import read_adapter
 from .modeling.sources_kadapter import adapter_file
@@ -29,6 +31,8 @@ from .named_adapters import named_adapters
 from .runs import Parser
 from .tasks import TASKS
 
+
+logger = logging.get_logger(__name__)
 
 COLUMNS = ("task", "metric", "model", "runs", "mean", "standard_deviation", "paper", "reproduced")
 BACKBONE, MULTITASK, UNTRAINED = "backbone", "multitask", "untrained"
@@ -211,15 +215,12 @@ def flags_by_model(arguments: ReproductionArguments) -> dict[str, tuple[str, ...
     return models
 
 
-def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Callable[[str], object] = print) -> Path:
+def reproduce(arguments: ReproductionArguments, flags: Sequence[str]) -> Path:
     """
     Does all runs that are not done yet, and writes `results.md`, `results.csv` and `results.png` after each of them.
 
     The adapters and the data of each task are read before the first run, so that a bad file is reported now and not after
     hours. A run that was stopped goes on from its last checkpoint. Of a finished run, the checkpoints and weights are deleted.
-
-    Args:
-        report: called with a line about each run.
 
     Returns:
         The path of `results.md`.
@@ -234,7 +235,7 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str], report: Ca
         run.read_data()
     for number, run in enumerate(runs, start=1):
         if not run.metrics.exists():
-            report(f"Run {number} of {len(runs)}: {run.task}, {run.model}, seed {run.seed}")
+            logger.info(f"Run {number} of {len(runs)}: {run.task}, {run.model}, seed {run.seed}")
             run.start()
             _remove_weights(run.folder)
         write_tables(runs, published, output)

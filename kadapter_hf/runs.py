@@ -4,6 +4,7 @@ import argparse
 import shlex
 import shutil
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,15 +12,25 @@ from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    HfArgumentParser,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
+from kadapter_cli._names import did_you_mean, is_repo_id
+
 from .activations import CachedStates, cached_states
 from .corpora.schema import write_json
 from .hub import push_folder
-from .messages import did_you_mean, is_repo_id, one_line
+from .messages import one_line
 
 
 logger = logging.get_logger(__name__)
@@ -105,6 +116,58 @@ def schedule(training: TrainingArguments) -> str:
     number, unit = (training.num_train_epochs, "epoch") if training.max_steps <= 0 else (training.max_steps, "step")
     rate, rows = training.learning_rate, training.per_device_train_batch_size * training.gradient_accumulation_steps
     return f"learning rate {rate:g}, {rows} rows per device and step, {number:g} {unit}{'' if number == 1 else 's'}"
+
+
+class Progress(ProgressCallback):
+    """
+    A bar for the training with the loss, and one for each evaluation that disappears with its end. What Trainer logs are lines
+    in the log of this package; on a terminal, those of the training are only for debugging, as the bar says the same.
+    """
+
+    training_bar: Any
+    prediction_bar: Any
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = self._bar(args, "Training", state.max_steps, initial=state.global_step, unit="step")
+        self.current_step = state.global_step
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            if self.prediction_bar is None:
+                self.prediction_bar = self._bar(args, "Evaluating", len(eval_dataloader), leave=False, unit="batch")
+            self.prediction_bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        values = ", ".join(f"{name} {value:.4g}" for name, value in quality(logs).items())
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
+            values += f"; {self._left(state)} left"
+        elif "eval_loss" not in logs:  # the summary at the end
+            return
+        has_bar = logging.is_progress_bar_enabled() and not args.disable_tqdm
+        level = logging.DEBUG if "loss" in logs and has_bar else logging.INFO
+        logger.log(level, f"Step {state.global_step} of {state.max_steps}: {values}")
+
+    def _bar(self, args: Any, name: str, total: int, **kwargs: Any) -> tqdm:
+        return logging.tqdm(desc=name, total=total, disable=args.disable_tqdm, dynamic_ncols=True, **kwargs)
+
+    def _left(self, state: Any) -> str:
+        seconds = time.monotonic() - self.started
+        done = max(state.global_step - self.first, 1)
+        return tqdm.format_interval(seconds / done * (state.max_steps - state.global_step))
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Replaces the bars of a Trainer, which prints a dict at each log; that of notebooks stays."""
+    theirs = trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback)
+    if theirs is not None:
+        trainer.add_callback(Progress)
 
 
 class StopOnInterrupt(TrainerCallback):

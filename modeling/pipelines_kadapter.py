@@ -136,6 +136,8 @@ class MarkedEntityPipeline(ChunkPipeline):
 
     def postprocess(self, model_outputs: list[dict[str, Any]], top_k: Any = "default", threshold: float | None = None):
         results = []
+        # Of labels that are ids, e.g. Wikidata's relations.
+        names = (self.model.config.task or {}).get("label_names", {})
         for output in model_outputs:
             scores = self.scores(output["logits"][0].float())
             labels = [
@@ -144,6 +146,7 @@ class MarkedEntityPipeline(ChunkPipeline):
                 if score > (self.default_threshold if threshold is None else threshold)
             ]
             labels.sort(key=lambda label: -label["score"])
+            labels = [label | ({"name": names[label["label"]]} if label["label"] in names else {}) for label in labels]
             results.append(labels[: self.default_top_k if top_k == "default" else top_k])
         if model_outputs[0]["empty"]:
             return []

@@ -224,7 +224,7 @@ def test_models_that_the_page_can_not_show_are_refused(models, backbones, tmp_pa
 
 
 def test_space_has_the_files_that_the_hub_runs(tmp_path):
-    from kadapter_hf.cli import app
+    from kadapter_cli import app
 
     folder = tmp_path / "space"
     done = CliRunner().invoke(app, ["app", "user/typing", "user/relation", "--space", str(folder)])

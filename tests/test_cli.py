@@ -1,7 +1,6 @@
 """The command `kadapter`: info, push, pull, combine, and what all commands have in common."""
 
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import shutil
@@ -11,14 +10,17 @@ import pytest
 import torch
 import typer
 from conftest import POSITIONS, SIZES, contents
+from datasets.exceptions import DatasetsError
 from huggingface_hub import CommitInfo, constants
+from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig
 from typer.testing import CliRunner
 
-from kadapter_hf import KAdapterConfig, KAdapterForRelationClassification, KAdapterModel
-from kadapter_hf.cli import _common, app
+from kadapter_cli import app
+from kadapter_cli._output import plain_errors
+from kadapter_hf import KAdapterConfig, KAdapterForRelationClassification, KAdapterModel, hub
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -87,8 +89,7 @@ def pushed(monkeypatch) -> list:
             oid=COMMIT,
         )
 
-    # By its name, as the attribute `push` of the package is the command.
-    monkeypatch.setattr(importlib.import_module("kadapter_hf.cli.push"), "push_folder", push_folder)
+    monkeypatch.setattr(hub, "push_folder", push_folder)
     return calls
 
 
@@ -563,7 +564,7 @@ def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
         ([*PRETRAIN, "--load_best_model_at_end", "true"], "requires the save and eval strategy to match"),
         ([*PRETRAIN, "--whatever", "x"], "there is no flag --whatever. Try 'kadapter pretrain factual --help'"),
         ([*PRETRAIN, "more", "rows"], "unexpected arguments: more rows"),
-        (["combine", "x", "--output", "y", "--fusion", "ad"], "fusion must be one of ['add', 'attention', 'concat'"),
+        (["combine", "x", "--output", "y", "--fusion", "ad"], "'ad' is not one of add, attention, concat, gate"),
         (["combine", "x", "--output", "y", "--fusion-config", "top_k"], "must be a JSON object like"),
         (["combine", "x", "--output", "y", "--fusion-config", '{"top_k": 2}'], "the fusion 'concat' has no ['top_k']"),
         (["pull", "owner/x", "--adapter", "../x"], "'../x' can't name a knowledge adapter"),
@@ -610,21 +611,21 @@ def test_completion_can_be_installed(tmp_path, monkeypatch):
         OSError("a\nb"),
         MemoryError("a\nb"),
         torch.OutOfMemoryError("a\nb"),
-        _common.HTTPError("a\nb"),
-        _common.SafetensorsParsingError("a\nb"),
-        _common.DatasetsError("a\nb"),
+        HTTPError("a\nb"),
+        SafetensorsParsingError("a\nb"),
+        DatasetsError("a\nb"),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_faults_of_data_machine_and_hub_are_one_line(error, capsys):
-    with pytest.raises(typer.Exit) as ended, _common.plain_errors():
+    with pytest.raises(typer.Exit) as ended, plain_errors():
         raise error
     said = capsys.readouterr().err
     assert ended.value.exit_code == 1 and said.startswith("Error: ") and "a b" in said and said.count("\n") == 1
 
 
 def test_an_impossible_value_is_wrong_usage_and_one_in_a_file_is_not(folder):
-    with pytest.raises(typer.Exit) as ended, _common.plain_errors():
+    with pytest.raises(typer.Exit) as ended, plain_errors():
         KAdapterConfig(fusion="ad")
     assert ended.value.exit_code == 2
     content = json.loads((folder / "config.json").read_text())
@@ -633,7 +634,7 @@ def test_an_impossible_value_is_wrong_usage_and_one_in_a_file_is_not(folder):
 
 
 def test_a_message_is_shown_with_its_beginning_and_its_end_if_it_is_long(capsys):
-    with pytest.raises(typer.Exit), _common.plain_errors():
+    with pytest.raises(typer.Exit), plain_errors():
         raise ValueError(f"the first words {'x' * 100_000} the last words")
     said = capsys.readouterr().err
     assert said.startswith("Error: the first words x") and said.endswith("x the last words\n") and len(said) < 5000

@@ -22,6 +22,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from kadapter_cli.prepare import Corpus, add_command, prepare as app
 from kadapter_hf import (
     KAdapterConfigError,
     KAdapterForEntityTyping,
@@ -29,8 +30,8 @@ from kadapter_hf import (
     KAdapterForTokenClassification,
     KAdapterLoadError,
     KAdapterModel,
+    corpora,
 )
-from kadapter_hf.corpora import CORPORA, Corpus
 from kadapter_hf.modeling.fusion_kadapter import FUSIONS
 from kadapter_hf.modeling.registry_kadapter import HEADS
 from kadapter_hf.objectives import OBJECTIVES
@@ -323,9 +324,10 @@ def test_own_corpus_becomes_a_data_set_and_a_report(modules, tmp_path, monkeypat
 
 def test_line_in_corpora_makes_an_own_corpus_a_command(modules, tmp_path, monkeypatch):
     (line,) = re.findall(r"```text\n(\"birthplaces\": .*?),\n```", PAGE.read_text(encoding="utf-8"))
-    scope = {"Corpus": Corpus, "read_birthplaces": importlib.import_module("birthplaces").read_birthplaces}
-    monkeypatch.setitem(CORPORA, "birthplaces", eval(f"{{{line}}}", scope)["birthplaces"])
-    app = importlib.reload(importlib.import_module("kadapter_hf.cli.prepare")).prepare
+    reader = importlib.import_module("birthplaces").read_birthplaces
+    monkeypatch.setattr(corpora, "read_birthplaces", reader, raising=False)
+    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
+    add_command("birthplaces", eval(f"{{{line}}}", {"Corpus": Corpus})["birthplaces"])
     (tmp_path / "birthplaces.tsv").write_text("Dante\tFlorence\tDante was born in Florence.\n")
     command = ["birthplaces", str(tmp_path / "birthplaces.tsv"), "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(app, command)

@@ -9,8 +9,8 @@ from test_pretraining import FACTS, write_rows
 from transformers import AutoModel
 from typer.testing import CliRunner
 
+from kadapter_cli import app
 from kadapter_hf import KAdapterModel
-from kadapter_hf.cli import app
 from kadapter_hf.multitask import Groups
 
 

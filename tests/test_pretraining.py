@@ -26,9 +26,9 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
+from kadapter_cli import app
 from kadapter_hf import KAdapterForDependencyParsing, KAdapterForRelationClassification, KAdapterModel, pretraining
 from kadapter_hf.activations import KINDS
-from kadapter_hf.cli import app
 from kadapter_hf.corpora import read_conllu
 from kadapter_hf.objectives import OBJECTIVES, Objective
 from kadapter_hf.pretraining import main
@@ -538,7 +538,7 @@ def test_several_data_sets_are_joined_by_split(facts, backbone, tmp_path):
 
 def kadapter(*arguments: str) -> subprocess.CompletedProcess:
     """Runs the command in a separate process."""
-    command = [sys.executable, "-c", "from kadapter_hf.cli import app; app(prog_name='kadapter')", *arguments]
+    command = [sys.executable, "-c", "from kadapter_cli import app; app(prog_name='kadapter')", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -554,9 +554,8 @@ def test_the_command_trains_and_combines_and_both_adapters_give_what_each_gave_a
     done = kadapter("pretrain", "factual", *flags, *SMALL, "--max_steps", "2", "--seed", "7")
     assert done.returncode == 0, done.stderr
     assert "micro_f1: " in done.stdout
-    assert done.stdout.endswith(
-        f"The adapter 'maps' is in {tmp_path / 'maps'}. `kadapter info {tmp_path / 'maps'}` shows the contents.\n"
-    )
+    said = f"The adapter 'maps' is in {tmp_path / 'maps'}. Fine-tune with it: `kadapter finetune TASK --data DATA "
+    assert done.stdout.splitlines()[-1] == f"{said}--adapters {tmp_path / 'maps'} --output_dir MODEL`."
     combined = invoke("combine", str(factual), str(tmp_path / "maps"), "--output", str(tmp_path / "both"))
     assert combined.exit_code == 0, combined.output
     both = KAdapterModel.from_pretrained(tmp_path / "both")

@@ -12,8 +12,8 @@ from conftest import WORDS, batch, disturb, small_adapter
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from kadapter_cli import app
 from kadapter_hf import KAdapterForMaskedLM, KAdapterModel
-from kadapter_hf.cli import app
 from kadapter_hf.cloze import (
     Candidates,
     Query,

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ._common import check_new, plain_errors
+from ._arguments import check_new
+from ._output import conclude, running
 
 
 def app(
@@ -36,7 +37,9 @@ def app(
 
     Example: `kadapter app user/open-entity-model --space space`
     """
-    with plain_errors():
+    if space is not None:
+        check_new(space)
+    with running():
         try:
             from kadapter_hf.app import build, write_space
         except ModuleNotFoundError as error:
@@ -44,9 +47,8 @@ def app(
                 raise
             raise ImportError("`kadapter app` needs Gradio: pip install 'kadapter-hf[app]'") from error
         if space is not None:
-            check_new(space)
             write_space(models, space)
-            typer.echo(f"The Space is in '{space}'. Upload it: hf upload --repo-type space USER/NAME {space}")
+            conclude(f"The Space is in '{space}'. Upload it: hf upload --repo-type space USER/NAME {space}")
             return
         page = build(models)
         page.launch(server_name=host, server_port=port, show_error=True)

@@ -1,17 +1,20 @@
 """`kadapter convert`: converts checkpoints of the original release to K-Adapter repositories."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from ..conversion import Conversion, convert as run, verify as compare
-from ..conversion.original import Source
-from ..modeling.format_kadapter import file_of
-from ._common import AsJson, checked_task, plain_errors, print_json
+from ._arguments import AsJson, checked_task, starting
+from ._names import TASKS
+from ._output import conclude, print_json, print_table, running, say
+
+
+if TYPE_CHECKING:
+    from kadapter_hf.conversion import Conversion
+    from kadapter_hf.conversion.original import Source
 
 
 NAMES_SHOWN = 20
@@ -53,6 +56,7 @@ def convert(
         str | None,
         typer.Option(
             callback=checked_task,
+            autocompletion=starting(TASKS),
             show_default=False,
             help="The task of a fine-tuned model, e.g. open-entity or tacred: records its labels and markers, for predictions "
             "and pipelines.",
@@ -71,12 +75,15 @@ def convert(
     Example: `kadapter convert pytorch_model.bin --backbone-weights pytorch_pretrained_model.bin --task tacred
     --output tacred-model`
     """
-    with plain_errors():
+    numbers = layer_numbers(layers)
+    from kadapter_hf.conversion import convert as run, verify as compare
+
+    with running():
         made = run(
             checkpoint,
             output,
             name=name,
-            layers=numbers(layers),
+            layers=numbers,
             heads=heads,
             backbone=backbone,
             with_head=with_head,
@@ -86,24 +93,28 @@ def convert(
         if not as_json:
             show(made)
         verified = compare(made) if verify else None
-    if as_json:
-        print_json(described(made, verified))
-    elif verified is not None:
-        Console().print(f"Verified: {verified:,} tensors are identical to those of the checkpoint, bit for bit.")
+        if as_json:
+            print_json(described(made, verified))
+            return
+        if verified is not None:
+            say(f"Verified: {verified:,} tensors are identical to those of the checkpoint, bit for bit.")
+        written = ", ".join(f"{file} ({size / 1e6:,.1f} MB)" for file, size in made.files.items())
+        folder = shlex.quote(str(made.output))
+        conclude(f"{made.model_class} written to {folder}: {written}. `kadapter info {folder}` shows its contents.")
 
 
 def recorded(name: str | None) -> dict[str, Any]:
     """The arguments of the conversion that say what the task is."""
     if name is None:
         return {}
-    from ..tasks import TASKS
+    from kadapter_hf.tasks.task import find_task
 
-    task = TASKS[name]
+    task = find_task(name)
     settings = {"name": name, "schema": task.schema.name, "max_length": task.paper["max_length"]}
     return {"task": settings | asdict(task.options()), "labels": task.labels}
 
 
-def numbers(layers: str) -> list[int]:
+def layer_numbers(layers: str) -> list[int]:
     try:
         return [int(layer) for layer in layers.split(",")]
     except ValueError:
@@ -112,7 +123,7 @@ def numbers(layers: str) -> list[int]:
         ) from None
 
 
-def described(made: Conversion, verified: int | None) -> dict[str, Any]:
+def described(made: "Conversion", verified: int | None) -> dict[str, Any]:
     """The output of --json."""
     return {
         "output": str(made.output),
@@ -126,9 +137,10 @@ def described(made: Conversion, verified: int | None) -> dict[str, Any]:
     }
 
 
-def show(made: Conversion) -> None:
-    """Prints which tensors were used or dropped, and which files were written."""
-    console = Console(soft_wrap=True)
+def show(made: "Conversion") -> None:
+    """Prints which tensors were used or dropped."""
+    from rich.table import Table
+
     for source in made.sources:
         table = Table("tensors", "number", "MB", f"result ({source.path.name})")
         for column in table.columns:
@@ -139,18 +151,18 @@ def show(made: Conversion) -> None:
             label = ", ".join(names) if len(names) <= NAMES_SHOWN else f"{names[0]} … {names[-1]}"
             size = sum(source.sizes[tensor] for tensor in names) / 1e6
             table.add_row(label, f"{len(names):,}", f"{size:,.2f}", fate)
-        console.print(table)
+        print_table(table)
     if not made.backbone_known:
-        console.print(
+        say(
             "The backbone's weights are not available locally, so its fingerprint is omitted: loading will warn that the "
             "backbone could not be verified."
         )
-    written = ", ".join(f"{file} ({size / 1e6:,.1f} MB)" for file, size in made.files.items())
-    console.print(f"{made.model_class} written to {made.output}: {written}.", markup=False, highlight=False)
 
 
-def fates(source: Source) -> dict[str, list[str]]:
+def fates(source: "Source") -> dict[str, list[str]]:
     """The tensors of a file, grouped by result."""
+    from kadapter_hf.modeling.format_kadapter import file_of
+
     found: dict[str, list[str]] = {}
     for tensor, ours in source.targets.items():
         found.setdefault(f"used: {file_of(ours[0])}", []).append(tensor)

@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
-from ._common import AsJson, checked_task, plain_errors, print_json
+from ._arguments import AsJson, Split, checked_task, starting
+from ._names import TASKS
+from ._output import conclude, print_json, running, say
 
 
 TaskName = Annotated[
     str,
     typer.Argument(
-        callback=checked_task, show_default=False, help="The task; `kadapter finetune --help` lists all of them."
+        callback=checked_task,
+        autocompletion=starting(TASKS),
+        show_default=False,
+        help="The task; `kadapter finetune --help` lists all of them.",
     ),
 ]
 Model = Annotated[str, typer.Option(help="The fine-tuned model: a folder, or a repository on the Hub.")]
@@ -27,9 +32,7 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="A file; or a folder or a data set on the Hub, of which --split is evaluated.")
     ],
-    split: Annotated[
-        str, typer.Option(help="train, validation or test. Files by themselves are used as a whole.")
-    ] = "test",
+    split: Annotated[Split, typer.Option(help="Files by themselves are used as a whole.")] = Split.test,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -47,23 +50,31 @@ def evaluate(
 
     Example: `kadapter evaluate open-entity --model open-entity-model --data OpenEntity/test.json`
     """
-    from ..corpora.schema import write_json
-    from ..reports import write_report
-    from ..tasks import TASKS
+    from kadapter_hf.corpora.schema import write_json
+    from kadapter_hf.predicting import evaluate as run, label_names, labels_of, load_finetuned
+    from kadapter_hf.reports import write_report
+    from kadapter_hf.tasks.task import find_task
 
-    with plain_errors():
-        rows = _rows(task, data, split, skip_bad_rows)
-        found, metrics, labels = _run(task, model, rows, batch_size)
+    of_task = find_task(task)
+    with running():
+        splits = of_task.read_splits(data, skip_bad_rows=skip_bad_rows)
+        name = "train" if Path(data).is_file() else split.value
+        if name not in splits:
+            raise ValueError(f"'{data}' has no split named {name}; it has {', '.join(splits)}.")
+        rows = splits[name]
+        loaded, tokenizer = load_finetuned(model, of_task)
+        found, metrics = run(loaded, tokenizer, rows, of_task, batch_size)
         if output is not None:
-            write_report(output, TASKS[task], rows, found, labels)
-            write_json(output / "metrics.json", {split: metrics})
-    if as_json:
-        print_json(metrics)
-        return
-    for key, value in metrics.items():
-        typer.echo(f"{key}: {value:.4f}")
-    if output is not None:
-        typer.echo(f"The predictions are in {output}.")
+            write_report(output, of_task, rows, found, labels_of(loaded, of_task), label_names(loaded))
+            write_json(output / "metrics.json", {split.value: metrics})
+        if as_json:
+            print_json(metrics)
+            return
+        for key, value in metrics.items():
+            say(f"{key}: {value:.4f}")
+        metric = of_task.metric
+        where = f"The predictions are in {output}." if output else "--output FOLDER keeps the predictions."
+        conclude(f"The {metric} on {len(rows)} rows is {metrics[metric]:.4f}. {where}")
 
 
 def predict(
@@ -88,40 +99,21 @@ def predict(
 
     Example: `kadapter predict relation --model relation-model --input sentences.csv`
     """
-    from ..reports import write_predictions, write_submission
-    from ..tasks import TASKS
+    from kadapter_hf.predicting import evaluate as run, load_finetuned
+    from kadapter_hf.reports import write_predictions, write_submission
+    from kadapter_hf.tasks.task import find_task
 
+    of_task = find_task(task)
     path = output or input.with_name(f"{input.name}.predictions.jsonl")
-    with plain_errors():
-        rows, report = TASKS[task].read(input, labelled=False, skip_bad_rows=skip_bad_rows)
+    with running():
+        rows, report = of_task.read(input, labelled=False, skip_bad_rows=skip_bad_rows)
         path.parent.mkdir(parents=True, exist_ok=True)
-        found, _, _ = _run(task, model, rows, batch_size)
+        loaded, tokenizer = load_finetuned(model, of_task)
+        found, _ = run(loaded, tokenizer, rows, of_task, batch_size)
         write_predictions(path, rows, found)
-        submission = write_submission(path.parent, TASKS[task], rows, found)
-    skipped = sum(report.dropped.values())
-    typer.echo(
-        f"{len(found)} predictions for {len(rows)} rows are in {path}.{f' {skipped} rows are skipped.' if skipped else ''}"
-    )
-    if submission is not None:
-        typer.echo(f"The file for the task's scorer is {submission}.")
-
-
-def _rows(task: str, data: str, split: str, skip_bad_rows: bool):
-    from ..tasks import TASKS
-
-    splits = TASKS[task].read_splits(data, skip_bad_rows=skip_bad_rows)
-    if Path(data).is_file():
-        return splits["train"]
-    if split not in splits:
-        raise ValueError(f"'{data}' has no split named {split}; it has {', '.join(splits)}.")
-    return splits[split]
-
-
-def _run(task: str, model: str, rows, batch_size: int):
-    """The predictions by row, the metrics if the rows have labels, and the labels."""
-    from ..predicting import evaluate as run, labels_of, load_finetuned
-    from ..tasks import TASKS
-
-    loaded, tokenizer = load_finetuned(model, TASKS[task])
-    found, metrics = run(loaded, tokenizer, rows, TASKS[task], batch_size)
-    return found, metrics, labels_of(loaded, TASKS[task])
+        submission = write_submission(path.parent, of_task, rows, found)
+        if submission is not None:
+            say(f"The file for the task's scorer is {submission}.")
+        skipped = sum(report.dropped.values())
+        more = f" {skipped} rows are skipped." if skipped else ""
+        conclude(f"{len(found)} predictions for {len(rows)} rows are in {path}.{more}")

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from ..messages import did_you_mean
-from ._common import plain_errors
+from ._arguments import check_name, starting
+from ._names import TASKS
+from ._output import conclude, running, say
 
 
 def finetune(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(help="The task.", show_default=False)] = "",
+    task: Annotated[str, typer.Argument(help="The task.", show_default=False, autocompletion=starting(TASKS))] = "",
 ) -> None:
     """
     Fine-tune a backbone with knowledge adapters on a task, and evaluate it.
@@ -31,28 +32,21 @@ def finetune(
     if task in ("", "-h", "--help"):  # after a task, --help lists all of its flags
         typer.echo(context.get_help())
         raise typer.Exit(0 if task else 2)
-    from ..finetuning import finetune as run, parser, trained_parts
-    from ..runs import schedule
-    from ..tasks import TASKS
+    check_name(task, TASKS, "TASK")
+    from kadapter_hf.finetuning import finetune as run, parser, trained_parts
+    from kadapter_hf.runs import schedule
+    from kadapter_hf.tasks.task import find_task
 
-    if task not in TASKS:
-        raise typer.BadParameter(
-            f"'{task}' is not one of {', '.join(TASKS)}.{did_you_mean(task, TASKS)}", param_hint="TASK"
-        )
-    with plain_errors():
+    with running():
         arguments, options, training = parser(task).parse(context.args)
-    try:
-        with plain_errors():
-            if training.should_save:  # of several processes, one reports
-                typer.echo(f"Training {trained_parts(arguments)}: {schedule(training)}.")
-            results = run(TASKS[task], arguments, options, training)
-    except KeyboardInterrupt as stop:
-        typer.echo(str(stop) or "Stopped.", err=True)
-        raise typer.Exit(130) from None
-    if not training.should_save:
-        return
-    for split, metrics in results.items():
-        for key, value in metrics.items():
-            typer.echo(f"{split} {key}: {value:.4f}")
-    folder = shlex.quote(str(training.output_dir))
-    typer.echo(f"The model is in {folder}. Predict with it: `kadapter predict {task} --model {folder} --input FILE`.")
+        if training.should_save:  # of several processes, one reports
+            say(f"Training {trained_parts(arguments)}: {schedule(training)}.")
+        results = run(find_task(task), arguments, options, training)
+        if training.should_save:
+            for split, metrics in results.items():
+                for key, value in metrics.items():
+                    say(f"{split} {key}: {value:.4f}")
+            folder = shlex.quote(str(training.output_dir))
+            conclude(
+                f"The model is in {folder}. Predict with it: `kadapter predict {task} --model {folder} --input FILE`."
+            )

@@ -1,15 +1,16 @@
 """`kadapter info`: shows the contents of an adapter file, a K-Adapter folder or a repository on the Hub."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ..contents import describe, fit
-from ..messages import one_line
-from ._common import AsJson, Revision, Token, plain_errors, print_json
+from ._arguments import AsJson, Revision, Token
+from ._names import is_repo_id
+from ._output import fail, print_json, print_rows, running
+
+
+LABELS_SHOWN = 20
 
 
 def info(
@@ -37,7 +38,11 @@ def info(
 
     Example: `kadapter info factual-adapter --backbone FacebookAI/roberta-large --json`
     """
-    with plain_errors(source):
+    if not Path(source).exists() and (source.endswith(".safetensors") or not is_repo_id(source)):
+        fail(f"'{source}' is neither a local file or folder nor a valid name of a repository on the Hub (owner/name).")
+    from kadapter_hf.contents import describe, fit
+
+    with running(source):
         found = describe(source, revision, token)
         if backbone is not None:
             found |= fit(found["adapters"], backbone, token)
@@ -50,6 +55,8 @@ def info(
 
 
 def show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
     console = Console(soft_wrap=True)
     if found["from"] == "cache":
         console.print("The Hub can't be reached; showing the cached version.")
@@ -62,7 +69,8 @@ def show(found: dict[str, Any]) -> None:
             "frozen": ", ".join(found["frozen_adapters"]) or "none",
             "fusion": found["fusion"],
             "weights of the adapters": weights_words(found["fusion_weights"]),
-            "task head": "yes" if found["has_head"] else "no",
+            "task head": f"for {found['task']}" if found["task"] else "yes" if found["has_head"] else "no",
+            "labels": labels_words(found["labels"], found["label_names"]),
             "backbone": backbone_words(found["backbone"]),
             "backbone's weights": "included" if found["has_backbone"] else "not included",
             "other files": files_words(found["other_files"]),
@@ -83,6 +91,12 @@ def show(found: dict[str, Any]) -> None:
             verdict = {True: "yes", False: "no", None: "unknown"}[adapter["fits"]]
             rows[f"fits {found['compared_with']}"] = f"{verdict}: {adapter['reason']}"
         print_rows(console, f"adapter {adapter['name']}", rows)
+
+
+def labels_words(labels: list[str], names: dict[str, str]) -> str:
+    """The labels of the head, with the names of those that are ids; of many, the first ones."""
+    words = [f"{label} ({names[label]})" if label in names else label for label in labels[:LABELS_SHOWN]]
+    return ", ".join(words) + (f", … ({len(labels)} in total)" if len(labels) > LABELS_SHOWN else "")
 
 
 def weights_words(weights: Any) -> str | None:
@@ -122,12 +136,3 @@ def provenance_words(provenance: dict[str, Any] | None) -> dict[str, str]:
         if key not in ("training", "sources"):
             words[f"provenance: {key}"] = str(value)
     return words
-
-
-def print_rows(console: Console, title: str, rows: dict[str, str | None]) -> None:
-    table = Table("", "", title=Text(one_line(title)), title_justify="left", show_header=False)
-    table.columns[1].overflow = "fold"
-    for label, value in rows.items():
-        if value:
-            table.add_row(Text(one_line(label)), Text(one_line(value)))
-    console.print(table)

@@ -1,22 +1,23 @@
 """`kadapter prepare`: converts a corpus to Parquet files, a list of its labels and a report on dropped records."""
 
-import inspect
 import json
 import os
+import shlex
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from datasets import Dataset, concatenate_datasets, disable_progress_bars
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ..corpora import CORPORA, Corpus, parse_text, read_conllu
-from ..corpora.schema import Report, write_json
-from ..messages import shortened
-from ._common import plain_errors
+from ._arguments import Split
+from ._output import conclude, fail, print_table, running
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from kadapter_hf.corpora import Report
 
 
 ROWS_SHOWN = 20
@@ -35,12 +36,6 @@ Names = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="JSON file that maps Wikidata numbers to relation names."),
 ]
-
-
-class Split(str, Enum):
-    train = "train"
-    validation = "validation"
-    test = "test"
 
 
 SplitName = Annotated[Split, typer.Option(help="The split that the rows are for, which names the file written.")]
@@ -91,9 +86,9 @@ def trex(
 
     Example: `kadapter prepare trex re-nlg/ --output data/trex --workers 8`
     """
-    with plain_errors():
-        check_not_there(output, Split.train, overwrite)
-        from ..corpora.trex import prepare_trex
+    check_not_there(output, Split.train, overwrite)
+    with running():
+        from kadapter_hf.corpora.trex import prepare_trex  # which needs packages of the extra `knowledge`
 
         report = prepare_trex(
             folders,
@@ -109,11 +104,52 @@ def trex(
             time=time,
         )
         if report is None:
-            Console().print(
-                f"Submitted. When the jobs have finished, {output} contains train.parquet and report.json."
-            )
+            conclude(f"Submitted. When the jobs have finished, {output} contains train.parquet and report.json.")
         else:
-            show(report, output)
+            show(report, output, "relation")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """
+    A corpus that is read from files, as a command of `kadapter prepare`.
+
+    Attributes:
+        reader: the name of a function of `kadapter_hf.corpora`: `read(path, strict=…)` returns a data set and a report.
+        help: what the command's `--help` says.
+        example: the arguments of the example in `--help`.
+        takes_names: whether the reader takes `names`, and the command `--names`.
+    """
+
+    reader: str
+    help: str
+    example: str
+    takes_names: bool = False
+
+
+# The commands except for those with options of their own (trex, conllu).
+CORPORA: dict[str, Corpus] = {
+    "fewrel": Corpus(
+        "read_fewrel",
+        "FewRel: Wikidata relations in Wikipedia sentences.",
+        "train_wiki.json --names pid2name.json --output data/fewrel",
+        takes_names=True,
+    ),
+    "docred": Corpus(
+        "read_docred",
+        "DocRED and Re-DocRED: pairs of entities in the same sentence.",
+        "train_revised.json --names rel_info.json --output data/re-docred",
+        takes_names=True,
+    ),
+    "tacred": Corpus(
+        "read_tacred", "TACRED, TACREV and Re-TACRED, in JSON format.", "train.json --output data/tacred"
+    ),
+    "semeval": Corpus(
+        "read_semeval",
+        "SemEval-2010 Task 8: directed relations between nominals.",
+        "TRAIN_FILE.TXT --output data/semeval",
+    ),
+}
 
 
 def add_command(name: str, corpus: Corpus) -> None:
@@ -128,9 +164,12 @@ def add_command(name: str, corpus: Corpus) -> None:
         overwrite: Overwrite = False,
     ) -> None:
         options = {"strict": strict} if names is None else {"names": names, "strict": strict}
-        with plain_errors():
-            check_not_there(output, split, overwrite)
-            write(files, [corpus.read(file, **options) for file in files], output, split)
+        check_not_there(output, split, overwrite)
+        from kadapter_hf import corpora
+
+        with running():
+            read = getattr(corpora, corpus.reader)
+            write(files, [read(file, **options) for file in files], output, split)
 
     def convert_without_names(
         files: Files,
@@ -141,9 +180,8 @@ def add_command(name: str, corpus: Corpus) -> None:
     ) -> None:
         convert(files, output, split=split, strict=strict, overwrite=overwrite)
 
-    takes_names = "names" in inspect.signature(corpus.read).parameters
     help = f"{corpus.help}\n\nExample: `kadapter prepare {name} {corpus.example}`"
-    prepare.command(name, help=help)(convert if takes_names else convert_without_names)
+    prepare.command(name, help=help)(convert if corpus.takes_names else convert_without_names)
 
 
 for name, corpus in CORPORA.items():
@@ -169,8 +207,10 @@ def conllu(
 
     Example: `kadapter prepare conllu news.txt --pipeline en_core_web_sm --output data/news`
     """
-    with plain_errors():
-        check_not_there(output, split, overwrite)
+    check_not_there(output, split, overwrite)
+    from kadapter_hf.corpora import parse_text, read_conllu
+
+    with running():
         if pipeline:
             made = [parse_text(lines_of(file), pipeline, strict) for file in files]
         else:
@@ -179,10 +219,10 @@ def conllu(
 
 
 def check_not_there(output: Path, split: Split, overwrite: bool) -> None:
-    """Raises an error if the rows of this split would be replaced unasked."""
+    """Exits if the rows of this split would be replaced unasked."""
     file = output / f"{split.value}.parquet"
     if file.exists() and not overwrite:
-        raise ValueError(f"'{file}' exists: replace it with --overwrite, or choose another --output.")
+        fail(f"'{file}' exists: replace it with --overwrite, or choose another --output.")
 
 
 def lines_of(file: Path) -> list[str]:
@@ -192,8 +232,13 @@ def lines_of(file: Path) -> list[str]:
         raise ValueError(f"{file} is not UTF-8") from None
 
 
-def write(files: list[Path], made: list[tuple[Dataset, Report]], output: Path, split: Split) -> None:
+def write(files: list[Path], made: "list[tuple[Dataset, Report]]", output: Path, split: Split) -> None:
     """Writes the rows of all files as one split to `output`, with labels and a report, and prints the report."""
+    from datasets import concatenate_datasets, disable_progress_bars
+
+    from kadapter_hf.corpora import Report
+    from kadapter_hf.corpora.schema import write_json
+
     disable_progress_bars()
     dataset, report = concatenate_datasets([rows for rows, _ in made]), Report()
     for file, (_, of_file) in zip(files, made, strict=True):
@@ -209,7 +254,7 @@ def write(files: list[Path], made: list[tuple[Dataset, Report]], output: Path, s
     relations = "relation" in dataset.column_names
     write_json(output / ("relations.json" if relations else "labels.json"), sorted(labels))
     write_json(output / REPORT, reports.pop("train", {}) | reports)
-    show(report, output)
+    show(report, output, "relation" if relations else "dependency")
 
 
 def read_reports(output: Path) -> dict[str, dict[str, Any]]:
@@ -225,20 +270,28 @@ def read_reports(output: Path) -> dict[str, dict[str, Any]]:
     return {split: report for split, report in reports.items() if (output / f"{split}.parquet").exists()}
 
 
-def show(report: Report, output: Path) -> None:
+def show(report: "Report", output: Path, schema: str) -> None:
     """Prints the most frequent labels, the dropped records, and the location of the files."""
-    console = Console()
+    from rich.table import Table
+    from rich.text import Text
+
+    from kadapter_hf.messages import shortened
+
     table = Table("label", "count")
     table.columns[1].justify = "right"
     for label, count in report.labels.most_common(ROWS_SHOWN):
         table.add_row(Text(shortened(label)), f"{count:,}")
     if len(report.labels) > ROWS_SHOWN:
         table.add_row(f"… and {len(report.labels) - ROWS_SHOWN} more", "")
-    console.print(table)
+    print_table(table)
     if report.dropped:
         dropped = Table("dropped because", "count", "first records")
         dropped.columns[1].justify = "right"
         for reason, count in report.dropped.most_common():
             dropped.add_row(reason, f"{count:,}", Text(", ".join(report.first_dropped[reason][:2])))
-        console.print(dropped)
-    console.print(f"{report.kept:,} rows kept, {report.dropped.total():,} dropped. Written to {output}.", markup=False)
+        print_table(dropped)
+    objective, folder = {"relation": "factual", "dependency": "linguistic"}[schema], shlex.quote(str(output))
+    conclude(
+        f"{report.kept:,} rows kept, {report.dropped.total():,} dropped. Written to {folder}. Train on it: "
+        f"`kadapter pretrain {objective} --data {folder} --output_dir {objective}-adapter`."
+    )

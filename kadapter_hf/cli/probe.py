@@ -1,15 +1,15 @@
 """`kadapter probe`: compares what a K-Adapter and its backbone know, with the LAMA probe."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from ..messages import one_line, shortened
-from ._common import AsJson, plain_errors, print_json
+from ._arguments import AsJson
+from ._output import conclude, print_json, print_table, running, say
 
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NAMES = {"backbone": "backbone", "kadapter": "K-Adapter"}
 METRICS = {"p_at_1": "P@1", "p_at_10": "P@10", "mrr": "MRR"}
@@ -24,20 +24,23 @@ def probe(context: typer.Context, as_json: AsJson = False) -> None:
 
     Example: `kadapter probe --model factual-adapter --data LAMA --output_dir probe`
     """
-    from ..probing import parser, probe as run  # imported here, as importing Trainer takes seconds
+    from kadapter_hf.probing import parser, probe as run
 
     (arguments,) = parser(context.command_path).parse(context.args)
-    with plain_errors():
+    with running():
         results = run(arguments)
-    if as_json:
-        print_json(results)
-    else:
-        show(results)
+        if as_json:
+            print_json(results)
+        else:
+            show(results)
 
 
 def show(results: dict[str, Any]) -> None:
     """Prints the metrics of each relation and of each part, and what was left out."""
-    console = Console(soft_wrap=True)
+    from rich.text import Text
+
+    from kadapter_hf.messages import one_line, shortened
+
     names = [name for name in NAMES if name in results["relations"][0]]
     for part, means in results["parts"].items():
         rows = [row for row in results["relations"] if row["part"] == part]
@@ -47,17 +50,27 @@ def show(results: dict[str, Any]) -> None:
         if len(rows) > 1:
             table.add_section()
             table.add_row(f"mean of {means['relations']}", *numbers(means, names))
-        console.print(table)
+        print_table(table)
     for group, parts in (results["corpus"] or {}).items():
         table = new_table(f"facts {GROUPS[group]}", "mean of relations", names)
         for part, means in parts.items():
             table.add_row(Text(f"{one_line(part)}, {means['relations']}"), *numbers(means, names))
-        console.print(table if parts else f"No fact is {GROUPS[group]}.")
-    for line in notes(results):
-        console.print(one_line(line), markup=False, highlight=False)
+        if parts:
+            print_table(table)
+        else:
+            say(f"No fact is {GROUPS[group]}.")
+    *lines, last = map(one_line, notes(results))
+    for line in lines:
+        say(line)
+    conclude(last)
 
 
-def new_table(title: str, first: str, names: list[str]) -> Table:
+def new_table(title: str, first: str, names: list[str]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    from kadapter_hf.messages import one_line
+
     # Two lines, so that the table fits into 80 columns.
     words = {"backbone": "back-\nbone", "kadapter": "K-Ad-\napter"}
     table = Table(first, "facts", title=Text(one_line(title)), title_justify="left")

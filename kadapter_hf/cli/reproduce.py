@@ -2,7 +2,7 @@
 
 import typer
 
-from ._common import plain_errors
+from ._output import conclude, running, say
 
 
 def reproduce(context: typer.Context) -> None:
@@ -14,14 +14,13 @@ def reproduce(context: typer.Context) -> None:
     Example: `kadapter reproduce --data open-entity=OpenEntity tacred=TACRED --adapters factual-adapter linguistic-adapter
     --seeds 1 2 3 --output_dir comparison`
     """
-    from ..reproduction import parse, reproduce as run
+    from kadapter_hf.reproduction import parse, reproduce as run
 
-    try:
-        with plain_errors():
+    with running():
+        try:
             arguments, flags = parse(context.args)
-            path = run(arguments, flags, report=lambda line: typer.echo(line, err=True))
-    except KeyboardInterrupt:
-        typer.echo("Stopped. Give the same command again to continue.", err=True)
-        raise typer.Exit(130) from None
-    typer.echo(path.read_text(encoding="utf-8"))
-    typer.echo(f"The table is in {path}; results.csv and results.png are beside it.")
+            path = run(arguments, flags)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("Stopped. Give the same command again to continue.") from None
+        say(path.read_text(encoding="utf-8").rstrip())
+        conclude(f"The table is in {path}; results.csv and results.png are beside it.")

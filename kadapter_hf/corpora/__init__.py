@@ -7,12 +7,11 @@ separate pipeline: `kadapter_hf.corpora.trex`.
 
 from .conllu import parse_text, read_conllu
 from .docred import read_docred
-from .fewrel import read_fewrel
+from .fewrel import names_beside, read_fewrel
 from .schema import (
     DEPENDENCY,
     RELATION,
     TYPING,
-    Corpus,
     Report,
     Schema,
     build,
@@ -27,37 +26,16 @@ from .semeval import read_semeval
 from .tacred import read_tacred
 
 
-# The commands of `kadapter prepare`, except for those with options of their own (trex, conllu).
-CORPORA: dict[str, Corpus] = {
-    "fewrel": Corpus(
-        read_fewrel,
-        "FewRel: Wikidata relations in Wikipedia sentences.",
-        "train_wiki.json --names pid2name.json --output data/fewrel",
-    ),
-    "docred": Corpus(
-        read_docred,
-        "DocRED and Re-DocRED: pairs of entities in the same sentence.",
-        "train_revised.json --names rel_info.json --output data/re-docred",
-    ),
-    "tacred": Corpus(read_tacred, "TACRED, TACREV and Re-TACRED, in JSON format.", "train.json --output data/tacred"),
-    "semeval": Corpus(
-        read_semeval,
-        "SemEval-2010 Task 8: directed relations between nominals.",
-        "TRAIN_FILE.TXT --output data/semeval",
-    ),
-}
-
 __all__ = [
-    "CORPORA",
     "DEPENDENCY",
     "RELATION",
     "TYPING",
-    "Corpus",
     "Report",
     "Schema",
     "build",
     "check_columns",
     "dependency_problem",
+    "names_beside",
     "parse_text",
     "read_conllu",
     "read_csv",

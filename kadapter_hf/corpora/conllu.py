@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from .schema import DEPENDENCY, Record, Report, Row, build, progress, token_spans
+from ..progress import progress
+from .schema import DEPENDENCY, Record, Report, Row, build, token_spans
 
 
 def read_conllu(path: str | Path, strict: bool = False) -> tuple[Dataset, Report]:

@@ -6,7 +6,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from .schema import MALFORMED, RELATION, Record, Report, Row, build, progress, read_json, relation_row
+from ..messages import shortened
+from ..progress import progress
+from .schema import MALFORMED, RELATION, Record, Report, Row, build, is_name, read_json, relation_row
 
 
 def read_fewrel(path: str | Path, names: str | Path | None = None, strict: bool = False) -> tuple[Dataset, Report]:
@@ -29,7 +31,26 @@ def relation_names(path: str | Path | None) -> dict[str, str]:
     if path is None:
         return {}
     content = read_json(path, dict)
-    return {relation: name[0] if isinstance(name, list) else name for relation, name in content.items()}
+    names = {relation: name[0] if name and isinstance(name, list) else name for relation, name in content.items()}
+    wrong = next((relation for relation, name in names.items() if not is_name(name)), None)
+    if wrong is not None:
+        raise ValueError(f"{path} has no name for '{shortened(wrong)}', but {shortened(content[wrong])}")
+    return names
+
+
+def names_beside(data: str | Path) -> dict[str, str]:
+    """
+    The names of labels in the file relations.json in a folder, or beside a file: id -> name, or id -> [name, description] as in
+    FewRel's pid2name.json. Empty if there is none, or a list of labels, as `kadapter prepare` writes.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    folder = Path(data) if Path(data).is_dir() else Path(data).parent
+    path = folder / "relations.json"
+    if not Path(data).exists() or not path.is_file() or isinstance(read_json(path, object), list):
+        return {}
+    return relation_names(path)
 
 
 def _records(path: str | Path, names: dict[str, str]) -> Iterator[Record]:

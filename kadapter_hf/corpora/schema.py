@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from datasets import Dataset, Features, List, Value
-from rich.console import Console
-from rich.progress import track
 
 from ..messages import shortened
+from ..progress import progress
 
 
 NAMES_PER_REASON = 5
@@ -51,22 +50,6 @@ class Schema:
         """The schema of rows that are to be predicted."""
         features = Features({name: feature for name, feature in self.features.items() if name != self.labels})
         return replace(self, features=features)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """
-    A corpus that is read from files, as a command of `kadapter prepare`.
-
-    Attributes:
-        read: `read(path, strict=…)` returns a data set and a report. If it also takes `names`, the command has `--names`.
-        help: what the command's `--help` says.
-        example: the arguments of the example in `--help`.
-    """
-
-    read: Callable[..., tuple[Dataset, "Report"]]
-    help: str
-    example: str
 
 
 @dataclass
@@ -437,9 +420,3 @@ def write_json(path: str | Path, content: Any) -> None:
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(path)
-
-
-def progress(items: Sequence[T], path: str | Path) -> Iterable[T]:
-    """The items, with a progress bar if standard error is a terminal."""
-    console = Console(stderr=True)
-    return track(items, Path(path).name, console=console, transient=True) if console.is_terminal else items

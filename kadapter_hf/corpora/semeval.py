@@ -6,7 +6,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from .schema import RELATION, Record, Report, Row, build, progress
+from ..progress import progress
+from .schema import RELATION, Record, Report, Row, build
 
 
 TAG = re.compile(r"</?e[12]>")

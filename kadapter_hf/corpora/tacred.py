@@ -6,7 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from .schema import MALFORMED, RELATION, Record, Report, Row, build, progress, read_json, relation_row
+from ..progress import progress
+from .schema import MALFORMED, RELATION, Record, Report, Row, build, read_json, relation_row
 
 
 def read_tacred(path: str | Path, strict: bool = False) -> tuple[Dataset, Report]:

@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import Progress
+from transformers.utils import logging
 
 from ..figures import warn_without_matplotlib
 from .fewrel import relation_names
@@ -180,17 +179,15 @@ class QuietRayExecutor(RayPipelineExecutor):
 @contextmanager
 def _progress_bar(completions: Path, tasks: int) -> Iterator[None]:
     """Counts the files that datatrove writes for completed tasks, which works for all executors."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
     done = threading.Event()
 
     def watch() -> None:
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task("T-REx files", total=tasks)
+        shown = 0
+        with logging.tqdm(desc="T-REx files", total=tasks, leave=False, dynamic_ncols=True) as bar:
             while not done.wait(0.5):
-                bar.update(task, completed=sum(1 for _ in completions.glob("*")))
+                found = sum(1 for _ in completions.glob("*"))
+                bar.update(found - shown)
+                shown = found
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -11,9 +11,11 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from kadapter_cli._names import did_you_mean
+
 from ..corpora.schema import Record, Report, Row, Schema, build
 from ..features import encode
-from ..messages import did_you_mean, shortened
+from ..messages import shortened
 from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 from ..rows import find_splits
 from .records import TABLES, Named, RowProblem, dataset_records, records

@@ -9,8 +9,8 @@ from conftest import TINY, batch, contents
 from transformers import AutoModelForSequenceClassification, RobertaModel
 from typer.testing import CliRunner
 
+from kadapter_cli import app
 from kadapter_hf import KAdapterForRelationClassification, KAdapterModel, KnowledgeAdapterConfig
-from kadapter_hf.cli import app
 from kadapter_hf.conversion import convert, verify
 from kadapter_hf.conversion.original import Source, read_pretrained
 from kadapter_hf.modeling.adapters_kadapter import KnowledgeAdapter

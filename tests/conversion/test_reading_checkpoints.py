@@ -14,7 +14,7 @@ import torch
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from typer.testing import CliRunner
 
-from kadapter_hf.cli import app
+from kadapter_cli import app
 from kadapter_hf.conversion import read_checkpoint
 from kadapter_hf.conversion.original import Source
 from kadapter_hf.modeling.format_kadapter import KAdapterLoadError

@@ -8,7 +8,7 @@ from conftest import contents
 from datasets import load_dataset
 from typer.testing import CliRunner
 
-from kadapter_hf.cli import app
+from kadapter_cli import app
 from kadapter_hf.corpora import RELATION
 
 

@@ -120,11 +120,18 @@ def shortened(block: Block) -> Block:
     if block.language == "python":
         text = re.sub(r"\bTrainingArguments\(\s*([^,()]+)", rf"TrainingArguments(\1, {TRAINING}", text)
         text = text.replace("KnowledgeAdapterConfig()", f"KnowledgeAdapterConfig({SMALL_CONFIG})")
+    elif block.language == "console":  # only its commands, as the output may name others
+        text = re.sub(r"^\$ (?:.*\\\n)*.*", lambda found: shortened_commands(found[0]), text, flags=re.MULTILINE)
     else:
-        text = re.sub(r"--max_steps \d+|(?<=--seeds 1)( \d+)+|\\\n", " ", text)
-        for pattern, flags in FLAGS:
-            text = re.sub(pattern, lambda found, flags=flags: found[0] + flags, text)
+        text = shortened_commands(text)
     return replace(block, text=text)
+
+
+def shortened_commands(text: str) -> str:
+    text = re.sub(r"--max_steps \d+|(?<=--seeds 1)( \d+)+|\\\n", " ", text)
+    for pattern, flags in FLAGS:
+        text = re.sub(pattern, lambda found, flags=flags: found[0] + flags, text)
+    return text
 
 
 def run(block: Block, variables: dict) -> None:
@@ -171,7 +178,7 @@ def run_command(command: str) -> tuple[int, str, str]:
     if in_process(command):
         from typer.testing import CliRunner
 
-        from kadapter_hf.cli import app
+        from kadapter_cli import app
 
         result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:], prog_name="kadapter")
         crashed = result.exception is not None and not isinstance(result.exception, SystemExit)

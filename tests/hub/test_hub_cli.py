@@ -12,11 +12,11 @@ from hub_server import HubServer
 from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
 
 
-KADAPTER = "from kadapter_hf.cli import app; app(prog_name='kadapter')"
+KADAPTER = "from kadapter_cli import app; app(prog_name='kadapter')"
 # Runs the commands in order and prints the result of each.
 COMMANDS = """
 import json, sys
-from kadapter_hf.cli import app
+from kadapter_cli import app
 from typer.testing import CliRunner
 
 results = [CliRunner().invoke(app, arguments, prog_name="kadapter") for arguments in json.loads(sys.argv[1])]

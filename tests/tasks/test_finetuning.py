@@ -14,8 +14,8 @@ from samples import FACTS, SAMPLES, files_of, write_sample
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from typer.testing import CliRunner
 
+from kadapter_cli import app
 from kadapter_hf import KAdapterModel
-from kadapter_hf.cli import app
 from kadapter_hf.finetuning import main, parser
 from kadapter_hf.named_adapters import named_adapters
 from kadapter_hf.predicting import labels_of, load_finetuned, options_of, predict

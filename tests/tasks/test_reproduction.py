@@ -9,8 +9,8 @@ from conftest import small_adapter
 from samples import write_sample
 from typer.testing import CliRunner
 
+from kadapter_cli import app
 from kadapter_hf import KAdapterForMaskedLM, KAdapterModel
-from kadapter_hf.cli import app
 from kadapter_hf.reproduction import parse, planned, published_names, write_tables
 
 

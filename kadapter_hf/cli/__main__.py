@@ -1,0 +1,6 @@
+"""`python -m kadapter_cli` is the command `kadapter`."""
+
+from . import app
+
+
+app(prog_name="kadapter")

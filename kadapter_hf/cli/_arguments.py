@@ -1,0 +1,72 @@
+"""Arguments that several commands have, and their checks."""
+
+import re
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._names import TASKS, did_you_mean, is_repo_id
+from ._output import fail
+
+
+class Split(str, Enum):
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+def check_new(output: Path) -> None:
+    """Exits if `output` is a file, or a folder that is not empty."""
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        fail(f"'{output}' exists and is not empty; choose another folder.")
+
+
+def check_name(name: str, known: Sequence[str], argument: str | None = None) -> None:
+    """Exits if `name` is not one of the known names; `argument` is what --help calls it."""
+    if name not in known:
+        message = f"'{name}' is not one of {', '.join(known)}.{did_you_mean(name, known)}"
+        raise typer.BadParameter(message, param_hint=argument)
+
+
+def starting(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """The shell completion of an argument whose value is one of these names."""
+    return lambda incomplete: [name for name in known if name.startswith(incomplete)]
+
+
+def checked_task(task: str | None) -> str | None:
+    if task is not None:
+        check_name(task, TASKS)
+    return task
+
+
+def _checked_repo(repo: str) -> str:
+    if not is_repo_id(repo):
+        raise typer.BadParameter(f"'{repo}' is not a valid name of a repository on the Hub (owner/name).")
+    return repo
+
+
+def _checked_token(token: str | None) -> str | None:
+    # The HTTP client would reject it too, but print the token.
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise typer.BadParameter("not a valid token: it is empty, or contains a space or another invalid character.")
+    return token
+
+
+Repo = Annotated[
+    str, typer.Argument(callback=_checked_repo, show_default=False, help="A repository on the Hub, owner/name.")
+]
+Revision = Annotated[
+    str | None, typer.Option(show_default=False, help="A branch, tag or commit of the repository on the Hub.")
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        callback=_checked_token,
+        show_default=False,
+        help="Access token for the Hub. Default: HF_TOKEN or the token of `hf auth login`.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
