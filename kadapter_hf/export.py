@@ -69,9 +69,7 @@ def export_onnx(
         KAdapterLoadError: the folder is not empty.
         ValueError: an output differs by more than 1e-4, relative to the largest if that is above 1. Nothing is kept then.
     """
-    for library in ("onnx", "onnxscript", "onnxruntime"):
-        if find_spec(library) is None:
-            raise ImportError(needs("an export to ONNX", library, "export"))
+    require_onnx()
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise KAdapterLoadError(f"'{output}' exists and is not empty; choose another folder.")
@@ -115,6 +113,18 @@ def export_onnx(
             output.rmdir()
         folder.rename(output)
     return {"output": str(output), "opset": opset, "inputs": random.names, "outputs": names, "files": files}
+
+
+def require_onnx() -> None:
+    """
+    Call it before a model is loaded to be exported.
+
+    Raises:
+        ImportError: one of the libraries of the extra `export` is missing.
+    """
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(library) is None:
+            raise ImportError(needs("an export to ONNX", library, "export"))
 
 
 def batches_of(

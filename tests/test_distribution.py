@@ -23,7 +23,7 @@ CORPORA = "trex fewrel docred tacred semeval conllu".split()
 NEEDS_EXTRA = {
     "export model --output exported": ("onnx", "export"),
     "prepare conllu trees.conllu --output prepared": ("conllu", "knowledge"),
-    "prepare trex documents --output prepared": ("datatrove", "knowledge"),
+    "prepare trex documents --output prepared": ("msgspec", "knowledge"),
 }
 
 
@@ -73,8 +73,7 @@ def clean(built, tmp_path_factory) -> Path:
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
     done = run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel)
     assert done.returncode == 0, done.stderr
-    done = run(*pip, "check")
-    assert done.returncode == 0, done.stdout  # nothing that the package requires is missing
+    assert "which is not installed" not in run(*pip, "check").stdout
     return folder / "bin"
 
 
@@ -145,8 +144,8 @@ def test_a_command_that_needs_an_extra_says_which(command, tmp_path, arguments, 
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "one.json").write_text("[]")
     done = command(*arguments.split())
-    assert done.returncode == 1, done.stderr
-    assert re.search(rf"^Error: .* needs {library}: pip install 'kadapter-hf\[{extra}\]'$", done.stderr.strip()), (
+    assert done.returncode == 1
+    assert re.fullmatch(rf"Error: .* needs {library}: pip install 'kadapter-hf\[{extra}\]'\n", done.stderr), (
         done.stderr
     )
     assert not (tmp_path / arguments.split()[-1]).exists()

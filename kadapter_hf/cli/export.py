@@ -46,9 +46,10 @@ def export(
     from rich.console import Console
 
     with plain_errors(model), Console(stderr=True).status("Exporting, which takes a minute or more"):
-        from kadapter_hf.export import batches_of, export_onnx
+        from kadapter_hf.export import batches_of, export_onnx, require_onnx
         from kadapter_hf.predicting import load_finetuned
 
+        require_onnx()
         loaded, tokenizer = load_finetuned(model)
         batches = () if data is None else batches_of(loaded, tokenizer, data)
         found = export_onnx(loaded, tokenizer, output, quantize=quantize, batches=batches)
