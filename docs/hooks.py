@@ -27,7 +27,8 @@ ELSEWHERE = {
 }
 # Code, in which nothing is a link, or a link to a file.
 LINK = re.compile(
-    r"^```.*?^```$|`[^`\n]+`|(!?)\[([^\[\]]*)\]\((?![a-z]+:|#)([^()\s#]+)(#[^()\s]*)?\)", flags=re.DOTALL | re.MULTILINE
+    r"^```.*?^```$|`[^`\n]+`|(!?)\[([^\[\]]*)\]\((?![a-z]+:|#)([^()\s#]+)(#[^()\s]*)?\)",
+    flags=re.DOTALL | re.MULTILINE,
 )
 # Methods that are added to the models when the package is imported, by module.
 ADDED = {
@@ -37,8 +38,11 @@ ADDED = {
 }
 
 
-def on_config(config: MkDocsConfig) -> None:
-    """Makes the package's installed layout, as mkdocstrings reads the files without importing them."""
+def on_startup(command: str, dirty: bool) -> None:
+    """
+    Makes the package's installed layout, as mkdocstrings reads the files without importing them, and ignores folders that
+    are missing at the start.
+    """
     layout = ROOT / "build" / "docs" / "kadapter_hf"
     layout.mkdir(parents=True, exist_ok=True)
     for path in [*(ROOT / "kadapter_hf").iterdir(), ROOT / "conversion", ROOT / "modeling"]:

@@ -17,10 +17,13 @@ from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-COMMANDS = "prepare pretrain finetune reproduce probe evaluate predict export combine convert info push pull".split()
+COMMANDS = (
+    "prepare pretrain finetune reproduce probe evaluate predict export combine convert info push pull app".split()
+)
 CORPORA = "trex fewrel docred tacred semeval conllu".split()
 # Each of these needs an extra: the arguments of the command, the library that is missing, and the extra.
 NEEDS_EXTRA = {
+    "app model": ("Gradio", "app"),
     "export model --output exported": ("onnx", "export"),
     "prepare conllu trees.conllu --output prepared": ("conllu", "knowledge"),
     "prepare trex documents --output prepared": ("msgspec", "knowledge"),
@@ -148,4 +151,4 @@ def test_a_command_that_needs_an_extra_says_which(command, tmp_path, arguments, 
     assert re.fullmatch(rf"Error: .* needs {library}: pip install 'kadapter-hf\[{extra}\]'\n", done.stderr), (
         done.stderr
     )
-    assert not (tmp_path / arguments.split()[-1]).exists()
+    assert not {"exported", "prepared"} & {path.name for path in tmp_path.iterdir()}

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ALL_CLASSES, inputs_for
+from packaging import version
 from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -16,6 +17,9 @@ from kadapter_hf.modeling.format_kadapter import KAdapterLoadError
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.skipif(
+    version.parse(torch.__version__) < version.parse("2.9"), reason="the exporter of older versions is not supported"
+)
 
 
 def run(*arguments):

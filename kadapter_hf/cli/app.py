@@ -42,7 +42,9 @@ def app(
         except ModuleNotFoundError as error:
             if error.name != "gradio":
                 raise
-            raise ImportError("`kadapter app` needs Gradio: pip install 'kadapter-hf[app]'") from error
+            from kadapter_hf.messages import needs
+
+            raise ImportError(needs("`kadapter app`", "Gradio", "app")) from error
         if space is not None:
             check_new(space)
             write_space(models, space)

@@ -53,7 +53,7 @@ def pipe(folder):
 
 @contextlib.contextmanager
 def serving(app):
-    """The address of a server in a thread of this process."""
+    """A server in a thread of this process, and its address."""
     config = uvicorn.Config(app, port=free_port(), log_level="error")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
@@ -61,7 +61,7 @@ def serving(app):
     try:
         while not running.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{config.port}/predict"
+        yield running, f"http://127.0.0.1:{config.port}/predict"
     finally:
         running.should_exit = True
         thread.join()
@@ -76,7 +76,7 @@ def assert_answers(found: list, pipe, sent: list[dict]) -> None:
 
 def test_each_answer_belongs_to_its_request(pipe):
     sent = inputs(80)
-    with serving(server.create_app(pipe)) as url:
+    with serving(server.create_app(pipe)) as (_, url):
         found = asyncio.run(load(url, sent, concurrency=16))
     assert found["refused"] == 0
     assert_answers(found["answers"], pipe, sent)
@@ -89,13 +89,29 @@ def test_a_full_queue_refuses_requests_and_loses_none_that_it_accepted(pipe):
         async with httpx.AsyncClient(timeout=60) as client:
             return await asyncio.gather(*(client.post(url, json={"inputs": one}) for one in sent))
 
-    with serving(server.create_app(pipe, batch_size=2, queue_size=4)) as url:
+    with serving(server.create_app(pipe, batch_size=2, queue_size=4)) as (_, url):
         responses = asyncio.run(all_at_once(url))
     accepted = [number for number, response in enumerate(responses) if response.status_code == 200]
     refused = [response for response in responses if response.status_code == 503]
     assert len(accepted) + len(refused) == len(sent) and len(accepted) >= 4 and refused
     assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
     assert_answers([responses[number].json() for number in accepted], pipe, [sent[number] for number in accepted])
+
+
+def test_a_server_that_is_stopped_answers_what_it_has_accepted(pipe):
+    sent = inputs(20)
+
+    async def stopped(running: uvicorn.Server, url: str) -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            requests = [asyncio.create_task(client.post(url, json={"inputs": one})) for one in sent]
+            while running.server_state.total_requests < len(sent):
+                await asyncio.sleep(0.001)
+            running.should_exit = True  # as SIGTERM does
+            return await asyncio.gather(*requests)
+
+    with serving(server.create_app(pipe, batch_size=1)) as (running, url):
+        responses = asyncio.run(stopped(running, url))
+    assert_answers([response.json() for response in responses], pipe, sent)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +129,7 @@ def test_an_impossible_input_is_refused_in_a_sentence_and_spoils_no_other(pipe, 
             bodies = [*sent[:6], wrong, *sent[6:]]
             return await asyncio.gather(*(client.post(url, json={"inputs": one}) for one in bodies))
 
-    with serving(server.create_app(pipe)) as url:
+    with serving(server.create_app(pipe)) as (_, url):
         responses = asyncio.run(together(url))
     refused = responses.pop(6)
     assert refused.status_code == 422 and words in refused.json()["detail"]

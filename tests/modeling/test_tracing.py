@@ -6,6 +6,15 @@ from conftest import ALL_CLASSES, inputs_for
 from torch import nn
 from torch.export import Dim
 
+from kadapter_hf import KAdapterForEntityTyping
+
+
+# The others take some seconds together.
+TRACED = [
+    model_class if model_class is KAdapterForEntityTyping else pytest.param(model_class, marks=pytest.mark.slow)
+    for model_class in ALL_CLASSES
+]
+
 
 class FirstOutput(nn.Module):
     """A model that takes and returns tensors: `torch.export` does not know the nested output of `KAdapterModel`."""
@@ -32,7 +41,7 @@ def test_an_exported_program_takes_other_numbers_of_rows_and_other_lengths(model
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("model_class", ALL_CLASSES)
+@pytest.mark.parametrize("model_class", TRACED)
 @torch.no_grad()
 def test_a_traced_model_takes_other_numbers_of_rows_and_other_lengths(model_class, build):
     inputs = inputs_for(model_class, padding=2)
