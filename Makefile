@@ -33,7 +33,7 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help venv versions demo knowledge knowledge-variants knowledge-fusions test slow conformance lint bench docs \
-	docs-serve floor clean
+	docs-serve floor dist clean
 
 help:
 	@echo "make demo      train adapters on a small model and demonstrate them (ARGS=... is passed to the script)"
@@ -48,6 +48,7 @@ help:
 	@echo "make docs      build the documentation site in build/site"
 	@echo "make docs-serve  show it at http://127.0.0.1:8000, and again after each change"
 	@echo "make floor     run the tests with the oldest supported version of each dependency"
+	@echo "make dist      build the source distribution and the wheel in dist/, and check them"
 	@echo "make clean     remove environments, build artifacts and caches"
 
 # Each finished step is marked by a stamp file. torch is installed first and separately, so that a CPU build
@@ -110,6 +111,10 @@ $(VENV)/.ray: $(VENV)/.installed
 	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet "datatrove[ray]"
 	@touch $@
 
+$(VENV)/.dist: $(VENV)/.installed
+	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet -e ".[dist]"
+	@touch $@
+
 # Chromium, from the system's packages, and what drives it.
 $(VENV)/.browser: $(VENV)/.installed
 	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet -e ".[browser]"
@@ -128,7 +133,7 @@ docs-serve: $(VENV)/.docs
 	$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs serve
 
 # PYTEST_ARGS is for the slow tests: what they select may be nothing among those of conformance.
-slow: $(VENV)/.ray $(VENV)/.browser $(VENV)/.docs
+slow: $(VENV)/.ray $(VENV)/.browser $(VENV)/.docs $(VENV)/.dist
 	$(TEST_ENV) FUZZ_EXAMPLES=400 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not cuda" \
 		$(PYTEST_ARGS)
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -o addopts= -q --nbmake examples/notebooks
@@ -164,6 +169,12 @@ bench: $(VENV)/.installed
 	@set -e; for bench in $(BENCHES); do \
 		echo "== $$bench"; $(RUN_ENV) $(VENV)/bin/python $$bench $(ARGS); \
 	done
+
+# The slow tests also install the wheel, without any extra, and run it.
+dist: $(VENV)/.dist
+	rm -rf dist
+	$(PIP_ENV) $(VENV)/bin/python -m build
+	$(VENV)/bin/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -61,6 +61,7 @@ _SUBMODULES = (
     "collators",
     "conversion",
     "corpora",
+    "export",
     "features",
     "finetuning",
     "metrics",

@@ -7,21 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Pipeline, pipeline
+from transformers import Pipeline, pipeline
 
 from kadapter_cli._names import is_repo_id
 
 from . import __version__
 from .inspect import collect_states, contributions, draw_contributions
-from .messages import sentence
-from .modeling.configuration_kadapter import KAdapterConfig
+from .messages import needs, sentence
 from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
-from .modeling.registry_kadapter import HEADS
+from .predicting import load_finetuned
 from .trees import draw_tree
+
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError(needs("kadapter app", "Gradio", "app")) from error
 
 
 TOP = 5
@@ -155,34 +159,25 @@ def unbracketed(text: str, view: View) -> dict[str, Any]:
     return {"text": plain} | {name: spans[number] for number, name in enumerate(view.entities, start=1)}
 
 
-def load(source: str, revision: str | None = None) -> tuple[KAdapterPreTrainedModel, Any]:
-    """
-    A model and its tokenizer, from a folder or a repository.
-
-    Raises:
-        KAdapterLoadError: it is no K-Adapter, or has a head that the page can't show.
-    """
-    content, _ = KAdapterConfig.get_config_dict(source, revision=revision)
-    name = next(iter(content.get("architectures") or []), None)
-    if content.get("model_type") != KAdapterConfig.model_type or name not in VIEWS:
-        raise KAdapterLoadError(
-            f"'{source}' is a {name or content.get('model_type')}; the app shows models of the classes {', '.join(VIEWS)}."
-        )
-    model = HEADS[name][0].from_pretrained(source, revision=revision)
-    return model.eval(), AutoTokenizer.from_pretrained(source, revision=revision)
-
-
 def build(sources: str | Sequence[str]) -> gr.Blocks:
     """
     The page, with a tab for each model; `build("user/model").launch()` serves it.
 
     Args:
         sources: folders or repositories of K-Adapters with a task head, which may be of different tasks.
+
+    Raises:
+        KAdapterLoadError: a model has a head that the page can't show.
+        ValueError: a source is no K-Adapter.
     """
     with gr.Blocks(title="K-Adapter") as page:
         gr.Markdown("# K-Adapter\nType a sentence, and see what each knowledge adapter changes.")
         for source in [sources] if isinstance(sources, str) else sources:
-            model, tokenizer = load(source)
+            model, tokenizer = load_finetuned(source)
+            if type(model).__name__ not in VIEWS:
+                raise KAdapterLoadError(
+                    f"'{source}' is a {type(model).__name__}; the app shows models of the classes {', '.join(VIEWS)}."
+                )
             with gr.Tab(Path(source).name):
                 _tab(model, tokenizer)
     return page
@@ -190,7 +185,7 @@ def build(sources: str | Sequence[str]) -> gr.Blocks:
 
 def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
     view = VIEWS[type(model).__name__]
-    pipe = pipeline(view.task, model=model, tokenizer=tokenizer)
+    pipe = pipeline(view.task, model=model.eval(), tokenizer=tokenizer)
     mask = tokenizer.mask_token or ""
     text = gr.Textbox(view.example.replace("{mask}", mask), label="Sentence", info=view.help.replace("{mask}", mask))
     names = list(model.adapters)

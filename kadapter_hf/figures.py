@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .messages import needs
+
 
 logger = logging.get_logger(__name__)
 
@@ -12,7 +14,7 @@ logger = logging.get_logger(__name__)
 def warn_without_matplotlib(name: str) -> None:
     """Warns if the figure of this name will be missing. Call it before the work that the figure shows."""
     if find_spec("matplotlib") is None:
-        logger.warning(f"Without matplotlib, {name} is not drawn: pip install 'kadapter-hf[knowledge]'")
+        logger.warning(f"{name} is left out, as {needs('a figure', 'matplotlib', 'knowledge')}")
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -9,6 +9,7 @@ import torch
 from transformers.utils import is_sklearn_available
 
 from .figures import new_figure
+from .messages import needs
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
@@ -128,7 +129,7 @@ def probe(states: States, labels: Sequence[Any] | np.ndarray, folds: int = 5) ->
         ValueError: a class has fewer rows than there are folds, or the number of labels is another than that of rows.
     """
     if not is_sklearn_available():
-        raise ImportError("probe needs scikit-learn: pip install 'kadapter-hf[knowledge]'")
+        raise ImportError(needs("probe", "scikit-learn", "knowledge"))
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
@@ -230,5 +231,5 @@ def _places(
 def _figure(width: float, height: float) -> "Figure":
     figure = new_figure(width, height)
     if figure is None:
-        raise ImportError("figures need matplotlib: pip install 'kadapter-hf[knowledge]'")
+        raise ImportError(needs("a figure", "matplotlib", "knowledge"))
     return figure

@@ -38,6 +38,11 @@ def sentence(error: Exception, repo: str | None = None) -> str:
     return one_line(shortened(text, MOST))
 
 
+def needs(what: str, library: str, extra: str) -> str:
+    """The sentence that says which extra of the package to install, as a library is missing."""
+    return f"{what} needs {library}: pip install 'kadapter-hf[{extra}]'"
+
+
 def one_line(value: Any) -> str:
     """Text in one line, without control characters for the terminal, as files may come from strangers."""
     return "".join(

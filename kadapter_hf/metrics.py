@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from .messages import needs
 from .modeling.parsing_kadapter import decode_parse
 
 
@@ -60,9 +61,7 @@ def require_scikit_learn() -> ModuleType:
     try:
         import sklearn.metrics
     except ImportError as error:
-        raise ImportError(
-            "relation_metrics needs scikit-learn; install it with pip install 'kadapter-hf[knowledge]'."
-        ) from error
+        raise ImportError(needs("relation_metrics", "scikit-learn", "knowledge")) from error
     return sklearn.metrics
 
 

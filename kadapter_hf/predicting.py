@@ -14,18 +14,21 @@ from .features import load_tokenizer
 from .messages import shortened
 from .modeling.configuration_kadapter import KAdapterConfig
 from .modeling.format_kadapter import KAdapterLoadError
-from .modeling.modeling_kadapter import KAdapterPreTrainedModel
+from .modeling.modeling_kadapter import KAdapterModel, KAdapterPreTrainedModel
+from .modeling.registry_kadapter import HEADS
 from .runs import quality, show_progress
 from .tasks import TASKS, Options, Task
 from .tasks.task import find_task
 
 
-def load_finetuned(source: str, task: Task) -> tuple[KAdapterPreTrainedModel, PreTrainedTokenizerBase]:
+def load_finetuned(source: str, task: Task | None = None) -> tuple[KAdapterPreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A fine-tuned model and its tokenizer, from a folder or a repository. A relations.json in the folder names the labels.
+    A saved model, of the class that it was saved from, and its tokenizer; from a folder or a repository. A relations.json in
+    the folder names the labels.
 
     Raises:
-        ValueError: it is not a K-Adapter, or was fine-tuned on a task of another kind.
+        ValueError: it is not a K-Adapter, of none of this package's classes, or was fine-tuned on another kind of task than
+            `task`.
         OSError: it can't be loaded.
     """
     try:
@@ -37,9 +40,13 @@ def load_finetuned(source: str, task: Task) -> tuple[KAdapterPreTrainedModel, Pr
     if content.get("model_type") != KAdapterConfig.model_type:
         raise ValueError(f"'{source}' is no K-Adapter, but a model of the type {content.get('model_type')}.")
     saved = next(iter(content.get("architectures") or []), None)
-    if saved != task.model_class.__name__:
+    if task is not None and saved != task.model_class.__name__:
         raise ValueError(f"'{task.name}' needs a {task.model_class.__name__}, but '{source}' is a {saved}.")
-    model = task.model_class.from_pretrained(source)
+    classes = {KAdapterModel.__name__: KAdapterModel} | {name: head for name, (head, _) in HEADS.items()}
+    if task is None and saved not in classes:
+        raise ValueError(f"'{source}' is a {saved}, which is none of the classes {', '.join(classes)}.")
+    model_class = classes[saved] if task is None else task.model_class
+    model = model_class.from_pretrained(source)
     if names := names_beside(source):
         model.config.task = (model.config.task or {}) | {"label_names": names}
     return model, load_tokenizer(source)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.pipelines.base import Pipeline
 
+from .messages import needs
 from .modeling.parsing_kadapter import decode_parse
 
 
@@ -87,7 +88,7 @@ def draw_tree(tree: Sequence[Mapping[str, Any]]) -> str:
     try:
         from spacy import displacy
     except ImportError as error:
-        raise ImportError("drawing a tree needs spaCy: pip install 'kadapter-hf[parse]'") from error
+        raise ImportError(needs("drawing a tree", "spaCy", "parse")) from error
     arcs = [
         {
             "start": min(word["id"], word["head"]) - 1,

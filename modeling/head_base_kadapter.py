@@ -53,7 +53,7 @@ def checked_positions(name: str, positions: torch.Tensor | None, encoded: Encode
             f"{name} is missing: the positions of tokens, of shape (batch{end}. From text, they are made by the pipelines "
             "entity-typing, relation-classification and dependency-parsing."
         )
-    if positions.dim() != 1 + bool(per_row) or len(positions) != batch or positions.is_floating_point():
+    if positions.dim() != 1 + bool(per_row) or positions.shape[0] != batch or positions.is_floating_point():
         raise ValueError(
             f"{name} must be a LongTensor of shape ({batch}{end}, not {positions.dtype} of {tuple(positions.shape)}."
         )

@@ -87,7 +87,7 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
     state = plain_state_dict(model)
     model.origins.note_weights(state, "backbone")
     named = None if as_stored else model.origins.fingerprint_if_as_named(model.backbone, state, model.config)
-    model.config.backbone_fingerprint = named or fingerprint(part_of(state, "backbone").values())
+    model.config.backbone_fingerprint = named or model.origins.fingerprints.get("backbone")
     for adapter_name, source in _named_sources(adapters):
         if source is None or isinstance(source, dict) or type(source).__name__ == KnowledgeAdapterConfig.__name__:
             model.add_knowledge_adapter(adapter_name, source)

@@ -46,7 +46,7 @@ class Origins:
                 self.fingerprints[part] = now
 
     def is_changed(self, state_dict: Mapping[str, torch.Tensor], part: str) -> bool:
-        """Whether the weights of a part differ from those noted. Weights on the meta device count as unchanged."""
+        """Whether the weights of a part differ from those noted. Weights that can't be read count as unchanged."""
         now = _fingerprint(state_dict, part)
         return now is not None and now != self.fingerprints.get(part)
 
@@ -96,7 +96,10 @@ class Origins:
 
 def _fingerprint(state_dict: Mapping[str, torch.Tensor], part: str) -> str | None:
     tensors = part_of(state_dict, part).values()
-    return None if any(tensor.is_meta for tensor in tensors) else fingerprint(tensors)
+    try:
+        return None if any(tensor.is_meta for tensor in tensors) else fingerprint(tensors)
+    except NotImplementedError:  # the values of torchao's tensors can't be read
+        return None
 
 
 def _files_of_backbone(config: KAdapterConfig, backbone_kwargs: dict[str, Any]) -> list[tuple[str, int, int]]:

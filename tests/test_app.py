@@ -219,7 +219,7 @@ def test_models_that_the_page_can_not_show_are_refused(models, backbones, tmp_pa
     with pytest.raises(KAdapterLoadError, match="is a KAdapterForQuestionAnswering; the app shows"):
         build(models["answers"])
     AutoModelForMaskedLM.from_pretrained(backbones["roberta"]).save_pretrained(tmp_path)
-    with pytest.raises(KAdapterLoadError, match="RobertaForMaskedLM; the app shows"):
+    with pytest.raises(ValueError, match="is no K-Adapter, but a model of the type roberta"):
         build(str(tmp_path))
 
 

@@ -511,7 +511,7 @@ def test_a_package_for_report_to_is_looked_for_before_the_data(backbone, tmp_pat
 def test_without_matplotlib_there_is_an_adapter_and_no_figure(facts, backbone, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run("factual", facts, backbone, tmp_path / "out", "--max_steps", "1")
-    assert caplog.records[0].message.startswith("Without matplotlib, training.png is not drawn: pip install ")
+    assert caplog.records[0].message.startswith("training.png is left out, as a figure needs matplotlib: pip install ")
     assert KAdapterModel.from_pretrained(tmp_path / "out").active_knowledge_adapters == ["factual"]
     assert not (tmp_path / "out" / "training.png").exists()
 

@@ -16,6 +16,7 @@ from .combine import combine
 from .convert import convert
 from .doctor import doctor
 from .evaluate import evaluate, predict
+from .export import export
 from .finetune import finetune
 from .info import info
 from .prepare import prepare
@@ -40,7 +41,7 @@ app.command(context_settings=flags)(finetune)
 app.command(context_settings=flags)(reproduce)
 app.command(context_settings=flags)(probe)
 app.command(name="app", no_args_is_help=True)(try_in_browser)
-for command in (evaluate, predict, combine, convert, info, push, pull):
+for command in (evaluate, predict, export, combine, convert, info, push, pull):
     app.command(no_args_is_help=True)(command)
 app.command()(doctor)
 

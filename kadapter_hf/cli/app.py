@@ -40,12 +40,8 @@ def app(
     if space is not None:
         check_new(space)
     with running():
-        try:
-            from kadapter_hf.app import build, write_space
-        except ModuleNotFoundError as error:
-            if error.name != "gradio":
-                raise
-            raise ImportError("`kadapter app` needs Gradio: pip install 'kadapter-hf[app]'") from error
+        from kadapter_hf.app import build, write_space
+
         if space is not None:
             write_space(models, space)
             conclude(f"The Space is in '{space}'. Upload it: hf upload --repo-type space USER/NAME {space}")

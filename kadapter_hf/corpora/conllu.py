@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..messages import needs
 from ..progress import progress
 from .schema import DEPENDENCY, Record, Report, Row, build, token_spans
 
@@ -40,7 +41,7 @@ def parse_text(lines: Iterable[str], pipeline: str, strict: bool = False) -> tup
     try:
         import spacy
     except ImportError:
-        raise ImportError('parsing text needs spaCy: pip install "kadapter-hf[parse]"') from None
+        raise ImportError(needs("parsing text", "spaCy", "parse")) from None
     try:
         parser = spacy.load(pipeline)
     except OSError:
@@ -55,7 +56,7 @@ def _sentences(path: str | Path) -> Iterator[Record]:
         from conllu import parse
         from conllu.exceptions import ParseException
     except ImportError:
-        raise ImportError('CoNLL-U files need the conllu library: pip install "kadapter-hf[knowledge]"') from None
+        raise ImportError(needs("reading CoNLL-U", "conllu", "knowledge")) from None
     blocks = re.split(rb"(?:\r?\n[ \t]*){2,}", Path(path).read_bytes().strip())
     for number, block in enumerate(progress(blocks, path), start=1):
         name = f"sentence {number}"

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..figures import new_figure
+from ..messages import needs
 from .schema import MALFORMED, RELATION, Report, no_garbage_collection, write_json
 
 
@@ -22,7 +23,7 @@ try:
     import msgspec
     from datatrove.pipeline.base import PipelineStep
 except ImportError as error:
-    raise ImportError(f'T-REx needs {error.name}: pip install "kadapter-hf[knowledge]"') from None
+    raise ImportError(needs("T-REx", str(error.name), "knowledge")) from None
 
 Split = Literal["document", "example"]
 

@@ -26,6 +26,7 @@ from hub_server import HubServer  # noqa: E402
 # Pages whose blocks take more than a few seconds.
 SLOW = {
     "docs/command-line.md",
+    "docs/export.md",
     "docs/extend.md",
     "docs/finetuning.md",
     "docs/lama.md",

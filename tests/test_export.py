@@ -1,0 +1,147 @@
+"""`kadapter export`: the ONNX file on ONNX Runtime against the model in PyTorch."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ALL_CLASSES, inputs_for
+from packaging import version
+from transformers import AutoConfig, AutoTokenizer
+from typer.testing import CliRunner
+
+from kadapter_cli import app
+from kadapter_hf import KAdapterForEntityTyping, KAdapterForQuestionAnswering, export
+from kadapter_hf.modeling.format_kadapter import KAdapterLoadError
+
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.skipif(
+    version.parse(torch.__version__) < version.parse("2.9"), reason="the exporter of older versions is not supported"
+)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["export", *map(str, arguments)], env={"COLUMNS": "500"}, prog_name="kadapter")
+
+
+def on_runtime(path, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    batch = {"token_type_ids": torch.zeros_like(batch["input_ids"])} | batch
+    found = session.run(None, {entry.name: batch[entry.name].numpy() for entry in session.get_inputs()})
+    return {entry.name: torch.from_numpy(value) for entry, value in zip(session.get_outputs(), found, strict=True)}
+
+
+def assert_as_in_torch(model, path) -> None:
+    """On numbers of rows and lengths of which none was exported, with padding, and on the outputs that the model has."""
+    for rows, length, padding in ((1, 8, 0), (3, 21, 12), (6, 64, 1)):
+        choices = 2 if "MultipleChoice" in type(model).__name__ else 1
+        batch = inputs_for(type(model), rows * choices, length=length, padding=padding)
+        found = on_runtime(path, batch)
+        with torch.no_grad():
+            wanted = {name: value for name, value in model(**batch).items() if torch.is_tensor(value)}
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", ALL_CLASSES)
+def test_every_class_computes_on_onnx_runtime_what_it_does_in_torch(model_class, build, tokenizer, tmp_path):
+    model = build(model_class)
+    export.export_onnx(model, tokenizer, tmp_path / "onnx")
+    assert_as_in_torch(model, tmp_path / "onnx" / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kwargs", [{"fusion": "add"}, {"fusion": "gate"}, {"fusion": "attention"}, {"adapters": ()}], ids=str
+)
+def test_every_fusion_is_exported(kwargs, build, tokenizer, tmp_path):
+    model = build(KAdapterForQuestionAnswering, **kwargs)
+    export.export_onnx(model, tokenizer, tmp_path / "onnx")
+    assert_as_in_torch(model, tmp_path / "onnx" / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["bert", "xlm-roberta", "electra", "deberta-v2", "distilbert", "modernbert"])
+def test_every_kind_of_backbone_is_exported(model_type, build, backbones, tokenizer, tmp_path):
+    model = build(KAdapterForEntityTyping, backbone=backbones[model_type])
+    export.export_onnx(model, tokenizer, tmp_path / "onnx")
+    assert_as_in_torch(model, tmp_path / "onnx" / "model.onnx")
+
+
+@pytest.mark.slow
+def test_only_active_adapters_are_exported_also_those_that_attend_to_padding(build, tokenizer, tmp_path):
+    model = build(KAdapterForEntityTyping, adapters=("factual", "linguistic"))
+    model.adapters["factual"].config.attend_to_padding = True
+    model.set_active_knowledge_adapters("factual")
+    model.adapters["linguistic"].layers[0].up_project.bias.data.fill_(torch.nan)
+    export.export_onnx(model, tokenizer, tmp_path / "onnx")
+    assert_as_in_torch(model, tmp_path / "onnx" / "model.onnx")
+
+
+def test_the_command_compares_measures_and_leaves_a_usable_folder(build, tokenizer, tmp_path, write_file):
+    labels = ["person", "place"]
+    model = build(
+        KAdapterForEntityTyping,
+        adapters=["factual"],
+        id2label=dict(enumerate(labels)),
+        task={"name": "typing", "marker": "@"},
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = write_file(
+        "".join(json.dumps({"text": f"{word} is old", "entity": [0, 4]}) + "\n" for word in ("rome", "dante"))
+    )
+    result = run(
+        tmp_path / "model", "--output", tmp_path / "onnx", "--quantize", "--data", rows.rename(tmp_path / "rows.jsonl")
+    )
+    assert result.exit_code == 0, result.stderr
+    lines = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if "│" in line}
+    assert {"torch", "model.onnx", "model_quantized.onnx"} <= lines.keys()
+    assert "100.00%" in lines["model.onnx"]
+    assert sorted(path.name for path in tmp_path.glob("onnx/*.onnx*")) == ["model.onnx", "model_quantized.onnx"]
+    assert AutoConfig.from_pretrained(tmp_path / "onnx").id2label == dict(enumerate(labels))
+    assert AutoTokenizer.from_pretrained(tmp_path / "onnx").get_vocab() == tokenizer.get_vocab()
+    assert_as_in_torch(model, tmp_path / "onnx" / "model.onnx")
+    # What is quantised differs a little, and not at all from what the table says.
+    batch = inputs_for(KAdapterForEntityTyping)
+    with torch.no_grad():
+        difference = (
+            (on_runtime(tmp_path / "onnx" / "model_quantized.onnx", batch)["logits"] - model(**batch).logits)
+            .abs()
+            .max()
+        )
+    assert 1e-6 < difference < 0.3
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+@pytest.mark.slow
+def test_a_file_that_computes_something_else_is_not_kept(build, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOLERANCE", 0.0)
+    with pytest.raises(ValueError, match="differs from the model by .* it is not kept"):
+        export.export_onnx(build(), tokenizer, tmp_path / "new" / "onnx")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])
+def test_without_a_library_the_error_says_what_to_install(library, build, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"an export to ONNX needs {library}: pip install 'kadapter-hf\[export\]'"):
+        export.export_onnx(build(), tokenizer, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_as_it_is(build, tokenizer, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(KAdapterLoadError, match="exists and is not empty"):
+        export.export_onnx(build(), tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_is_no_k_adapter_is_refused_in_a_sentence(backbone, tmp_path):
+    result = run(backbone, "--output", tmp_path / "onnx")
+    assert result.exit_code == 1 and result.stderr.startswith("Error: ") and "is no K-Adapter" in result.stderr
+    assert not (tmp_path / "onnx").exists()
