@@ -11,6 +11,7 @@ import sys
 import textwrap
 import traceback
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 
 
@@ -171,9 +172,8 @@ def run_command(command: str) -> tuple[int, str, str]:
     if in_process(command):
         from typer.testing import CliRunner
 
-        from kadapter_hf.cli import app
-
-        result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:], prog_name="kadapter")
+        (script,) = entry_points(group="console_scripts", name="kadapter")
+        result = CliRunner().invoke(script.load(), shlex.split(command, comments=True)[1:], prog_name="kadapter")
         crashed = result.exception is not None and not isinstance(result.exception, SystemExit)
         report = "".join(traceback.format_exception(result.exception)) if crashed else ""
         return result.exit_code, result.stdout, result.stderr + report
