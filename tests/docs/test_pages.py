@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -71,6 +72,18 @@ def test_the_messages_that_are_explained_are_those_of_the_package():
 def test_the_picture_is_what_its_script_draws():
     script = load_script(ROOT / "docs" / "architecture.py")
     assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == script.drawing()
+
+
+def test_the_readme_on_pypi_refers_to_no_file_of_the_repository():
+    command = [sys.executable, "setup.py", "-q", "--long-description"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "pip install" in text and re.findall(r"\]\((?!https?:)", text) == []
+
+
+def test_notebooks_have_no_outputs():
+    for path in (ROOT / "examples" / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), path.name
 
 
 @pytest.fixture(scope="module")
