@@ -122,7 +122,9 @@ def module_part(name: str) -> str:
 
 
 def own_names(module: ModuleType) -> list[str]:
-    """The public classes and functions of a module; of a package also those of its modules that it imports."""
+    """What a module exports, or else its public classes and functions; of a package also those of its modules."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
     inside = module.__name__ if hasattr(module, "__path__") else None
     return [
         name

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import traceback
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -73,6 +74,18 @@ def test_the_picture_is_what_its_script_draws():
     assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == script.drawing()
 
 
+def test_the_readme_on_pypi_refers_to_no_file_of_the_repository():
+    command = [sys.executable, "setup.py", "-q", "--long-description"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "pip install" in text and re.findall(r"\]\((?!https?:)", text) == []
+
+
+def test_notebooks_have_no_outputs():
+    for path in (ROOT / "examples" / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells), path.name
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The folder of the built site. Any connection is an error while it is built."""
@@ -113,20 +126,16 @@ def test_every_page_is_in_the_navigation(site):
 def test_every_public_name_is_in_the_reference(site):
     reference = "\n".join(path.read_text(encoding="utf-8") for path in (site / "reference").glob("*.html"))
     anchors = set(re.findall(r'\bid="?(kadapter_hf[\w.]*)', reference))
-    modules = {
-        name: importlib.import_module(f"kadapter_hf.{name}") for name in dir(kadapter_hf) if name not in vars_of_init()
-    }
     wanted = {f"kadapter_hf.{name}" for name in kadapter_hf.__all__}
-    for module in modules.values():
-        wanted |= {f"{module.__name__}.{name}" for name in getattr(module, "__all__", ())}
+    for name in set(dir(kadapter_hf)) - {*kadapter_hf.__all__, "__version__"}:
+        module = importlib.import_module(f"kadapter_hf.{name}")
+        own = [item for item, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        public = getattr(module, "__all__", [item for item in own if not item.startswith("_")])
+        wanted |= {f"{module.__name__}.{item}" for item in public}
     fields = kadapter_hf.KnowledgeAdapterConfig.__dataclass_fields__.keys() - {"newer_fields"}
     text = re.sub(r"<[^>]+>", "", reference)
     assert not {name for name in fields if not re.search(rf"\b{name}\b", text)}
     assert not wanted - anchors
-
-
-def vars_of_init() -> set[str]:
-    return {*kadapter_hf.__all__, "__version__"}
 
 
 @pytest.mark.slow
