@@ -11,7 +11,6 @@ import sys
 import textwrap
 import traceback
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 from pathlib import Path
 
 
