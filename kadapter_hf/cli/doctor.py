@@ -20,10 +20,12 @@ PACKAGE = "kadapter-hf"
 # What the extras for users are for; their packages are in the package's metadata.
 EXTRAS = {
     "app": "`kadapter app`",
+    "export": "`kadapter export`",
     "knowledge": "T-REx and CoNLL-U corpora, the metrics of relations, figures",
     "parse": "dependency trees from raw text",
     "peft": "LoRA and other PEFT adapters inside a K-Adapter",
     "search": "the search for hyperparameters in examples/",
+    "serve": "the server in examples/serve/",
 }
 
 
