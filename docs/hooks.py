@@ -148,6 +148,7 @@ def commands() -> str:
     parts = [
         "# Commands and flags",
         "[The command line](../command-line.md) has examples and what the commands print.",
+        "Flags of `pretrain`, `finetune`, `reproduce` and `probe` may have hyphens in the place of underscores.",
     ]
     for words, command in leaves("kadapter", get_command(script.load())):
         parts += [f"## {words}", command.help or "", *typer_table(command)]
@@ -206,7 +207,7 @@ def dataclass_table(title: str, dataclass: type) -> list[str]:
         if "--help" in action.option_strings:
             continue
         default = "" if action.required or action.default in (None, False, []) else action.default
-        rows.append((", ".join(action.option_strings), default, action.help or ""))
+        rows.append((action.option_strings[0], default, (action.help or "").replace("%%", "%")))
     return [*([f"### {title}"] if title else []), table(rows)] if rows else []
 
 
