@@ -20,7 +20,7 @@ HELP = [
     ["--version"],
     *(
         [command, "--help"]
-        for command in ("info", "push", "pull", "combine", "convert", "evaluate", "predict", "app", "doctor")
+        for command in ("info", "push", "pull", "combine", "convert", "evaluate", "predict", "app", "export", "doctor")
     ),
     *([command, "--help"] for command in ("prepare", "pretrain", "finetune")),
     *(["prepare", corpus, "--help"] for corpus in ("trex", "fewrel", "docred", "tacred", "semeval", "conllu")),

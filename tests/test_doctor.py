@@ -17,7 +17,7 @@ from kadapter_hf.precision import fast_dtype
 
 
 doctor = importlib.import_module("kadapter_cli.doctor")  # whose function has the same name
-DEVELOPMENT = {"browser", "conformance", "demo", "docs", "lint", "notebooks", "test"}
+DEVELOPMENT = {"browser", "conformance", "demo", "dist", "docs", "lint", "notebooks", "test"}
 
 
 def run(*arguments):
