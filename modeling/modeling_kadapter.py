@@ -245,7 +245,8 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, ChoosingMixin, PreTr
 
         Raises:
             OSError: the folder can't be written.
-            KAdapterConfigError: weights that PEFT has put into the model would not be saved.
+            KAdapterConfigError: weights that PEFT has put into the model would not be saved; or the backbone has to be saved
+                with it, and is quantised.
         """
         if not is_main_process:
             return

@@ -19,6 +19,7 @@ from .format_kadapter import (
     BACKBONE_FILE,
     CARD_FILE,
     HEAD_FILE,
+    KAdapterConfigError,
     KAdapterLoadError,
     adapter_metadata,
     code_files,
@@ -46,6 +47,12 @@ def save_repository(model: Any, folder: Path, state_dict: dict[str, torch.Tensor
     backbone = part_of(state, "backbone")
     # A backbone that trains is stored even if no step has changed it yet, as Trainer may load the checkpoint after more.
     named = None if origins.backbone_trained else origins.fingerprint_if_as_named(model.backbone, state, config)
+    quantised = getattr(model.backbone.config, "quantization_config", None) is not None
+    if quantised and (named is None or origins.backbone_stored):
+        raise KAdapterConfigError(
+            "the model can't be saved without its backbone, which was trained or is from no known repository, nor with it, "
+            "as it is quantised. Load it without quantization_config, or save its adapters with save_knowledge_adapter."
+        )
     saved = {
         name: tensor for name, tensor in state.items() if name not in tied and (named is None or name not in backbone)
     }

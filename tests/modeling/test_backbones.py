@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SIZES, TINY, batch, disturb, small_adapter
+from conftest import SIZES, TINY, batch, contents, disturb, small_adapter
 from torch import nn
 from transformers import (
     AutoModel,
@@ -443,8 +443,8 @@ class RoundedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and "encoder" in name:
-                module.weight.copy_((module.weight * self.quantization_config.steps).round())
-                module.weight.div_(self.quantization_config.steps)
+                steps = self.quantization_config.steps
+                module.weight = nn.Parameter((module.weight * steps).round() / steps)
         return model
 
 
@@ -471,6 +471,22 @@ def test_quantization_is_the_backbones_own_and_it_is_not_stored(model_class, bui
         assert torch.equal(loaded.backbone(**batch()).last_hidden_state, plain.backbone(**batch()).last_hidden_state)
         again = model_class.from_pretrained(tmp_path / str(number), quantization_config=RoundedConfig(4))
         assert torch.equal(again(**batch()).logits, model(**batch()).logits)
+
+
+def test_a_trained_backbone_that_is_quantised_is_not_lost_by_saving(build, tmp_path):
+    model = build(KAdapterForSequenceClassification)
+    model.unfreeze_backbone()
+    disturb(model.backbone)
+    model.save_pretrained(tmp_path / "trained")
+    before = contents(tmp_path / "trained")
+    model = KAdapterForSequenceClassification.from_pretrained(
+        tmp_path / "trained", quantization_config=RoundedConfig(4)
+    )
+    for folder in ("trained", "new"):
+        with pytest.raises(KAdapterConfigError, match="can't be saved .* Load it without quantization_config"):
+            model.save_pretrained(tmp_path / folder)
+    assert contents(tmp_path / "trained") == before and not (tmp_path / "new").exists()
+    model.save_knowledge_adapter(tmp_path / "adapter", "factual")
 
 
 # ---- What can't be one ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import (
     set_seed,
 )
 
-from kadapter_hf import KAdapterForEntityTyping
+from kadapter_hf import KAdapterConfigError, KAdapterForEntityTyping
 
 
 pytestmark = pytest.mark.slow
@@ -110,3 +110,13 @@ def test_an_adapter_trained_on_a_quantized_backbone_is_one_of_the_named_backbone
     assert all(
         torch.equal(tensor.cpu(), tensors[name]) for name, tensor in model.adapters["factual"].state_dict().items()
     )
+
+
+def test_a_quantised_backbone_from_nowhere_is_not_saved_as_it_is(wide_backbone, tmp_path):
+    """torchao's weights can't be identified, so that nothing would tell that another backbone is not this one."""
+    loaded = AutoModel.from_pretrained(wide_backbone, quantization_config=torchao_8_bit())
+    loaded.config._name_or_path = ""
+    model = KAdapterForEntityTyping.from_backbone(loaded, adapters={"factual": small_adapter()})
+    with pytest.raises(KAdapterConfigError, match="can't be saved .* is from no known repository"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
