@@ -98,10 +98,9 @@ def export_onnx(
         if quantize:
             _quantize(folder / ONNX_FILE, folder / QUANTIZED_FILE)
             runs[QUANTIZED_FILE] = on_runtime(folder / QUANTIZED_FILE)
-            batches = [random.complete(batch) for batch in batches] or [
-                random.batch(8, 64, seed=seed) for seed in range(8)
-            ]
-            files[QUANTIZED_FILE] = compare(model, runs["torch"], runs[QUANTIZED_FILE], batches)
+            measured = [random.complete(batch) for batch in batches]
+            measured = measured or [random.batch(8, 64, seed=seed) for seed in range(8)]
+            files[QUANTIZED_FILE] = compare(model, runs["torch"], runs[QUANTIZED_FILE], measured)
         for name, run in runs.items():
             files[name]["milliseconds"] = {
                 "×".join(map(str, batch["input_ids"].shape)): _milliseconds(run, batch)
@@ -140,7 +139,7 @@ def batches_of(
     rows, _ = task.read(data, labelled=False)
     maximum = (model.config.task or {}).get("max_length")
     features = task.encode(rows, tokenizer, labels_of(model, task), maximum, options_of(model, task))
-    return DataLoader(features, collate_fn=task.collator(tokenizer))  # type: ignore[arg-type]
+    return DataLoader(features, collate_fn=task.collator(tokenizer))
 
 
 class RandomBatches:
@@ -208,7 +207,7 @@ def _write(flat: _Flat, batch: Tensors, path: Path) -> int:
     shapes = tuple(_axes(name, tensor) for name, tensor in batch.items())
     size = sum(tensor.nbytes for tensor in flat.state_dict().values())
     with _quietly():
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             flat,
             tuple(batch.values()),
             dynamo=True,

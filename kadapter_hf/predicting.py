@@ -42,7 +42,9 @@ def load_finetuned(source: str, task: Task | None = None) -> tuple[KAdapterPreTr
     saved = next(iter(content.get("architectures") or []), None)
     if task is not None and saved != task.model_class.__name__:
         raise ValueError(f"'{task.name}' needs a {task.model_class.__name__}, but '{source}' is a {saved}.")
-    classes = {KAdapterModel.__name__: KAdapterModel} | {name: head for name, (head, _) in HEADS.items()}
+    classes: dict[Any, Any] = {KAdapterModel.__name__: KAdapterModel} | {
+        name: head for name, (head, _) in HEADS.items()
+    }
     if task is None and saved not in classes:
         raise ValueError(f"'{source}' is a {saved}, which is none of the classes {', '.join(classes)}.")
     model_class = classes[saved] if task is None else task.model_class

@@ -99,15 +99,13 @@ def test_twine_accepts_both(built):
 def test_the_wheel_has_every_module_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    places = {"kadapter_hf": "kadapter_hf", "modeling": "kadapter_hf/modeling", "conversion": "kadapter_hf/conversion"}
     wanted = {
-        path.relative_to(ROOT).as_posix() for path in ROOT.glob("kadapter_hf/**/*") if path.suffix in (".py", ".typed")
+        f"{place}/{path.relative_to(ROOT / folder).as_posix()}".replace("kadapter_hf/cli/", "kadapter_cli/")
+        for folder, place in places.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".typed")
     }
-    for folder in ("modeling", "conversion"):
-        wanted |= {
-            f"kadapter_hf/{folder}/{path.name}"
-            for path in (ROOT / folder).iterdir()
-            if path.suffix in (".py", ".typed")
-        }
     assert found == wanted
 
 
