@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Pipeline, pipeline
+from transformers import pipeline
 
 from kadapter_cli._names import is_repo_id
 
@@ -51,20 +51,20 @@ class View:
     title: str
     example: str
     help: str
-    predict: Callable[[Pipeline, Any], Any]
+    predict: Callable[[Any, Any], Any]
     output: Callable[..., Any] = gr.Label
     entities: tuple[str, ...] = ()
 
 
-def _scores(pipe: Pipeline, inputs: Any) -> dict[str, float]:
+def _scores(pipe: Any, inputs: Any) -> dict[str, float]:
     return {found["label"]: found["score"] for found in pipe(inputs, top_k=TOP)}
 
 
-def _types(pipe: Pipeline, inputs: Any) -> dict[str, float]:
+def _types(pipe: Any, inputs: Any) -> dict[str, float]:
     return {found["label"]: found["score"] for found in pipe(inputs, top_k=TOP, threshold=-1.0)}
 
 
-def _words(pipe: Pipeline, inputs: str) -> dict[str, float]:
+def _words(pipe: Any, inputs: str) -> dict[str, float]:
     text = re.sub(r"<mask>|\[MASK\]", lambda _: pipe.tokenizer.mask_token, inputs)
     if text.count(pipe.tokenizer.mask_token) != 1:
         raise ValueError(f"Put one {pipe.tokenizer.mask_token} where a word is to be filled in.")
@@ -75,14 +75,14 @@ def _words(pipe: Pipeline, inputs: str) -> dict[str, float]:
     return scores
 
 
-def _tree(pipe: Pipeline, inputs: str) -> str:
+def _tree(pipe: Any, inputs: str) -> str:
     drawing = re.sub(
         r'width="(\d+)" height="(\d+)"', r'width="100%" viewBox="0 0 \1 \2"', draw_tree(pipe(inputs)), count=1
     )
     return f'<div style="background: white">{drawing}</div>'
 
 
-def _tags(pipe: Pipeline, inputs: str) -> list[tuple[str, str | None]]:
+def _tags(pipe: Any, inputs: str) -> list[tuple[str, str | None]]:
     """The text in pieces, with the label of each piece that has one."""
     pieces: list[tuple[str, str | None]] = []
     done = 0
@@ -185,7 +185,8 @@ def build(sources: str | Sequence[str]) -> gr.Blocks:
 
 def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
     view = VIEWS[type(model).__name__]
-    pipe = pipeline(view.task, model=model.eval(), tokenizer=tokenizer)
+    task: Any = view.task  # transformers types the names that it knows itself
+    pipe = pipeline(task, model=model.eval(), tokenizer=tokenizer)
     mask = tokenizer.mask_token or ""
     text = gr.Textbox(view.example.replace("{mask}", mask), label="Sentence", info=view.help.replace("{mask}", mask))
     names = list(model.adapters)
@@ -226,7 +227,7 @@ def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
 COLUMNS = ["adapter", "norm", "backbone's norm", "change", "fusion weight"]
 
 
-def _shares(pipe: Pipeline, inputs: Any) -> tuple[list[list[Any]], Any]:
+def _shares(pipe: Any, inputs: Any) -> tuple[list[list[Any]], Any]:
     """A row of the table for each adapter, and the figure; both empty without adapters."""
     model, tokenizer = pipe.model, pipe.tokenizer
     names = model.active_knowledge_adapters
@@ -254,7 +255,7 @@ def _shares(pipe: Pipeline, inputs: Any) -> tuple[list[list[Any]], Any]:
 
 
 @torch.no_grad()
-def _weights(model: KAdapterPreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+def _weights(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
     """The mean weight of each adapter, if the fusion has weights."""
     encoded = model.encode(**{name: tensor.to(model.device) for name, tensor in batch.items()})
     weights = model.fusion.weights(encoded.backbone_state, encoded.knowledge) or {}

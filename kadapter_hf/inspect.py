@@ -211,7 +211,8 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _encode(model: KAdapterPreTrainedModel, batch: Mapping[str, torch.Tensor], **kwargs: Any) -> Any:
-    return model.encode(**{name: batch[name].to(model.device) for name in INPUTS if name in batch}, **kwargs)
+    inputs: dict[str, Any] = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
+    return model.encode(**inputs, **kwargs)
 
 
 def _places(

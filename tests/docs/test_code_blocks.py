@@ -30,6 +30,7 @@ SLOW = {
     "docs/extend.md",
     "docs/finetuning.md",
     "docs/lama.md",
+    "docs/migrate.md",
     "docs/reproduction.md",
     "examples/README.md",
 }
