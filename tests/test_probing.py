@@ -484,7 +484,7 @@ def test_without_matplotlib_there_is_no_figure_and_a_warning(backbone, lama, tmp
     logging.getLogger("transformers").addHandler(caplog.handler)
     probed(backbone, lama, "--output_dir", tmp_path)
     logging.getLogger("transformers").removeHandler(caplog.handler)
-    assert "Without matplotlib, probe.png is not drawn" in caplog.text
+    assert "probe.png is left out, as a figure needs matplotlib" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "predictions.jsonl"}
 
 
