@@ -29,7 +29,7 @@ except ImportError as error:
 
 
 TOP = 5
-FAULTS = (ValueError, OSError, ImportError)
+FAULTS = (ValueError, OSError, ImportError, RuntimeError)  # RuntimeError: more tokens than the model has positions
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ class View:
 
 
 def _scores(pipe: Any, inputs: Any) -> dict[str, float]:
-    return {found["label"]: found["score"] for found in pipe(inputs, top_k=TOP)}
+    return {found.get("name", found["label"]): found["score"] for found in pipe(inputs, top_k=TOP)}
 
 
 def _types(pipe: Any, inputs: Any) -> dict[str, float]:
-    return {found["label"]: found["score"] for found in pipe(inputs, top_k=TOP, threshold=-1.0)}
+    found = pipe(inputs, top_k=TOP, threshold=-1.0)
+    return {label.get("name", label["label"]): label["score"] for label in found}
 
 
 def _words(pipe: Any, inputs: str) -> dict[str, float]:

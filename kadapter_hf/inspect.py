@@ -10,6 +10,7 @@ from transformers.utils import is_sklearn_available
 
 from .figures import new_figure
 from .messages import needs
+from .modeling.format_kadapter import KAdapterConfigError
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
@@ -33,8 +34,8 @@ def collect_states(
     All of them are kept in memory: roberta-large with two adapters takes 110 kB per token.
 
     Args:
-        batches: the model's inputs, as a tokenizer or a DataLoader returns them; columns that are no inputs of the backbone,
-            such as labels, may be there. One batch, or several.
+        batches: the model's inputs, as a tokenizer or a DataLoader returns them, one batch or several; columns that are no
+            inputs of the backbone, such as labels, are ignored. Each choice of multiple choice is a row.
         position: where to read. By default at every token that is not padding; `"first"`: at the first token of each row;
             or the name of a column with a position for each row, such as `"entity_start"`.
 
@@ -43,6 +44,7 @@ def collect_states(
 
     Raises:
         KeyError: a batch has no such column.
+        ValueError: the column has not one position in the text for each row.
     """
     found: dict[str, list[torch.Tensor]] = {}
     with _evaluating(model):
@@ -62,7 +64,8 @@ def contributions(model: KAdapterPreTrainedModel, batch: Mapping[str, torch.Tens
     """
     What each active adapter contributes to the state that the head reads: the norm of the change if the adapter is left out
     of the fusion, relative to the norm of the fused state. `fusion_weights`, which some fusions have, say what the fusion
-    makes of an adapter; this also counts how far the adapter's output is from the backbone's state.
+    makes of an adapter; this also counts how far the adapter's output is from the backbone's state. In a fusion that needs
+    the adapter, such as a gate with `top_k`, its output is zero instead.
 
     Returns:
         For each adapter `(batch, length)`, in float32; NaN at padding.
@@ -73,10 +76,13 @@ def contributions(model: KAdapterPreTrainedModel, batch: Mapping[str, torch.Tens
         fused = model.fusion(state, knowledge)
         padding = torch.zeros(fused.shape[:2], dtype=torch.bool)
         if (mask := batch.get("attention_mask")) is not None:
-            padding = mask.cpu() == 0
+            padding = _by_row(mask).cpu() == 0
         shares = {}
         for name in knowledge:
-            without = model.fusion(state, {other: output for other, output in knowledge.items() if other != name})
+            try:
+                without = model.fusion(state, {other: output for other, output in knowledge.items() if other != name})
+            except KAdapterConfigError:  # the fusion chooses among more adapters than are left
+                without = model.fusion(state, knowledge | {name: torch.zeros_like(knowledge[name])})
             change = (fused - without.to(fused)).norm(dim=-1) / fused.norm(dim=-1)
             shares[name] = change.float().cpu().masked_fill(padding, torch.nan).numpy()
     return shares
@@ -210,8 +216,13 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def _by_row(tensor: torch.Tensor) -> torch.Tensor:
+    """`(rows, length)`: of multiple choice, each choice is a row."""
+    return tensor.flatten(0, 1) if tensor.dim() == 3 and not tensor.is_floating_point() else tensor
+
+
 def _encode(model: KAdapterPreTrainedModel, batch: Mapping[str, torch.Tensor], **kwargs: Any) -> Any:
-    inputs: dict[str, Any] = {name: batch[name].to(model.device) for name in INPUTS if name in batch}
+    inputs: dict[str, Any] = {name: _by_row(batch[name]).to(model.device) for name in INPUTS if name in batch}
     return model.encode(**inputs, **kwargs)
 
 
@@ -220,13 +231,16 @@ def _places(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The row and column of each state to read."""
     mask = batch.get("attention_mask")
-    mask = torch.ones(states.shape[:2]) if mask is None else mask.cpu()
+    mask = torch.ones(states.shape[:2]) if mask is None else _by_row(mask).cpu()
     if position is None:
         rows, columns = mask.nonzero(as_tuple=True)
         return rows, columns
     if position != "first" and position not in batch:
         raise KeyError(f"the batch has no '{position}'; it has {', '.join(batch)}.")
-    return torch.arange(len(states)), mask.long().argmax(1) if position == "first" else batch[position].cpu()
+    places = mask.long().argmax(1) if position == "first" else batch[position].cpu()
+    if places.shape != (len(states),) or (places < 0).any() or (places >= states.shape[1]).any():
+        raise ValueError(f"'{position}' must have one position in the text for each of {len(states)} rows.")
+    return torch.arange(len(states)), places
 
 
 def _figure(width: float, height: float) -> "Figure":

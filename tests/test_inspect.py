@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import batch, disturb, inputs_for, small_adapter
 
-from kadapter_hf import KAdapterForEntityTyping, KAdapterModel
+from kadapter_hf import KAdapterForEntityTyping, KAdapterForMultipleChoice, KAdapterModel
 from kadapter_hf.inspect import (
     collect_states,
     contributions,
@@ -77,6 +77,30 @@ def test_the_contribution_of_an_adapter_is_the_change_without_it(model):
     expected = (fused - without).norm(dim=-1) / fused.norm(dim=-1)
     np.testing.assert_allclose(shares["factual"][:2], expected[:2], rtol=1e-4)
     assert np.isnan(shares["factual"][2, -3:]).all() and not np.isnan(shares["factual"][2, :-3]).any()
+
+
+def test_contributions_to_a_gate_that_needs_all_adapters(backbones):
+    model = KAdapterModel.from_backbone(
+        backbones["roberta"],
+        {"factual": small_adapter(), "linguistic": small_adapter()},
+        fusion="gate",
+        fusion_config={"top_k": 2},
+    )
+    assert all((share > 0).all() for share in contributions(model, batch()).values())
+
+
+def test_choices_are_rows(backbones):
+    model = KAdapterForMultipleChoice.from_backbone(backbones["roberta"], {"factual": small_adapter()})
+    inputs = inputs_for(KAdapterForMultipleChoice)
+    assert collect_states(model, inputs, "first")["fused"].shape == (4, 32)
+    assert contributions(model, inputs)["factual"].shape == (4, 10)
+
+
+@pytest.mark.parametrize("positions", [[1, 2], [1, 2, 10], [1, 2, -1], [[1], [2], [3]]])
+def test_positions_outside_the_text_are_refused(positions, model):
+    inputs = batch() | {"place": torch.tensor(positions)}
+    with pytest.raises(ValueError, match="'place' must have one position in the text for each of 3 rows"):
+        collect_states(model, inputs, "place")
 
 
 def test_cka_is_1_for_a_scaled_rotation_and_small_for_unrelated_states():

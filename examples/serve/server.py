@@ -12,10 +12,11 @@ import json
 from contextlib import asynccontextmanager
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel
-from transformers import Pipeline, pipeline
+from transformers import AutoConfig, Pipeline, pipeline
 
 import kadapter_hf  # noqa: F401, registers the classes and the pipelines
 
@@ -62,10 +63,10 @@ def create_app(pipe: Pipeline, batch_size: int = 16, queue_size: int = 64) -> Fa
         except asyncio.QueueFull:
             raise HTTPException(503, "too many requests are waiting", {"Retry-After": "1"}) from None
         value = await result
-        if isinstance(value, ValueError):  # the pipeline's sentence about the input
-            raise HTTPException(422, str(value))
-        if isinstance(value, Exception):
+        if isinstance(value, (MemoryError, torch.OutOfMemoryError)):
             raise value
+        if isinstance(value, Exception):  # about this input, as it ran alone
+            raise HTTPException(422, str(value))
         # Some pipelines return NumPy's numbers.
         return Response(json.dumps(value, default=lambda number: number.item()), media_type="application/json")
 
@@ -81,5 +82,7 @@ if __name__ == "__main__":
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
-    app = create_app(pipeline(args.task, model=args.model), args.batch_size, args.queue_size)
+    tasks = getattr(AutoConfig.from_pretrained(args.model), "custom_pipelines", None) or {}
+    pipe = pipeline(args.task or next(iter(tasks), None), model=args.model)
+    app = create_app(pipe, args.batch_size, args.queue_size)
     uvicorn.run(app, host=args.host, port=args.port)
