@@ -28,15 +28,21 @@ Batch = Mapping[str, Sequence[Any]]
 
 def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a backbone.
+    The tokenizer of a backbone or a model.
 
     Raises:
         OSError: there is none. `AutoTokenizer` returns one without a vocabulary for some of such folders.
         ValueError: transformers has no tokenizer for this kind of model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    missing = f"'{backbone}' has no tokenizer: save one there, with its save_pretrained."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+    except ValueError as error:
+        if "backend tokenizer" in str(error):  # there are no files to make one from
+            raise OSError(missing) from error
+        raise
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise OSError(f"the backbone '{backbone}' has no tokenizer: save one there, with its save_pretrained.")
+        raise OSError(missing)
     return tokenizer
 
 

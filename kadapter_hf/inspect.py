@@ -194,7 +194,12 @@ def draw_contributions(shares: Mapping[str, np.ndarray], tokens: Sequence[str], 
     """
     A figure of what `contributions` returns for one row of the batch; `tokens` are its tokens, such as
     `tokenizer.convert_ids_to_tokens(input_ids)`.
+
+    Raises:
+        ValueError: there are no contributions, as no adapter is active.
     """
+    if not shares:
+        raise ValueError("there are no contributions to draw, as no knowledge adapter is active.")
     values = np.stack([share[row, : len(tokens)] for share in shares.values()])
     figure = _figure(2 + 0.4 * len(tokens), 2 + 0.3 * len(shares))
     axes = figure.subplots()

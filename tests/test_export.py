@@ -145,3 +145,14 @@ def test_what_is_no_k_adapter_is_refused_in_a_sentence(backbone, tmp_path):
     result = run(backbone, "--output", tmp_path / "onnx")
     assert result.exit_code == 1 and result.stderr.startswith("Error: ") and "is no K-Adapter" in result.stderr
     assert not (tmp_path / "onnx").exists()
+
+
+def test_data_without_quantisation_is_refused_as_it_would_not_be_used(write_file, tmp_path):
+    result = run("model", "--output", tmp_path / "onnx", "--data", write_file("rows.csv", "text,label"))
+    assert result.exit_code == 2 and "only --quantize measures on it" in result.stderr
+
+
+def test_a_model_without_a_tokenizer_is_refused_in_a_sentence(build, tmp_path):
+    build(KAdapterForEntityTyping).save_pretrained(tmp_path / "model")
+    result = run(tmp_path / "model", "--output", tmp_path / "onnx")
+    assert result.exit_code == 1 and "model' has no tokenizer: save one there" in " ".join(result.stderr.split())

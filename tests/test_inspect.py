@@ -89,6 +89,13 @@ def test_contributions_to_a_gate_that_needs_all_adapters(backbones):
     assert all((share > 0).all() for share in contributions(model, batch()).values())
 
 
+def test_without_adapters_there_is_nothing_to_draw(model):
+    with model.without_knowledge_adapters():
+        assert contributions(model, batch()) == {}
+    with pytest.raises(ValueError, match="no knowledge adapter is active"):
+        draw_contributions({}, list("abc"))
+
+
 def test_choices_are_rows(backbones):
     model = KAdapterForMultipleChoice.from_backbone(backbones["roberta"], {"factual": small_adapter()})
     inputs = inputs_for(KAdapterForMultipleChoice)

@@ -44,6 +44,8 @@ def export(
 
     Example: `kadapter export relation-model --output relation-onnx --quantize --data test.csv`
     """
+    if data is not None and not quantize:
+        raise typer.BadParameter("only --quantize measures on it.", param_hint="--data")
     check_new(output)
     with running(model):
         from rich.console import Console
