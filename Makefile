@@ -32,8 +32,8 @@ PIP_ENV := PIP_DISABLE_PIP_VERSION_CHECK=1
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv versions demo knowledge knowledge-variants knowledge-fusions test slow conformance lint bench docs \
-	docs-serve floor dist clean
+.PHONY: help venv versions demo knowledge knowledge-variants knowledge-fusions test slow quantization conformance lint bench \
+	docs docs-serve floor dist clean
 
 help:
 	@echo "make demo      train adapters on a small model and demonstrate them (ARGS=... is passed to the script)"
@@ -41,7 +41,8 @@ help:
 	@echo "make knowledge-variants  train and compare fifteen variants of the factual adapter"
 	@echo "make knowledge-fusions   compare fusions with the factual adapter of make knowledge"
 	@echo "make test      run the tests except those marked slow or cuda"
-	@echo "make slow      run the tests marked slow, then those of make conformance"
+	@echo "make slow      run the tests marked slow, the notebooks, and the tests of make quantization and make conformance"
+	@echo "make quantization  run the tests of quantised backbones, with torchao and bitsandbytes"
 	@echo "make conformance  run the common tests of transformers on every class"
 	@echo "make lint      run ruff and mypy"
 	@echo "make bench     run each script in benchmarks/"
@@ -137,7 +138,16 @@ slow: $(VENV)/.ray $(VENV)/.browser $(VENV)/.docs $(VENV)/.dist
 	$(TEST_ENV) FUZZ_EXAMPLES=400 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not cuda" \
 		$(PYTEST_ARGS)
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -o addopts= -q --nbmake --nbmake-timeout=1200 examples/notebooks
+	$(MAKE) quantization PYTEST_ARGS=
 	$(MAKE) conformance PYTEST_ARGS=
+
+# torchao and bitsandbytes slow down every import of transformers, so they are installed beside the environment.
+$(VENV)/quantization: $(VENV)/.installed
+	$(PIP_ENV) $(VENV)/bin/python -m pip install --quiet --no-deps --target $@ torchao bitsandbytes
+
+quantization: $(VENV)/quantization
+	$(TEST_ENV) PYTHONPATH=$(CURDIR)/$(VENV)/quantization $(VENV)/bin/python -m pytest -m "slow and not cuda" \
+		tests/modeling/test_quantized_backbones.py $(PYTEST_ARGS)
 
 # The tests of the installed version of transformers, which are downloaded once.
 $(VENV)/.conformance: $(VENV)/.installed tests/conformance/prepare.py
