@@ -209,8 +209,13 @@ def _find(
 ) -> tuple[str | os.PathLike, Path, str | os.PathLike | None]:
     """The K-Adapter to load, its folder and, if `source` holds a PEFT adapter, the place of that."""
     folder = repository_folder(source, **hub_kwargs)
-    if peft_source is not None or not is_peft_available() or not (folder / PEFT_CONFIG).is_file():
+    if peft_source is not None or not (folder / PEFT_CONFIG).is_file():
         return source, folder, peft_source
+    if not is_peft_available():
+        logger.warning(
+            f"'{source}' has an adapter of PEFT, which is left out, as PEFT is not installed: pip install peft"
+        )
+        return source, folder, None
     if not (folder / CONFIG_NAME).exists():
         content = read_json(folder / PEFT_CONFIG)
         base = content.get("base_model_name_or_path") if isinstance(content, dict) else None

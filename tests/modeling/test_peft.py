@@ -62,6 +62,7 @@ from kadapter_hf import (
     KAdapterModel,
     KnowledgeAdapterConfig,
 )
+from kadapter_hf.modeling import loading_kadapter
 from kadapter_hf.modeling.peft_kadapter import plain_state_dict
 from kadapter_hf.modeling.replacing_kadapter import finish_replacing
 
@@ -250,6 +251,17 @@ def test_knowledge_adapters_are_stored_as_without_lora(build, tmp_path):
     model.save_knowledge_adapter(tmp_path / "alone", "factual")
     assert contents(tmp_path / "alone")["adapters/factual.safetensors"] == stored["adapters/factual.safetensors"]
     assert torch.equal(result(KAdapterModel.from_pretrained(tmp_path / "lora")), result(model))
+
+
+def test_without_peft_a_warning_says_that_its_adapter_is_left_out(build, tmp_path, messages, monkeypatch):
+    model = build()
+    expected = result(model)
+    model.add_adapter(lora())
+    train(model)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(loading_kadapter, "is_peft_available", lambda: False)  # as where PEFT is not installed
+    assert torch.equal(result(KAdapterModel.from_pretrained(tmp_path)), expected)
+    assert "has an adapter of PEFT, which is left out" in messages.text
 
 
 def test_saved_again_it_is_the_same(build, tmp_path):
