@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import pipeline
 
 from kadapter_cli._names import is_repo_id
 
 from . import __version__
-from .inspect import collect_states, contributions, draw_contributions
+from .inspect import contributions, draw_contributions
 from .messages import needs, sentence
 from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
@@ -228,39 +227,27 @@ def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
 COLUMNS = ["adapter", "norm", "backbone's norm", "change", "fusion weight"]
 
 
+@torch.no_grad()
 def _shares(pipe: Any, inputs: Any) -> tuple[list[list[Any]], Any]:
     """A row of the table for each adapter, and the figure; both empty without adapters."""
     model, tokenizer = pipe.model, pipe.tokenizer
-    names = model.active_knowledge_adapters
-    if not names:
+    if not model.active_knowledge_adapters:
         return [], None
     if isinstance(inputs, dict):  # with markers around the entities
         found = next(iter(pipe.preprocess(inputs)))
         batch = {name: found[name] for name in ("input_ids", "attention_mask")}
     else:
         batch = dict(tokenizer(inputs, return_tensors="pt", truncation=True))
-    states, changes = collect_states(model, batch), contributions(model, batch)
-    backbone = [name for name in states if name.startswith("backbone ")][-1]
-    norms = {name: float(np.linalg.norm(state, axis=-1).mean()) for name, state in states.items()}
-    weights = _weights(model, batch)
-    rows = [
-        [
-            name,
-            *(round(number, 2) for number in (norms[f"adapter {name}"], norms[backbone], float(changes[name].mean()))),
-        ]
-        for name in names
-    ]
-    rows = [[*row, round(weights[row[0]], 2) if row[0] in weights else None] for row in rows]
-    tokens = [tokenizer.decode([number]).strip() for number in batch["input_ids"][0]]
-    return rows, draw_contributions(changes, tokens)
-
-
-@torch.no_grad()
-def _weights(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The mean weight of each adapter, if the fusion has weights."""
     encoded = model.encode(**{name: tensor.to(model.device) for name, tensor in batch.items()})
     weights = model.fusion.weights(encoded.backbone_state, encoded.knowledge) or {}
-    return {name: float(weight.mean()) for name, weight in weights.items()}
+    changes = contributions(model, batch)
+    rows = []
+    for name, state in encoded.knowledge.items():
+        norms = [states.norm(dim=-1).mean().item() for states in (state, encoded.backbone_state)]
+        weight = round(weights[name].mean().item(), 2) if name in weights else None
+        rows.append([name, *(round(number, 2) for number in (*norms, float(changes[name].mean()))), weight])
+    tokens = [tokenizer.decode([number]).strip() for number in batch["input_ids"][0]]
+    return rows, draw_contributions(changes, tokens)
 
 
 def write_space(sources: Sequence[str], folder: Path) -> None:
