@@ -69,6 +69,12 @@ class Conversion:
         return {path.relative_to(self.output).as_posix(): path.stat().st_size for path in paths}
 
 
+def check_new(output: Path) -> None:
+    """Raises `KAdapterLoadError` if `output` is a file, or a folder that is not empty."""
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise KAdapterLoadError(f"'{output}' exists and is not empty; choose another folder.")
+
+
 def convert(
     checkpoint: str | os.PathLike,
     output: str | os.PathLike,
@@ -108,8 +114,7 @@ def convert(
         KAdapterConfigError: an argument does not fit the tensors or the backbone.
     """
     output = Path(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise KAdapterLoadError(f"'{output}' exists and is not empty; choose another folder.")
+    check_new(output)
     layers = list(layers)
     source = _read(checkpoint)
     if is_kadapter(source):

@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from .conversion.writing import check_new
 from .messages import needs
-from .modeling.format_kadapter import KAdapterLoadError
 from .modeling.marking_kadapter import most_tokens
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .predicting import labels_of, options_of, task_of
@@ -71,8 +71,7 @@ def export_onnx(
     """
     require_onnx()
     output = Path(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise KAdapterLoadError(f"'{output}' exists and is not empty; choose another folder.")
+    check_new(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).float().cpu().eval()
     random = RandomBatches(model, tokenizer)
