@@ -94,11 +94,11 @@ class Bench:
         layers = self.adapter().backbone_layers
         return OriginalKAdapter(self.backbone(), adapters, LABELS, layers, trained_backbone).to(self.device)
 
-    def seconds(self, work: Callable[[Batch], object], batches: Iterable[Batch]) -> float:
+    def seconds(self, work: Callable[[Any], object], batches: Iterable[Any]) -> float:
         """The median time of `work` on a batch."""
         return self.seconds_of([work], batches)[0]
 
-    def seconds_of(self, works: Sequence[Callable[[Batch], object]], batches: Iterable[Batch]) -> list[float]:
+    def seconds_of(self, works: Sequence[Callable[[Any], object]], batches: Iterable[Any]) -> list[float]:
         """The median time of each, which take turns on the batches, so that their differences mean something."""
         times: list[list[float]] = [[] for _ in works]
         batches = list(batches)

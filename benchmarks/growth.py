@@ -20,7 +20,7 @@ from transformers import logging
 
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 256, "num_hidden_layers": 1}
-STEPS = 5
+REPETITIONS = 3
 # By what grows: its sizes, and the arguments of `measure`.
 SERIES = {
     "adapters": [(number, {"adapters": number}) for number in (1, 2, 4, 8)],
@@ -36,7 +36,7 @@ def measure(
     """Seconds, and GB above the weights, of this many steps on texts of one length."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    bench = Bench(device, STEPS, batch_size, layers)
+    bench = Bench(device, REPETITIONS, batch_size, layers)
     model = bench.model(adapters=adapters, dtype="float32", sizes=SMALL if small else {})
     model.train()
     step = bench.training(model, fused_adamw(model))
@@ -52,7 +52,7 @@ def measure(
     before = peak_memory(bench.device)
     work(batch)
     space = (peak_memory(bench.device) - before) / 1e9
-    return {"seconds": bench.seconds(work, [batch] * (STEPS + 1)), "space": space}
+    return {"seconds": bench.seconds(work, [batch] * (REPETITIONS + 1)), "space": space}
 
 
 POINT = f"""
