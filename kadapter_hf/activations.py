@@ -11,12 +11,11 @@ import inspect
 import itertools
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import psutil
@@ -27,38 +26,16 @@ from datasets import Dataset
 from huggingface_hub.utils import WeakFileLock
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset as TorchDataset
-from transformers.utils import logging
 
-from .corpora.schema import read_json, write_json
 from .modeling.format_kadapter import fingerprint
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .progress import progress
+from .stored_states import Block, States, by_row, is_complete, places_of, read_states, write_states
 
-
-logger = logging.get_logger(__name__)
 
 Collator = Callable[[list[dict[str, Any]]], Any]
 # The kinds of states, as `forward` takes them.
 KINDS = ("backbone_states", "fusion_states")
-INDEX = "index.json"
-BATCHES_PER_NOTE = 100  # how often the progress is saved, in case the process is killed
-
-
-class States:
-    """
-    The states of each row, `(positions, states, width)`.
-
-    Args:
-        blocks: `(positions, states, width)` each.
-        places: `(rows, 3)`: the block that has a row's states, where they start, and where they end.
-    """
-
-    def __init__(self, blocks: Sequence[torch.Tensor], places: np.ndarray):
-        self.blocks, self.places = blocks, places
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        block, start, end = self.places[row].tolist()
-        return self.blocks[block][start:end]
 
 
 class CachedStates(TorchDataset):
@@ -182,7 +159,7 @@ def cached_states(
             "at random."
         )
     layers = model.backbone_states_read() if any(_trains(model.adapters[name]) for name in active) else None
-    computed = _Computation(model, rows, collator, layers, dtype, batch_size)
+    computed = Computation(model, rows, collator, layers, dtype, batch_size)
     if folder is None:
         return CachedStates(rows, _in_memory(computed))
     frozen: list[Any] = [
@@ -198,17 +175,12 @@ def cached_states(
             settings = {key: value for key, value in config.to_dict().items() if key not in ignored}
             frozen += [settings, fingerprint(model.adapters[name].state_dict().values())]
     place = Path(folder) / _hash(frozen, rows)[:32]
-    if _done(place) < len(rows) or _is_damaged(place):
+    if not is_complete(place, len(rows)):
         place.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(place / "lock"):  # another run may be computing the same states
-            if _is_damaged(place):
-                logger.warning(f"'{place}' is damaged, and is computed again.")
-                (place / INDEX).unlink(missing_ok=True)
-            if _done(place) < len(rows):
-                _write(computed, place)
-    return CachedStates(
-        rows, {kind: _read(place, kind, computed.order) for kind in read_json(place / INDEX, dict)["kinds"]}
-    )
+            if not is_complete(place, len(rows)):
+                write_states(computed, place)
+    return CachedStates(rows, read_states(place, computed.order))
 
 
 def _trains(module: torch.nn.Module) -> bool:
@@ -257,11 +229,8 @@ class _Recorded(Exception):
     """Ends a forward pass when its states are known, before the head runs."""
 
 
-Block = tuple[np.ndarray, torch.Tensor]  # the number of positions of each row, and their states
-
-
 @dataclass
-class _Computation:
+class Computation:
     """The states of all rows by batches of similar length, the longest first; `layers` are those that adapters train on."""
 
     model: KAdapterPreTrainedModel
@@ -340,7 +309,7 @@ class _Computation:
         return total
 
 
-def _in_memory(computed: _Computation) -> dict[str, States]:
+def _in_memory(computed: Computation) -> dict[str, States]:
     blocks: dict[str, list[torch.Tensor]] = {}
     places: dict[str, list[np.ndarray]] = {}
     for number, batch in enumerate(computed.batches()):
@@ -353,125 +322,5 @@ def _in_memory(computed: _Computation) -> dict[str, States]:
                 )
         for kind, (counts, block) in batch.items():
             blocks.setdefault(kind, []).append(block)
-            places.setdefault(kind, []).append(_places(counts, number))
-    return {kind: States(blocks[kind], _by_row(np.concatenate(places[kind]), computed.order)) for kind in blocks}
-
-
-def _places(counts: np.ndarray, block: int = 0) -> np.ndarray:
-    ends = np.cumsum(counts)
-    return np.stack([np.full(len(counts), block), ends - counts, ends], axis=1)
-
-
-def _by_row(places: np.ndarray, order: np.ndarray) -> np.ndarray:
-    by_row = np.empty_like(places)
-    by_row[order] = places
-    return by_row
-
-
-# ---- In a folder ----------------------------------------------------------------------------------------------------
-#
-# For each kind of states, one file has the states and one the number of positions of each row, in the order in which they
-# are computed. The index says how many rows are complete, and how the states are stored.
-
-
-def _done(place: Path) -> int:
-    """The number of complete rows; -1 without an index that can be read."""
-    try:
-        return read_json(place / INDEX, dict)["rows"]
-    except (OSError, ValueError, KeyError):
-        return -1
-
-
-def _is_damaged(place: Path) -> bool:
-    """Whether files are shorter than the index says, which is written after them."""
-    if not (place / INDEX).exists():
-        return False
-    try:
-        index = read_json(place / INDEX, dict)
-        for kind, (number, width, dtype) in index["kinds"].items():
-            states, counts = _files(place, kind)
-            positions = np.fromfile(counts, np.int64, index["rows"])
-            size = int(positions.sum()) * number * width * getattr(torch, dtype).itemsize
-            if len(positions) < index["rows"] or states.stat().st_size < size:
-                return True
-    except (OSError, ValueError, KeyError):
-        return True
-    return False
-
-
-def _files(place: Path, kind: str) -> tuple[Path, Path]:
-    return place / f"{kind}.bin", place / f"{kind}.counts"
-
-
-def _read(place: Path, kind: str, order: np.ndarray) -> States:
-    number, width, dtype = read_json(place / INDEX, dict)["kinds"][kind]
-    states, counts = _files(place, kind)
-    places = _places(np.fromfile(counts, np.int64))
-    size = int(places[-1, -1]) * number * width
-    block = torch.from_file(str(states), size=size, dtype=getattr(torch, dtype)).view(-1, number, width)
-    return States([block], _by_row(places, order))
-
-
-def _resume(place: Path) -> tuple[int, dict[str, Any]]:
-    """The number of complete rows, and the kinds of their states; removes what is behind them."""
-    if _done(place) < 0:
-        return 0, {}
-    index = read_json(place / INDEX, dict)
-    for kind, (number, width, dtype) in index["kinds"].items():
-        states, counts = _files(place, kind)
-        positions = np.fromfile(counts, np.int64, index["rows"]).sum()
-        os.truncate(counts, index["rows"] * 8)
-        os.truncate(states, int(positions) * number * width * getattr(torch, dtype).itemsize)
-    return index["rows"], index["kinds"]
-
-
-def _write(computed: _Computation, place: Path) -> None:
-    first, kinds = _resume(place)
-    done, total = first, len(computed.rows)
-    files: dict[Path, BinaryIO] = {}
-
-    def note_progress() -> None:
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())  # first, so that the states that are counted are on the disk
-        write_json(place / INDEX, {"rows": done, "kinds": kinds})
-
-    try:
-        for number, batch in enumerate(computed.batches(done), start=1):
-            if number == 1:
-                _check_space(computed.size(batch, done), place, done, total)
-                kinds = {
-                    kind: (*block.shape[1:], str(block.dtype).removeprefix("torch."))
-                    for kind, (_, block) in batch.items()
-                }
-                files = {path: open(path, "ab" if first else "wb") for kind in kinds for path in _files(place, kind)}
-            for kind, (counts, block) in batch.items():
-                states_file, counts_file = _files(place, kind)
-                files[states_file].write(block.contiguous().view(torch.uint8).numpy().data)
-                files[counts_file].write(counts.astype(np.int64).tobytes())
-            done += len(counts)
-            if number % BATCHES_PER_NOTE == 0:
-                note_progress()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"Stopped with the frozen states of {done} of {total} examples in '{place}'. The same command continues from "
-            "there."
-        ) from None
-    finally:
-        if files:
-            note_progress()
-        for file in files.values():
-            file.close()
-
-
-def _check_space(size: int, place: Path, done: int, total: int) -> None:
-    free = shutil.disk_usage(place).free
-    earlier = f", in addition to {done} from an earlier run" if done else ""
-    logger.warning(f"The frozen states of {total - done} examples need {size / 1e9:.2f} GB in '{place}'{earlier}.")
-    if size > free:
-        if not done:
-            shutil.rmtree(place, ignore_errors=True)
-        raise OSError(
-            f"'{place.parent}' has {free / 1e9:.2f} GB left, and the frozen states need {size / 1e9:.2f} GB. Choose a larger "
-            "disk, cache them in bfloat16, or train without a cache."
-        )
+            places.setdefault(kind, []).append(places_of(counts, number))
+    return {kind: States(blocks[kind], by_row(np.concatenate(places[kind]), computed.order)) for kind in blocks}
