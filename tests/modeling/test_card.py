@@ -10,7 +10,8 @@ from conftest import assert_same_weights, disturb, small_adapter
 from huggingface_hub import ModelCard
 
 from kadapter_hf import KAdapterForRelationClassification, KAdapterModel, cards
-from kadapter_hf.cards import card_text, make_card, merge_card
+from kadapter_hf.card_content import make_card
+from kadapter_hf.cards import card_text, merge_card
 
 
 PROVENANCE = {
