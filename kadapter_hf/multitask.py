@@ -18,7 +18,7 @@ from transformers import AutoModel, Trainer, TrainingArguments, set_seed
 
 from kadapter_cli._names import did_you_mean
 
-from .corpora.schema import write_json
+from .corpora.files import write_json
 from .features import encode, load_tokenizer, most_tokens
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .cloze import Candidates, Prediction, Query, predict, queries_of, read_vocabulary, single_token_words
 from .corpora import RELATION, Report
-from .corpora.schema import write_json
+from .corpora.files import write_json
 from .features import load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .lama import Fact, Pair, read_lama

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from kadapter_cli._names import did_you_mean
 
 from . import probing
-from .corpora.schema import read_json
+from .corpora.files import read_json
 from .figures import new_figure, warn_without_matplotlib
 from .finetuning import FinetuningArguments, combination, finetune, load_data, new_model, parser
 from .lama import PUBLISHED

@@ -28,7 +28,7 @@ from transformers.utils import CONFIG_NAME, logging
 from kadapter_cli._names import did_you_mean, is_repo_id
 
 from .activations import CachedStates, cached_states
-from .corpora.schema import write_json
+from .corpora.files import write_json
 from .hub import push_folder
 from .messages import one_line
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .corpora.schema import read_json, write_json
+from .corpora.files import read_json, write_json
 
 
 if TYPE_CHECKING:

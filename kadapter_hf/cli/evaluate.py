@@ -50,7 +50,7 @@ def evaluate(
 
     Example: `kadapter evaluate open-entity --model open-entity-model --data OpenEntity/test.json`
     """
-    from kadapter_hf.corpora.schema import write_json
+    from kadapter_hf.corpora.files import write_json
     from kadapter_hf.predicting import evaluate as run, label_names, labels_of, load_finetuned
     from kadapter_hf.reports import write_report
     from kadapter_hf.tasks.task import find_task

@@ -237,7 +237,7 @@ def write(files: list[Path], made: "list[tuple[Dataset, Report]]", output: Path,
     from datasets import concatenate_datasets, disable_progress_bars
 
     from kadapter_hf.corpora import Report
-    from kadapter_hf.corpora.schema import write_json
+    from kadapter_hf.corpora.files import write_json
 
     disable_progress_bars()
     dataset, report = concatenate_datasets([rows for rows, _ in made]), Report()

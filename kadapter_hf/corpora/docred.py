@@ -9,7 +9,8 @@ from datasets import Dataset
 
 from ..progress import progress
 from .fewrel import relation_names
-from .schema import MALFORMED, RELATION, Record, Report, Row, build, read_json, relation_row
+from .files import read_json
+from .schema import MALFORMED, RELATION, Record, Report, Row, build, relation_row
 
 
 def read_docred(path: str | Path, names: str | Path | None = None, strict: bool = False) -> tuple[Dataset, Report]:

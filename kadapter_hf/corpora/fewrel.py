@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from ..messages import shortened
 from ..progress import progress
-from .schema import MALFORMED, RELATION, Record, Report, Row, build, is_name, read_json, relation_row
+from .files import read_json
+from .schema import MALFORMED, RELATION, Record, Report, Row, build, is_name, relation_row
 
 
 def read_fewrel(path: str | Path, names: str | Path | None = None, strict: bool = False) -> tuple[Dataset, Report]:

@@ -7,7 +7,8 @@ from typing import Any
 from datasets import Dataset
 
 from ..progress import progress
-from .schema import MALFORMED, RELATION, Record, Report, Row, build, read_json, relation_row
+from .files import read_json
+from .schema import MALFORMED, RELATION, Record, Report, Row, build, relation_row
 
 
 def read_tacred(path: str | Path, strict: bool = False) -> tuple[Dataset, Report]:

@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from ..figures import warn_without_matplotlib
 from .fewrel import relation_names
-from .schema import Report, write_json
+from .files import write_json
+from .schema import Report
 from .trex_steps import ExtractTrex, Split, SplitTrex
 
 

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from ..figures import new_figure
 from ..messages import needs
-from .schema import MALFORMED, RELATION, Report, no_garbage_collection, write_json
+from .files import write_json
+from .schema import MALFORMED, RELATION, Report, no_garbage_collection
 
 
 try:

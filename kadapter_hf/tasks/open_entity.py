@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..corpora.schema import Row, read_json
+from ..corpora.files import read_json
+from ..corpora.schema import Row
 from .records import Named, needed
 from .task import register_task
 from .typing import TypingTask

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, List
 from datasets.exceptions import DatasetsError
 
-from ..corpora.schema import csv_records, json_records
+from ..corpora.files import csv_records, json_records
 from ..messages import shortened
 
 

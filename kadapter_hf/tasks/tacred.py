@@ -6,7 +6,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..corpora.schema import MALFORMED, Row, read_json, relation_row
+from ..corpora.files import read_json
+from ..corpora.schema import MALFORMED, Row, relation_row
 from ..metrics import tacred_metrics
 from .records import Named, RowProblem
 from .relation import RelationOptions, RelationTask
