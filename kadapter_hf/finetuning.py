@@ -15,6 +15,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from kadapter_cli._flags import flag
+
 from .activations import CachedStatesCollator
 from .corpora import names_beside
 from .features import load_tokenizer, most_tokens
@@ -51,22 +53,18 @@ logger = logging.get_logger(__name__)
 LETTERS = {"factual": "F", "linguistic": "L"}
 
 
-def _help(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class FinetuningArguments:
     """Arguments in addition to those of the task and of Trainer."""
 
-    data: str | None = _help(
+    data: str | None = flag(
         None,
         "A folder whose files name their splits (train, dev or validation, test), a file with rows to train on, or a data set "
         "on the Hub.",
     )
-    train_file: str | None = _help(None, "Instead of --data: the file with the rows to train on.")
-    validation_file: str | None = _help(None, "With --train_file: the rows to choose the best checkpoint by.")
-    test_file: str | None = _help(None, "With --train_file: the rows for the final evaluation.")
+    train_file: str | None = flag(None, "Instead of --data: the file with the rows to train on.")
+    validation_file: str | None = flag(None, "With --train_file: the rows to choose the best checkpoint by.")
+    test_file: str | None = flag(None, "With --train_file: the rows for the final evaluation.")
     adapters: list[str] | None = field(
         default=None,
         metadata={
@@ -74,41 +72,41 @@ class FinetuningArguments:
             "one of several, which are all used without. Default: none, which fine-tunes the backbone alone."
         },
     )
-    untrained_adapters: int = _help(
+    untrained_adapters: int = flag(
         0, "Use this many new adapters with random weights instead, which the paper calls K-Adapter without knowledge."
     )
-    untrained_like: str | None = _help(
+    untrained_like: str | None = flag(
         None, "An adapter (repository, folder or file) whose sizes the untrained ones have. Default: the paper's."
     )
-    backbone: str | None = _help(
+    backbone: str | None = flag(
         None, f"A repository or folder. Default: as recorded in the first adapter, otherwise {DEFAULT_BACKBONE}."
     )
-    fusion: str = _help(
+    fusion: str = flag(
         "concat", "How the outputs of the backbone and the adapters are combined: concat, add, gate or attention."
     )
-    fusion_config: str | None = _help(
+    fusion_config: str | None = flag(
         None,
         """The configuration of the fusion as JSON, e.g. '{"scale": 0.1}' for add: a learnt factor per adapter.""",
     )
-    freeze_backbone: bool = _help(
+    freeze_backbone: bool = flag(
         False, "Train the fusion and the head only, and with --freeze_adapters false the adapters."
     )
-    freeze_adapters: bool = _help(True, "Keep the adapters as they are, as the paper does.")
-    cache_activations: str | None = _help(
+    freeze_adapters: bool = flag(True, "Keep the adapters as they are, as the paper does.")
+    cache_activations: str | None = flag(
         None,
         "With --freeze_backbone: a folder for the states that the frozen parts compute, which other runs on the same rows "
         "read. Default: if the adapters are frozen too, the states are computed once and kept in memory.",
     )
-    max_length: int | None = _help(
+    max_length: int | None = flag(
         None, "Maximum number of tokens. Default: the paper's, or the backbone's if it is less."
     )
-    eval_size: float = _help(0.1, "Fraction of the rows to hold out if the data has no split for validation.")
-    max_train_samples: int | None = _help(None, "Train on at most this many rows, chosen at random.")
-    max_eval_samples: int | None = _help(None, "Evaluate on at most this many rows of each split, chosen at random.")
-    overwrite_output_dir: bool = _help(
+    eval_size: float = flag(0.1, "Fraction of the rows to hold out if the data has no split for validation.")
+    max_train_samples: int | None = flag(None, "Train on at most this many rows, chosen at random.")
+    max_eval_samples: int | None = flag(None, "Evaluate on at most this many rows of each split, chosen at random.")
+    overwrite_output_dir: bool = flag(
         False, "Replace the model and the checkpoints of an earlier run in --output_dir."
     )
-    skip_bad_rows: bool = _help(False, "Skip and count rows that can't be used, instead of stopping at the first one.")
+    skip_bad_rows: bool = flag(False, "Skip and count rows that can't be used, instead of stopping at the first one.")
 
     def __post_init__(self):
         if (self.data is None) == (self.train_file is None):

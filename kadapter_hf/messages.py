@@ -11,6 +11,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from kadapter_cli._names import one_line
+
 
 MOST = 4000
 LOGIN = "log in with `hf auth login` or give --token"
@@ -41,13 +43,6 @@ def sentence(error: Exception, repo: str | None = None) -> str:
 def needs(what: str, library: str, extra: str) -> str:
     """The sentence that says which extra of the package to install, as a library is missing."""
     return f"{what} needs {library}: pip install 'kadapter-hf[{extra}]'"
-
-
-def one_line(value: Any) -> str:
-    """Text in one line, without control characters for the terminal, as files may come from strangers."""
-    return "".join(
-        char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(str(value).split())
-    )
 
 
 def shortened(text: Any, most: int = 100) -> str:

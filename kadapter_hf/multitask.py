@@ -200,14 +200,13 @@ def _metrics(
             yield name, quality(trainer.evaluate(data[name]))
 
 
-def parse(flags: Sequence[str]) -> tuple[MultitaskArguments, TrainingArguments]:
-    """The arguments of `kadapter pretrain multitask`; exits with code 2 if they are wrong."""
-    parser = Parser(
+def parser() -> Parser:
+    """The parser of the flags of `kadapter pretrain multitask`."""
+    made = Parser(
         (MultitaskArguments, TrainingArguments),
         prog="kadapter pretrain multitask",
         description="Trains a backbone itself on several objectives at once: the paper's RoBERTa + multitask. Example: "
         "kadapter pretrain multitask --data factual=fewrel linguistic=trees --output_dir multitask-backbone",
     )
-    parser.set_defaults(learning_rate=1e-5, per_device_train_batch_size=32, warmup_steps=0.1, logging_steps=0.02)
-    arguments, training = parser.parse(flags)
-    return arguments, training
+    made.set_defaults(learning_rate=1e-5, per_device_train_batch_size=32, warmup_steps=0.1, logging_steps=0.02)
+    return made

@@ -19,6 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from kadapter_cli._flags import flag
 from kadapter_cli._names import did_you_mean
 
 from . import precision
@@ -51,10 +52,6 @@ from .runs import (
 logger = logging.get_logger(__name__)
 
 
-def _help(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class PretrainingArguments:
     """Arguments in addition to those of Trainer."""
@@ -66,17 +63,17 @@ class PretrainingArguments:
             "evaluation."
         }
     )
-    name: str | None = _help(None, "Name of the adapter. Default: the name of the objective.")
-    backbone: str = _help(DEFAULT_BACKBONE, "The frozen backbone: a repository or folder.")
-    backbone_dtype: str = _help("auto", precision.HELP)
-    eval_size: float = _help(0.1, "Fraction of the rows to hold out if the data has no split for evaluation.")
-    max_train_samples: int | None = _help(None, "Train on at most this many rows, chosen at random.")
-    max_eval_samples: int | None = _help(None, "Evaluate on at most this many rows, chosen at random.")
-    max_length: int | None = _help(None, "Maximum number of tokens of a row. Default: the backbone's maximum.")
-    cache_activations: str | None = _help(
+    name: str | None = flag(None, "Name of the adapter. Default: the name of the objective.")
+    backbone: str = flag(DEFAULT_BACKBONE, "The frozen backbone: a repository or folder.")
+    backbone_dtype: str = flag("auto", precision.HELP)
+    eval_size: float = flag(0.1, "Fraction of the rows to hold out if the data has no split for evaluation.")
+    max_train_samples: int | None = flag(None, "Train on at most this many rows, chosen at random.")
+    max_eval_samples: int | None = flag(None, "Evaluate on at most this many rows, chosen at random.")
+    max_length: int | None = flag(None, "Maximum number of tokens of a row. Default: the backbone's maximum.")
+    cache_activations: str | None = flag(
         None, "Folder to cache the backbone's states in, so that it runs once per row instead of in each epoch."
     )
-    activations_dtype: str = _help(
+    activations_dtype: str = flag(
         "auto",
         "Data type of the cached states: auto, which is that in which the backbone computes them; float32; or bfloat16, for "
         "half the disk space.",
@@ -87,20 +84,20 @@ class PretrainingArguments:
             "help": "The backbone states that the adapter reads. Default: the first, middle and second-to-last."
         },
     )
-    adapter_hidden_size: int = _help(768, "Width of the adapter's transformer layers, or of its bottlenecks.")
-    adapter_num_hidden_layers: int = _help(
+    adapter_hidden_size: int = flag(768, "Width of the adapter's transformer layers, or of its bottlenecks.")
+    adapter_num_hidden_layers: int = flag(
         2,
         "Transformer layers in each adapter layer. With 0, it is a bottleneck: project down, activation, project up.",
     )
-    adapter_num_attention_heads: int = _help(12, "Attention heads of the transformer layers.")
-    adapter_intermediate_size: int = _help(3072, "Width of the feed-forward part of the transformer layers.")
-    dropout: float = _help(0.1, "Dropout in the adapter and in the head.")
-    overwrite_output_dir: bool = _help(
+    adapter_num_attention_heads: int = flag(12, "Attention heads of the transformer layers.")
+    adapter_intermediate_size: int = flag(3072, "Width of the feed-forward part of the transformer layers.")
+    dropout: float = flag(0.1, "Dropout in the adapter and in the head.")
+    overwrite_output_dir: bool = flag(
         False, "Replace the adapter and the checkpoints of an earlier run in --output_dir."
     )
-    language: str | None = _help(None, "Language of the corpus (en, …), for the model card.")
-    license: str | None = _help(None, "Licence of the adapter (apache-2.0, cc-by-sa-4.0, …), for the model card.")
-    fusion: str = _help(
+    language: str | None = flag(None, "Language of the corpus (en, …), for the model card.")
+    license: str | None = flag(None, "Licence of the adapter (apache-2.0, cc-by-sa-4.0, …), for the model card.")
+    fusion: str = flag(
         "add",
         "How the outputs of the backbone and the adapter are combined for the head: add; concat as in the original; gate; or "
         "attention. With all but add, part of what is learned ends up in the fusion, which is discarded with the head.",

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kadapter_cli._flags import flag
+
 from .cloze import Candidates, Prediction, Query, predict, queries_of, read_vocabulary, single_token_words
 from .corpora import RELATION, Report
 from .corpora.files import write_json
@@ -33,48 +35,44 @@ METRICS, PREDICTIONS, FIGURE = "metrics.json", "predictions.jsonl", "probe.png"
 NAMES = {"backbone": "backbone", "kadapter": "K-Adapter"}
 
 
-def _help(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class ProbingArguments:
     """What to probe, and how."""
 
     model: str = field(metadata={"help": "A K-Adapter, or a stock masked-language model: a repository or folder."})
     data: str = field(metadata={"help": "LAMA's folder, the folder of one of its parts, or a .jsonl file of facts."})
-    backbone: str | None = _help(None, "The backbone: a repository or folder. Default: as recorded in the K-Adapter.")
-    protocol: Literal["as-is", "fusion", "new-head"] = _help(
+    backbone: str | None = flag(None, "The backbone: a repository or folder. Default: as recorded in the K-Adapter.")
+    protocol: Literal["as-is", "fusion", "new-head"] = flag(
         "as-is",
         "What is trained on --train_text before the probe: nothing (as-is); the fusion, with the backbone's own masked-"
         "language-model head (fusion); or a new head, for the backbone as well, and the fusion (new-head, the paper's).",
     )
-    train_text: str | None = _help(None, "A file with one text per line, or a .jsonl file with the field text.")
-    fusion: str | None = _help(
+    train_text: str | None = flag(None, "A file with one text per line, or a .jsonl file with the field text.")
+    fusion: str | None = flag(
         None, "Replace the K-Adapter's fusion by a new one of this kind (add, attention, …), if it has another."
     )
-    epochs: int = _help(2, "Epochs of the training.")
-    learning_rate: float = _help(1e-3, "Its learning rate, which decreases linearly, without warm-up.")
-    max_length: int = _help(512, "Maximum number of tokens of a training text; the rest of it is not used.")
-    train_batch_size: int = _help(1024, "Texts per training step.")
-    batch_size: int = _help(32, "Texts that are processed at once, in training and in probing.")
-    vocab: str | None = _help(
+    epochs: int = flag(2, "Epochs of the training.")
+    learning_rate: float = flag(1e-3, "Its learning rate, which decreases linearly, without warm-up.")
+    max_length: int = flag(512, "Maximum number of tokens of a training text; the rest of it is not used.")
+    train_batch_size: int = flag(1024, "Texts per training step.")
+    batch_size: int = flag(32, "Texts that are processed at once, in training and in probing.")
+    vocab: str | None = flag(
         None,
         "The words to choose among, one per line, e.g. LAMA's common vocabulary. Default: all words that are one token of the "
         "tokenizer.",
     )
-    multi_token: bool = _help(
+    multi_token: bool = flag(
         False,
         "Also score objects of several tokens: each is ranked among the objects of its relation, not among --vocab.",
     )
-    exclude: str | None = _help(
+    exclude: str | None = flag(
         None, "Facts to leave out (LAMA-UHN): a uuid, subject<TAB>object, or a JSON object with these per line."
     )
-    corpus: str | None = _help(
+    corpus: str | None = flag(
         None, "The rows that the adapter was trained on, as written by `kadapter prepare`: facts in it are told apart."
     )
-    output_dir: str | None = _help(None, f"Folder for {METRICS}, {PREDICTIONS} and {FIGURE}.")
-    seed: int = _help(42, "Seed of the training.")
+    output_dir: str | None = flag(None, f"Folder for {METRICS}, {PREDICTIONS} and {FIGURE}.")
+    seed: int = flag(42, "Seed of the training.")
 
     def __post_init__(self):
         if (self.train_text is None) != (self.protocol == "as-is"):

@@ -19,10 +19,10 @@ from transformers.utils import logging
 
 from kadapter_cli._names import did_you_mean
 
-from . import probing
+from . import finetuning, probing
 from .corpora.files import read_json
 from .figures import new_figure, warn_without_matplotlib
-from .finetuning import FinetuningArguments, combination, finetune, load_data, new_model, parser
+from .finetuning import FinetuningArguments, combination, finetune, load_data, new_model
 from .lama import PUBLISHED
 from .modeling.heads_kadapter import KAdapterForMaskedLM
 from .modeling.reading_kadapter import read_adapter
@@ -130,7 +130,7 @@ class Run:
 
     def _parsed(self, *more: str) -> tuple[Any, ...]:
         flags = ["--data", self.source, *self.model_flags, "--seed", str(self.seed), *self.flags]
-        return parser(self.task).parse([*flags, "--output_dir", str(self.folder), *more])
+        return finetuning.parser(self.task).parse([*flags, "--output_dir", str(self.folder), *more])
 
     def results(self) -> dict[str, float]:
         """The metric on the test split (or validation, without one) in percent, by row of the table."""
@@ -337,13 +337,11 @@ def draw(tasks: Sequence[str], models: Sequence[str], found: dict[tuple[str, str
     figure.savefig(path, dpi=150)
 
 
-def parse(flags: Sequence[str]) -> tuple[ReproductionArguments, list[str]]:
-    """The arguments, and the flags that are passed on to each run; exits with code 2 if they are wrong."""
-    made = Parser(
+def parser() -> Parser:
+    """The parser of the flags; those that it doesn't know are passed on to each run."""
+    return Parser(
         ReproductionArguments,
         prog="kadapter reproduce",
         description="Compares a backbone alone, with untrained and with trained adapters on tasks. All other flags are passed "
         "on to `kadapter finetune`. Finished runs are not repeated, and a stopped one goes on, if the command is given again.",
     )
-    arguments, rest = made.parse_known(flags)
-    return arguments, rest

@@ -1,14 +1,13 @@
 """What the runs of Trainer have in common: arguments and their errors, checkpoints, interruption."""
 
 import argparse
-import shlex
 import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,45 +24,33 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
-from kadapter_cli._names import did_you_mean, is_repo_id
+from kadapter_cli._flags import FlagParser
+from kadapter_cli._names import is_repo_id
 
 from .activations import CachedStates, cached_states
 from .corpora.files import write_json
 from .hub import push_folder
-from .messages import one_line
 
 
 logger = logging.get_logger(__name__)
 
 
-class Parser(HfArgumentParser):
+class Parser(FlagParser, HfArgumentParser):
     """
-    Reports wrong usage without the list of all flags, and with exit code 2.
+    The parser of a command.
 
     Args:
         defaults: returns the default values of flags that depend on other flags.
     """
 
     def __init__(self, *args, defaults: Callable[[argparse.Namespace], Mapping[str, Any]] | None = None, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **kwargs)
         self.defaults = defaults
-        for action in self._actions:
-            if action.dest == "output_dir" and TrainingArguments in list(self.dataclass_types):
-                # transformers' default is a folder in the current one.
-                action.required, action.help = True, "The output folder, also for checkpoints."
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
 
     def parse(self, flags: Sequence[str]) -> tuple[Any, ...]:
         """The arguments, an object of each dataclass; exits with code 2 if they are wrong."""
         *parsed, rest = self.parse_known(flags)
-        for word in rest:
-            flag = word.partition("=")[0]
-            if flag.startswith("--"):
-                self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
-        if rest:
-            self.error(f"unexpected arguments: {shlex.join(rest)}")
+        self.refuse(rest)
         return tuple(parsed)
 
     def parse_known(self, flags: Sequence[str]) -> tuple[Any, ...]:
@@ -72,7 +59,7 @@ class Parser(HfArgumentParser):
             self.set_defaults(**self.defaults(self.parse_known_args(list(flags))[0]))
         try:
             # transformers changes the arguments of some flags in place.
-            parsed = self.parse_args_into_dataclasses(args=list(flags), return_remaining_strings=True)
+            parsed = self.parse_args_into_dataclasses(list(flags), True, look_for_args_file=False)
             for arguments in parsed:
                 if isinstance(arguments, TrainingArguments):
                     check_training_arguments(arguments)

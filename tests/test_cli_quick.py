@@ -5,10 +5,12 @@ import os
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
-from kadapter_cli import _names as names
+from kadapter_cli import _flags, _names as names
+from kadapter_hf import finetuning, multitask, pretraining, probing, reproduction
 from kadapter_hf.modeling.fusion_kadapter import FUSIONS
 from kadapter_hf.objectives import OBJECTIVES
 from kadapter_hf.tasks import TASKS
@@ -62,8 +64,27 @@ WRONG = [
     ["prepare", "fewrel", "nowhere", "--output", "x"],
     ["prepare", "fewrel", "rows.json", "--output", "x", "--split", "tset"],
     ["prepare", "trex", ".", "--output", "x", "--seed", "-1"],
+    ["pretrain", "factual"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--lerning_rate", "1"],
+    ["pretrain", "multitask", "--data", "x", "--output_dir", "y", "--num_train_epochs", "abc"],
+    ["finetune", "tacred", "--data", "x"],
+    ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--negative_sampel", "1"],
+    ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--lr_scheduler_type", "cosin"],
+    ["reproduce", "--data", "tacred=x"],
+    ["reproduce", "--data", "tacred=x", "--adapters", "y", "--output_dir", "z", "--negative_sampel", "1"],
+    ["probe", "--model", "x", "--data", "y", "--protocl", "fusion"],
 ]
-COMPLETED = {"kadapter pret": "pretrain", "kadapter info --ba": "--backbone", "kadapter finetune tac": "tacred"}
+COMPLETED = {
+    "kadapter pret": "pretrain",
+    "kadapter info --ba": "--backbone",
+    "kadapter finetune tac": "tacred",
+    "kadapter pretrain factual --learn": "--learning_rate",
+    "kadapter pretrain multitask --data x --learning-r": "--learning-rate",
+    "kadapter finetune tacred --neg": "--negative_sample",
+    "kadapter reproduce --see": "--seeds --seed",
+    "kadapter probe --js": "--json",
+    "kadapter probe --multi": "--multi_token",
+}
 LARGE = ("datasets", "kadapter_hf", "torch", "transformers")
 # Runs commands in one process, and prints the exit code of each, its output, and which large packages it has imported.
 PROGRAM = f"""
@@ -117,13 +138,106 @@ def test_what_needs_no_model_imports_nothing_large(arguments, code, done):
 @pytest.mark.parametrize("words", COMPLETED)
 def test_the_shells_questions_are_answered_without_importing_anything_large(words, done):
     _, output, imported = done[words]
-    assert (output.split(), imported) == ([COMPLETED[words]], [])
+    assert (output.split(), imported) == (COMPLETED[words].split(), [])
 
 
 def test_the_names_that_commands_check_are_those_of_the_registries():
     assert set(names.TASKS) == set(TASKS)
     assert set(names.OBJECTIVES) == set(OBJECTIVES)
     assert set(names.FUSIONS) == set(FUSIONS)
+
+
+COMMANDS = [
+    *(("pretrain", name) for name in (*names.OBJECTIVES, "multitask")),
+    *(("finetune", name) for name in names.TASKS),
+    *(("reproduce", ""), ("probe", "")),
+]
+
+
+def parser_of(command, name):
+    """The parser of a command itself."""
+    if command == "finetune":
+        return finetuning.parser(name)
+    if command == "pretrain":
+        return multitask.parser() if name == "multitask" else pretraining.parser(name)
+    return probing.parser("kadapter probe") if command == "probe" else reproduction.parser()
+
+
+def flags_of(parser):
+    """What decides how a command line is parsed."""
+    checked = ("int", "float", "string_to_bool")
+    return {
+        tuple(action.option_strings): (
+            *(action.dest, action.nargs, action.const, action.required),
+            # The levels of logs are the only choices that are not literal in the source.
+            list(action.choices) if action.choices and not action.dest.startswith("log_level") else None,
+            action.type.__name__ if getattr(action.type, "__name__", None) in checked else None,
+        )
+        for action in parser._actions
+    }
+
+
+@pytest.mark.parametrize(("command", "name"), COMMANDS)
+def test_the_flags_read_from_the_source_are_those_of_the_command(command, name):
+    quick, real = _flags.quick_parser(command, name), parser_of(command, name)
+    assert flags_of(quick) == flags_of(real)
+    assert quick.prog == real.prog
+
+
+REQUIRED = ["--data", "x", "--output_dir", "y"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *([], ["--data", "x"], [*REQUIRED, "--lerning_rate", "1"], [*REQUIRED, "--lerning_rate=1"]),
+        *([*REQUIRED, "y"], [*REQUIRED, "-x"], [*REQUIRED, "--", "--seed"], [*REQUIRED, "--seed"]),
+        *(
+            [*REQUIRED, "--num_train_epochs", "abc"],
+            [*REQUIRED, "--use_cpu", "maybe"],
+            [*REQUIRED, "--run_name", "-x"],
+        ),
+        *(
+            [*REQUIRED, "--no_remove_unused_columns=1"],
+            [*REQUIRED, "--lr_scheduler_type", "cosin"],
+            [*REQUIRED, "--lear", "1"],
+        ),
+    ],
+    ids=" ".join,
+)
+def test_a_complaint_about_flags_is_that_of_the_command(flags, capsys):
+    said = []
+    for parse in (partial(_flags.check_flags, "pretrain", "factual"), pretraining.parser("factual").parse):
+        with pytest.raises(SystemExit, match="^2$"):
+            parse(flags)
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1] and said[0].startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--learning-rate=1e-3"], ["--seed", "1", "--seed", "2"], ["--run_name=-x"], ["--max_steps", "-1"]),
+        *(["--use_cpu"], ["--use_cpu", "NO"], ["--no_remove_unused_columns"], ["--no-remove-unused-columns"]),
+        *(["--adapter_layers", "0", "1"], ["--data", "x", "y"], ["--log_level", "info"]),
+        *(["--report_to", "none"], ["--lr_scheduler_kwargs", '{"x": -1}'], ["--warmup_steps", "1e-1"]),
+    ],
+    ids=" ".join,
+)
+def test_flags_that_the_command_accepts_are_accepted(flags):
+    flags = [*REQUIRED, "--use_cpu", *flags]
+    pretraining.parser("factual").parse(flags)
+    _flags.check_flags("pretrain", "factual", flags)
+
+
+def test_nothing_is_refused_if_the_source_of_transformers_is_not_as_expected(tmp_path):
+    (tmp_path / "transformers").mkdir()
+    for name in ("__init__", "hf_argparser", "training_args"):
+        (tmp_path / "transformers" / f"{name}.py").touch()
+    program = (
+        "from kadapter_cli._flags import check_flags; check_flags('pretrain', 'factual', ['--lerning_rate', '1'])"
+    )
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
 
 
 def test_the_command_can_be_run_as_a_module(folder):
@@ -134,7 +248,12 @@ def test_the_command_can_be_run_as_a_module(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["pretrain", "factul"], ["pull", "a/b/c"], ["prepare", "fewrel", "--help"]], ids=" ".join
+    "arguments",
+    [
+        *(["--help"], ["pretrain", "factul"], ["pull", "a/b/c"], ["prepare", "fewrel", "--help"]),
+        *(one for one in WRONG if one[:1] in (["pretrain"], ["finetune"], ["reproduce"], ["probe"])),
+    ],
+    ids=" ".join,
 )
 def test_an_answer_takes_less_than_half_a_second(arguments, folder):
     times = []

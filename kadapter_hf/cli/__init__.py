@@ -6,11 +6,13 @@ about arguments are immediate, the commands import it, and other large packages,
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import _output
+from ._arguments import FlagCommand
 from .app import app as try_in_browser
 from .combine import combine
 from .convert import convert
@@ -27,22 +29,35 @@ from .push import push
 from .reproduce import reproduce
 
 
+class Commands(TyperGroup):
+    """Lists `prepare` first, though it is a group, which typer lists after the commands."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return sorted(super().list_commands(ctx), key=lambda name: name != "prepare")
+
+
 app = typer.Typer(
+    cls=Commands,
     help="K-Adapter: knowledge adapters for a frozen Hugging Face encoder.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
 )
+# In the order of the work. The flags of these and their --help come from transformers.
+of_flags: dict[str, Any] = {
+    "cls": FlagCommand,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+}
 app.add_typer(prepare, name="prepare")
-# Their flags and their --help come from transformers.
-flags = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-app.command(context_settings=flags)(pretrain)
-app.command(context_settings=flags)(finetune)
-app.command(context_settings=flags)(reproduce)
-app.command(context_settings=flags)(probe)
-app.command(name="app", no_args_is_help=True)(try_in_browser)
-for command in (evaluate, predict, export, combine, convert, info, push, pull):
+app.command(**of_flags)(pretrain)
+app.command(**of_flags)(finetune)
+app.command(no_args_is_help=True)(evaluate)
+app.command(no_args_is_help=True)(predict)
+app.command(**of_flags)(probe)
+app.command(**of_flags)(reproduce)
+for command in (combine, convert, info, push, pull, export):
     app.command(no_args_is_help=True)(command)
+app.command(name="app", no_args_is_help=True)(try_in_browser)
 app.command()(doctor)
 
 

@@ -1,14 +1,17 @@
 """Arguments that several commands have, and their checks."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from ._names import TASKS, did_you_mean, is_repo_id
+from ._flags import quick_parser
+from ._names import TASKS, did_you_mean, is_repo_id, one_line
 from ._output import fail
 
 
@@ -24,16 +27,34 @@ def check_new(output: Path) -> None:
         fail(f"'{output}' exists and is not empty; choose another folder.")
 
 
-def check_name(name: str, known: Sequence[str], argument: str | None = None) -> None:
+def check_name(name: str, known: Collection[str], argument: str | None = None) -> None:
     """Exits if `name` is not one of the known names; `argument` is what --help calls it."""
     if name not in known:
         message = f"'{name}' is not one of {', '.join(known)}.{did_you_mean(name, known)}"
         raise typer.BadParameter(message, param_hint=argument)
 
 
-def starting(known: Sequence[str]) -> Callable[[str], list[str]]:
+def starting(known: Collection[str]) -> Callable[[str], list[str]]:
     """The shell completion of an argument whose value is one of these names."""
     return lambda incomplete: [name for name in known if name.startswith(incomplete)]
+
+
+class FlagCommand(TyperCommand):
+    """A command whose flags are those of `quick_parser`: the shell completes them, too."""
+
+    def shell_complete(self, ctx: typer.Context, incomplete: str) -> list[Any]:  # type: ignore[override]
+        found: list[Any] = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            command, name = str(self.name), ctx.params.get("objective") or ctx.params.get("task") or ""
+            parsers = [quick_parser(command, name), quick_parser("finetune") if command == "reproduce" else None]
+            actions = {action.option_strings[0]: action for parser in parsers if parser for action in parser._actions}
+            for action in actions.values():
+                # Flags can be written with underscores or hyphens; one of both is enough.
+                flag = next((flag for flag in action.option_strings if flag.startswith(incomplete)), None)
+                if flag is not None:
+                    first, _, _ = one_line(action.help or "").partition(". ")
+                    found.append(SimpleNamespace(value=flag, type="plain", help=first))
+        return found
 
 
 def checked_task(task: str | None) -> str | None:

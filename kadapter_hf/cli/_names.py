@@ -5,14 +5,34 @@ the registries of `kadapter_hf`.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
-TASKS = (
-    *("open-entity", "figer", "tacred", "cosmos-qa", "search-qa", "quasar-t", "semeval-2010-task-8"),
-    *("relation", "typing", "classification", "multiple-choice", "extractive-qa", "ner"),
-)
+# With the class of their options in `kadapter_hf.tasks`.
+TASKS = {
+    "open-entity": "typing.TypingOptions",
+    "figer": "typing.TypingOptions",
+    "tacred": "tacred.TacredOptions",
+    "cosmos-qa": "task.Options",
+    "search-qa": "extractive_qa.ExtractiveQAOptions",
+    "quasar-t": "extractive_qa.ExtractiveQAOptions",
+    "semeval-2010-task-8": "semeval.SemEvalOptions",
+    "relation": "relation.RelationOptions",
+    "typing": "typing.TypingOptions",
+    "classification": "task.Options",
+    "multiple-choice": "task.Options",
+    "extractive-qa": "extractive_qa.ExtractiveQAOptions",
+    "ner": "task.Options",
+}
 OBJECTIVES = ("factual", "linguistic", "typing")
 FUSIONS = ("add", "attention", "concat", "gate")
+
+
+def one_line(value: Any) -> str:
+    """Text in one line, without control characters for the terminal, as files may come from strangers."""
+    return "".join(
+        char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(str(value).split())
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ._arguments import check_name, starting
+from ._flags import check_flags
 from ._names import TASKS
 from ._output import conclude, running, say
 
@@ -33,6 +34,7 @@ def finetune(
         typer.echo(context.get_help())
         raise typer.Exit(0 if task else 2)
     check_name(task, TASKS, "TASK")
+    check_flags("finetune", task, context.args)
     from kadapter_hf.finetuning import finetune as run, parser, trained_parts
     from kadapter_hf.runs import schedule
     from kadapter_hf.tasks.task import find_task

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ._arguments import check_name, starting
+from ._flags import check_flags
 from ._names import OBJECTIVES
 from ._output import conclude, running, say
 
@@ -32,6 +33,7 @@ def pretrain(
         typer.echo(context.get_help())
         raise typer.Exit(0 if objective else 2)
     check_name(objective, KINDS, "OBJECTIVE")
+    check_flags("pretrain", objective, context.args)
     if objective == "multitask":
         _train_backbone(context.args)
         return
@@ -54,9 +56,9 @@ def pretrain(
 
 
 def _train_backbone(flags: list[str]) -> None:
-    from kadapter_hf.multitask import parse, train_backbone
+    from kadapter_hf.multitask import parser, train_backbone
 
-    arguments, training = parse(flags)
+    arguments, training = parser().parse(flags)
     with running():
         results = train_backbone(arguments, training)
         for objective, metrics in results.items():

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ._arguments import AsJson
+from ._flags import check_flags
 from ._output import conclude, print_json, print_table, running, say
 
 
@@ -24,6 +25,7 @@ def probe(context: typer.Context, as_json: AsJson = False) -> None:
 
     Example: `kadapter probe --model factual-adapter --data LAMA --output_dir probe`
     """
+    check_flags("probe", "", context.args)
     from kadapter_hf.probing import parser, probe as run
 
     (arguments,) = parser(context.command_path).parse(context.args)

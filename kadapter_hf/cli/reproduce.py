@@ -2,6 +2,7 @@
 
 import typer
 
+from ._flags import check_flags
 from ._output import conclude, running, say
 
 
@@ -14,12 +15,12 @@ def reproduce(context: typer.Context) -> None:
     Example: `kadapter reproduce --data open-entity=OpenEntity tacred=TACRED --adapters factual-adapter linguistic-adapter
     --seeds 1 2 3 --output_dir comparison`
     """
-    from kadapter_hf.reproduction import parse, reproduce as run
+    check_flags("reproduce", "", context.args)
+    from kadapter_hf.reproduction import parser, reproduce as run
 
     with running():
         try:
-            arguments, flags = parse(context.args)
-            path = run(arguments, flags)
+            path = run(*parser().parse_known(context.args))
         except KeyboardInterrupt:
             raise KeyboardInterrupt("Stopped. Give the same command again to continue.") from None
         say(path.read_text(encoding="utf-8").rstrip())

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kadapter_cli import app
 from kadapter_hf import KAdapterForMaskedLM, KAdapterModel
-from kadapter_hf.reproduction import parse, planned, published_names, write_tables
+from kadapter_hf.reproduction import parser, planned, published_names, write_tables
 
 
 FLAGS = (
@@ -181,7 +181,7 @@ def test_a_damaged_adapter_is_reported_before_the_first_run(compared, tmp_path):
 
 def test_tables_are_replaced_whole(compared, tmp_path):
     """Whoever reads one meanwhile, e.g. another process, has all of the earlier one."""
-    arguments, flags = parse(compared[0][1:])
+    arguments, flags = parser().parse_known(compared[0][1:])
     runs, names = planned(arguments, flags), published_names(arguments)
     write_tables(runs, names, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md", "results.png"}
