@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from kadapter_cli._flags import flag
+from kadapter_cli._source import flag
 
 from .activations import CachedStatesCollator
 from .corpora import names_beside

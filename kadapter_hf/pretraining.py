@@ -19,8 +19,8 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from kadapter_cli._flags import flag
 from kadapter_cli._names import did_you_mean
+from kadapter_cli._source import flag
 
 from . import precision
 from .activations import CachedStatesCollator

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kadapter_cli._flags import flag
+from kadapter_cli._source import flag
 
 from .cloze import Candidates, Prediction, Query, predict, queries_of, read_vocabulary, single_token_words
 from .corpora import RELATION, Report

@@ -234,10 +234,13 @@ def test_nothing_is_refused_if_the_source_of_transformers_is_not_as_expected(tmp
     (tmp_path / "transformers").mkdir()
     for name in ("__init__", "hf_argparser", "training_args"):
         (tmp_path / "transformers" / f"{name}.py").touch()
-    program = (
-        "from kadapter_cli._flags import check_flags; check_flags('pretrain', 'factual', ['--lerning_rate', '1'])"
-    )
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from kadapter_cli._flags import check_flags
+check_flags("pretrain", "factual", ["--lerning_rate", "1"])
+"""
+    subprocess.run([sys.executable, "-c", program, tmp_path], check=True)
 
 
 def test_the_command_can_be_run_as_a_module(folder):

@@ -1,0 +1,101 @@
+"""Dataclasses read from the source of packages whose import takes seconds."""
+
+import ast
+import builtins
+import importlib.util
+import typing
+from dataclasses import field, make_dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field of a dataclass, with its help."""
+    return field(default=default, metadata={"help": str(text)})
+
+
+def read_dataclass(place: str) -> type:
+    """
+    A dataclass with the fields of the one at `place`, which is its module and name. What other files define is `Unknown` in it,
+    except for base classes and enumerations.
+
+    Raises:
+        Exception: the source is not as expected.
+    """
+    module, _, name = place.rpartition(".")
+    return make_dataclass(name, _fields(file_of(module), name).values())
+
+
+def file_of(module: str) -> Path:
+    """The file of a module, which is not imported."""
+    package, *parts = module.split(".")
+    folders = importlib.util.find_spec(package).submodule_search_locations  # type: ignore[union-attr]
+    return Path(folders[0], *parts).with_suffix(".py")  # type: ignore[index]
+
+
+@cache
+def _statements(path: Path) -> list[ast.stmt]:
+    return ast.parse(path.read_bytes()).body
+
+
+def _find(path: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
+    """The definition of a class in a file, or in another one of the package, from which the file imports it."""
+    for node in _statements(path) if path.is_file() else ():
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return path, node
+        if isinstance(node, ast.ImportFrom) and node.level and name in [alias.name for alias in node.names]:
+            return _find(path.parents[node.level - 1].joinpath(*str(node.module).split(".")).with_suffix(".py"), name)
+    return None
+
+
+def _fields(path: Path, name: str) -> dict[str, tuple[Any, ...]]:
+    """What `make_dataclass` takes for the fields of a dataclass, by name."""
+    path, node = _find(path, name)  # type: ignore[misc]
+    names, found = _Names(path), dict[str, tuple[Any, ...]]()
+    for base in node.bases:
+        found |= _fields(path, ast.unparse(base))
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign):
+            parts = [eval(ast.unparse(part), names) for part in (line.annotation, line.value) if part]
+            found[line.target.id] = (line.target.id, *parts)  # type: ignore[union-attr]
+    return found
+
+
+class _Names(dict[str, Any]):
+    """The values of the names in the source of the fields."""
+
+    def __init__(self, path: Path):
+        super().__init__(vars(builtins) | vars(typing) | {"field": _field, "flag": flag})
+        self.path = path
+
+    def __missing__(self, name: str) -> Any:
+        _, node = _find(self.path, name) or (None, None)
+        if node is None or not any("Enum" in ast.unparse(base) for base in node.bases):
+            return Unknown
+        lines = [line for line in node.body if isinstance(line, ast.Assign)]
+        return Enum(name, [(ast.unparse(line.targets[0]), ast.literal_eval(line.value)) for line in lines])
+
+
+class _UnknownType(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return cls
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls
+
+    def __str__(cls) -> str:
+        return "…"
+
+
+class Unknown(metaclass=_UnknownType):
+    """What another file defines, and what is made of it. As the type of a flag, it accepts every value."""
+
+
+def _field(metadata: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    """`field` without unknown metadata."""
+    known = {key: value for key, value in (metadata or {}).items() if value is not Unknown}
+    return field(metadata=known, **kwargs)
