@@ -55,7 +55,7 @@ def quick_parser(command: str, name: str = "") -> FlagParser | None:
         "probe": ["kadapter_hf.probing.ProbingArguments"],
     }
     try:
-        # It is in a file that imports nothing of transformers.
+        # The parser of transformers is in a file that imports nothing else of transformers.
         spec = importlib.util.spec_from_file_location("hf_argparser", file_of("transformers.hf_argparser"))
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         spec.loader.exec_module(module)  # type: ignore[union-attr]

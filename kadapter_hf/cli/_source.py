@@ -79,6 +79,8 @@ class _Names(dict[str, Any]):
 
 
 class _UnknownType(type):
+    """The class of `Unknown`: whatever is done with that gives the same again."""
+
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
