@@ -83,9 +83,7 @@ def main() -> None:
     columns = {f"step, {precision.label}": whole_step(bench, precision) for precision in PRECISIONS}
     for precision in (FLOAT32, BF16):
         columns[f"adapter alone, {precision.label}"] = adapter_alone(bench, precision)
-    rows = [
-        [kind, *(f"{100 * column.get(kind, 0):.0f}" for column in columns.values())] for kind in (*KINDS, "other")
-    ]
+    rows = [[kind, *(f"{100 * column.get(kind, 0):.0f}" for column in columns.values())] for kind in (*KINDS, "other")]
     print_table(["% of the time", *columns], rows)
 
 

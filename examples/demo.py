@@ -458,7 +458,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger(cached_states.__module__).setLevel(logging.ERROR)  # it says how large the cache is
+    logging.getLogger("kadapter_hf.stored_states").setLevel(logging.ERROR)  # it says how large each cache is
     try:
         run(args)
     except (KAdapterLoadError, KAdapterConfigError, OSError) as error:

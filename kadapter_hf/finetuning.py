@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, DatasetDict
 from torch.utils.data import SequentialSampler
@@ -81,7 +81,7 @@ class FinetuningArguments:
     backbone: str | None = flag(
         None, f"A repository or folder. Default: as recorded in the first adapter, otherwise {DEFAULT_BACKBONE}."
     )
-    fusion: str = flag(
+    fusion: Literal["add", "attention", "concat", "gate"] = flag(
         "concat", "How the outputs of the backbone and the adapters are combined: concat, add, gate or attention."
     )
     fusion_config: str | None = flag(

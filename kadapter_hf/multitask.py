@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoModel, Trainer, TrainingArguments, set_seed
 
-from kadapter_cli._names import did_you_mean
+from kadapter_cli import _names
 
 from .corpora.files import write_json
 from .features import encode, load_tokenizer, most_tokens
@@ -60,8 +60,8 @@ class MultitaskArguments:
 
     def __post_init__(self):
         for name, source in self.sources().items():
-            if name not in OBJECTIVES:
-                raise ValueError(f"there is no objective '{name}'.{did_you_mean(name, OBJECTIVES)}")
+            if name not in _names.OBJECTIVES:
+                raise ValueError(f"there is no objective '{name}'.{_names.did_you_mean(name, _names.OBJECTIVES)}")
             if not source:
                 raise ValueError(f"--data takes OBJECTIVE=SOURCE, but there is no source for '{name}'")
         if not 0 < self.eval_size < 1:

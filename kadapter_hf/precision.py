@@ -11,18 +11,6 @@ from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16")
-HELP = (
-    "Data type of the frozen backbone: float32; bfloat16; or auto, which is bfloat16 where the processor multiplies it faster. "
-    "The adapters stay in float32; --bf16 true computes them in bfloat16 too."
-)
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises a ValueError for an unknown value of --backbone_dtype."""
-    if dtype not in DTYPES:
-        raise ValueError(f"--backbone_dtype must be one of {', '.join(DTYPES)}, not {dtype}")
-
 
 def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The data type in which a device multiplies fastest at the range of float32, and how that is known."""

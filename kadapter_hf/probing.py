@@ -26,7 +26,6 @@ from .figures import new_figure, warn_without_matplotlib
 from .lama import Fact, Pair, read_lama
 from .masked_lm import backbone_of, encode_texts, freeze_all_but, models_of, read_texts, train_on
 from .messages import shortened
-from .modeling.fusion_kadapter import check_fusion
 from .rows import load_rows
 from .runs import Parser
 
@@ -48,7 +47,7 @@ class ProbingArguments:
         "language-model head (fusion); or a new head, for the backbone as well, and the fusion (new-head, the paper's).",
     )
     train_text: str | None = flag(None, "A file with one text per line, or a .jsonl file with the field text.")
-    fusion: str | None = flag(
+    fusion: Literal["add", "attention", "concat", "gate"] | None = flag(
         None, "Replace the K-Adapter's fusion by a new one of this kind (add, attention, …), if it has another."
     )
     epochs: int = flag(2, "Epochs of the training.")
@@ -86,8 +85,6 @@ class ProbingArguments:
             raise ValueError(
                 f"--train_batch_size must be a multiple of --batch_size, not {self.train_batch_size} and {self.batch_size}."
             )
-        if self.fusion is not None:
-            check_fusion(self.fusion, {})
 
 
 # ---- Metrics --------------------------------------------------------------------------------------------------------

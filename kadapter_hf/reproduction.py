@@ -17,7 +17,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from kadapter_cli._names import did_you_mean
+from kadapter_cli import _names
 
 from . import finetuning, probing
 from .corpora.files import read_json
@@ -81,11 +81,11 @@ class ReproductionArguments:
         return dict(part.partition("=")[::2] for part in self.data)
 
     def __post_init__(self):
-        known = [*TASKS, LAMA]
+        known = [*_names.TASKS, LAMA]
         for name, source in self.sources().items():
             if name not in known:
                 raise ValueError(
-                    f"there is no task '{name}'; there are {', '.join(known)}.{did_you_mean(name, known)}"
+                    f"there is no task '{name}'; there are {', '.join(known)}.{_names.did_you_mean(name, known)}"
                 )
             if not source:
                 raise ValueError(f"--data takes TASK=SOURCE, but there is no source for '{name}'")

@@ -24,7 +24,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
-from kadapter_cli._flags import FlagParser
+from kadapter_cli._flags import FlagParser, check_numbers
 from kadapter_cli._names import is_repo_id
 
 from .activations import CachedStates, cached_states
@@ -68,24 +68,9 @@ class Parser(FlagParser, HfArgumentParser):
         return parsed
 
 
-# The smallest values that make sense. Trainer refuses others after minutes of preparation, or not at all.
-_LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_epochs": 0, "seed": 0} | {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-}
-
-
 def check_training_arguments(training: TrainingArguments) -> None:
     """Raises a ValueError for a value that Trainer can't use, which it would notice only later."""
-    for name, least in _LEAST.items():
-        value = getattr(training, name)
-        if not value >= least:  # not even if it is NaN
-            raise ValueError(f"--{name} must be at least {least}, not {value}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= (value := getattr(training, name)) < 1:
-            raise ValueError(f"--{name} must be in [0, 1), not {value}")
+    check_numbers(training)
     if not isinstance(training.lr_scheduler_kwargs or {}, dict):
         raise ValueError(f"--lr_scheduler_kwargs must be a JSON object, not {training.lr_scheduler_kwargs}")
     if Path(str(training.output_dir)).is_file():

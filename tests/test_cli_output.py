@@ -69,7 +69,9 @@ def predicted(trained):
 
 
 def test_without_a_terminal_progress_is_a_line_for_each_log(trained):
-    steps = [line for line in trained.done.stderr.splitlines() if not line.startswith("The backbone computes in")]
+    # transformers 5.5 says more, which nothing can be done about.
+    others = ("The backbone computes in", "The tokenizer has new PAD/BOS/EOS tokens")
+    steps = [line for line in trained.done.stderr.splitlines() if not line.startswith(others)]
     patterns = [
         r"Step 1 of 2: loss [\d.]+, .*; \d\d:\d\d left",
         r"Step 1 of 2: eval_loss [\d.]+, eval_micro_f1 .*",

@@ -72,7 +72,12 @@ WRONG = [
     ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--lr_scheduler_type", "cosin"],
     ["reproduce", "--data", "tacred=x"],
     ["reproduce", "--data", "tacred=x", "--adapters", "y", "--output_dir", "z", "--negative_sampel", "1"],
+    ["reproduce", "--data", "tacrd=x", "--adapters", "y", "--output_dir", "z"],
     ["probe", "--model", "x", "--data", "y", "--protocl", "fusion"],
+    ["probe", "--model", "x", "--data", "y", "--epochs", "0"],
+    ["pretrain", "multitask", "--data", "factul=x", "--output_dir", "y"],
+    ["finetune", "search-qa", "--data", "x", "--output_dir", "y", "--stride", "-1"],
+    ["finetune", "tacred", "--output_dir", "y"],
 ]
 COMPLETED = {
     "kadapter pret": "pretrain",
@@ -190,26 +195,29 @@ REQUIRED = ["--data", "x", "--output_dir", "y"]
 @pytest.mark.parametrize(
     "flags",
     [
-        *([], ["--data", "x"], [*REQUIRED, "--lerning_rate", "1"], [*REQUIRED, "--lerning_rate=1"]),
-        *([*REQUIRED, "y"], [*REQUIRED, "-x"], [*REQUIRED, "--", "--seed"], [*REQUIRED, "--seed"]),
         *(
-            [*REQUIRED, "--num_train_epochs", "abc"],
-            [*REQUIRED, "--use_cpu", "maybe"],
-            [*REQUIRED, "--run_name", "-x"],
+            "",
+            "--data x",
+            "--data x --output_dir y y",
+            "--data x --output_dir y -x",
+            "--data x --output_dir y -- --seed",
         ),
         *(
-            [*REQUIRED, "--no_remove_unused_columns=1"],
-            [*REQUIRED, "--lr_scheduler_type", "cosin"],
-            [*REQUIRED, "--lear", "1"],
+            f"--data x --output_dir y {wrong}"
+            for wrong in (
+                *("--lerning_rate 1", "--lerning_rate=1", "--lear 1", "--seed", "--no_remove_unused_columns=1"),
+                *("--num_train_epochs abc", "--use_cpu maybe", "--run_name -x", "--lr_scheduler_type cosin"),
+                *("--eval_size 0", "--learning_rate nan", "--fusion ad", "--cache_activations rows.json"),
+            )
         ),
     ],
-    ids=" ".join,
 )
-def test_a_complaint_about_flags_is_that_of_the_command(flags, capsys):
+def test_a_complaint_about_flags_is_that_of_the_command(flags, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     said = []
     for parse in (partial(_flags.check_flags, "pretrain", "factual"), pretraining.parser("factual").parse):
         with pytest.raises(SystemExit, match="^2$"):
-            parse(flags)
+            parse(flags.split())
         said.append(capsys.readouterr().err)
     assert said[0] == said[1] and said[0].startswith("Error: ")
 

@@ -8,7 +8,7 @@ from conftest import batch, small_adapter
 
 from kadapter_hf import KAdapterForMaskedLM, KAdapterForRelationClassification, KAdapterModel
 from kadapter_hf.modeling.format_kadapter import fingerprint
-from kadapter_hf.precision import cast_backbone, check_dtype, fast_dtype
+from kadapter_hf.precision import cast_backbone, fast_dtype
 from kadapter_hf.pretraining import main
 
 
@@ -86,11 +86,6 @@ def test_a_head_that_shares_the_embeddings_keeps_the_backbone_in_float32(build, 
     assert model.backbone.dtype == torch.float32
     with pytest.raises(ValueError, match="this one shares its embeddings with the head"):
         cast_backbone(model, "bfloat16", CPU)
-
-
-def test_an_unknown_dtype_is_refused():
-    with pytest.raises(ValueError, match="--backbone_dtype must be one of auto, float32, bfloat16, not int8"):
-        check_dtype("int8")
 
 
 def test_the_choice_is_said_with_its_reason_and_the_way_out(build, monkeypatch, caplog):

@@ -576,7 +576,7 @@ def test_errors_in_the_data_are_one_sentence(backbone, lama, tmp_path):
         (("--model", "a", "--data", "b", "--protocol", "new"), "invalid choice: 'new'"),
         (("--model", "a", "--data", "b", "--vocab", "c", "--multi_token"), "can't be used with --vocab"),
         (("--model", "a", "--data", "b", "--epochs", "0"), "--epochs must be greater than 0"),
-        (("--model", "a", "--data", "b", "--fusion", "ad"), "fusion must be one of"),
+        (("--model", "a", "--data", "b", "--fusion", "ad"), "--fusion: invalid choice: 'ad'"),
         (
             ("--model", "a", "--data", "b", "--protocl", "fusion"),
             "there is no flag --protocl. Did you mean '--protocol'?",

@@ -15,6 +15,26 @@ from ._names import TASKS, did_you_mean, one_line
 from ._source import file_of, read_dataclass
 
 
+# The smallest values that make sense. Trainer refuses others after minutes of preparation, or not at all.
+LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_epochs": 0, "seed": 0} | {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+}
+
+
+def check_numbers(training: Any) -> None:
+    """Raises a ValueError for a number in TrainingArguments that Trainer can't use, which it would notice only later."""
+    for name, least in LEAST.items():
+        value = getattr(training, name)
+        if not value >= least:  # not even if it is NaN
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= (value := getattr(training, name)) < 1:
+            raise ValueError(f"--{name} must be in [0, 1), not {value}")
+
+
 class FlagParser(argparse.ArgumentParser):
     """What the parsers have in common: wrong usage is reported without the list of all flags, and with exit code 2."""
 
@@ -60,23 +80,29 @@ def quick_parser(command: str, name: str = "") -> FlagParser | None:
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         spec.loader.exec_module(module)  # type: ignore[union-attr]
         kind = type("QuickParser", (FlagParser, module.HfArgumentParser), {})
-        return kind([read_dataclass(place) for place in places[command]], prog=f"kadapter {command} {name}".rstrip())
+        dataclasses = [read_dataclass(place, checked=place not in of_trainer) for place in places[command]]
+        return kind(dataclasses, prog=f"kadapter {command} {name}".rstrip())
     except Exception:
         return None
 
 
 def check_flags(command: str, name: str, flags: Sequence[str]) -> None:
     """
-    Exits if the flags of a command can't be parsed, without importing anything large. Whether their values make sense, the
-    command checks.
+    Exits if the flags of a command are wrong, as far as that can be known without importing anything large: the command itself
+    checks the rest.
     """
     parser = quick_parser(command, name)
     if parser is None or {"-h", "--help"} & set(flags):
         return
-    arguments, rest = parser.parse_known_args(flags)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(list(flags), True, look_for_args_file=False)
+        if command in ("pretrain", "finetune"):
+            check_numbers(parsed[-1])
+    except ValueError as error:
+        parser.error(str(error))
     if command != "reproduce":
         parser.refuse(rest)
         return
-    for task in (source.partition("=")[0] for source in arguments.data):
-        if task in TASKS:
-            check_flags("finetune", task, ["--data", "…", *rest, "--output_dir", "…"])
+    for task in (source.partition("=")[0] for source in parsed[0].data):
+        if task in TASKS and (of_task := quick_parser("finetune", task)):
+            of_task.refuse(of_task.parse_known_args(["--data", "…", *rest, "--output_dir", "…"])[1])

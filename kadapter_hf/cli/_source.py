@@ -2,8 +2,11 @@
 
 import ast
 import builtins
+import importlib
 import importlib.util
+import sys
 import typing
+from contextlib import suppress
 from dataclasses import field, make_dataclass
 from enum import Enum
 from functools import cache
@@ -16,16 +19,17 @@ def flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": str(text)})
 
 
-def read_dataclass(place: str) -> type:
+def read_dataclass(place: str, checked: bool = False) -> type:
     """
-    A dataclass with the fields of the one at `place`, which is its module and name. What other files define is `Unknown` in it,
-    except for base classes and enumerations.
+    A dataclass with the fields of the one at `place`, which is its module and name, and if it is to be `checked`, its methods.
+    What other files define is `Unknown` in it, but for base classes and enumerations; a check that depends on it ends there.
 
     Raises:
         Exception: the source is not as expected.
     """
     module, _, name = place.rpartition(".")
-    return make_dataclass(name, _fields(file_of(module), name).values())
+    methods = _methods(file_of(module), name) if checked else {}
+    return make_dataclass(name, _fields(file_of(module), name).values(), namespace=methods)
 
 
 def file_of(module: str) -> Path:
@@ -63,14 +67,36 @@ def _fields(path: Path, name: str) -> dict[str, tuple[Any, ...]]:
     return found
 
 
+def _methods(path: Path, name: str) -> dict[str, Any]:
+    path, node = _find(path, name)  # type: ignore[misc]
+    found = {key: method for base in node.bases for key, method in _methods(path, ast.unparse(base)).items()}
+    names, methods = _Names(path), [line for line in node.body if isinstance(line, ast.FunctionDef)]
+    exec("\n".join(map(ast.unparse, methods)), names, names)
+    found |= {method.name: names[method.name] for method in methods}
+    if check := found.get("__post_init__"):
+
+        def as_far_as_known(self: Any) -> None:
+            with suppress(_NotKnown):
+                check(self)
+
+        found["__post_init__"] = as_far_as_known
+    return found
+
+
 class _Names(dict[str, Any]):
-    """The values of the names in the source of the fields."""
+    """The values of the names in the source of a dataclass."""
 
     def __init__(self, path: Path):
         super().__init__(vars(builtins) | vars(typing) | {"field": _field, "flag": flag})
         self.path = path
 
     def __missing__(self, name: str) -> Any:
+        for line in _statements(self.path):
+            if isinstance(line, ast.ImportFrom) and not line.level and name in [alias.name for alias in line.names]:
+                if str(line.module).partition(".")[0] in (*sys.stdlib_module_names, "kadapter_cli"):
+                    return getattr(importlib.import_module(str(line.module)), name)
+            if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
+                return ast.literal_eval(line.value) if isinstance(line.value, ast.Constant) else Unknown
         _, node = _find(self.path, name) or (None, None)
         if node is None or not any("Enum" in ast.unparse(base) for base in node.bases):
             return Unknown
@@ -78,8 +104,17 @@ class _Names(dict[str, Any]):
         return Enum(name, [(ast.unparse(line.targets[0]), ast.literal_eval(line.value)) for line in lines])
 
 
+class _NotKnown(Exception):
+    """Something depends on what the source alone does not tell."""
+
+
 class _UnknownType(type):
-    """The class of `Unknown`: whatever is done with that gives the same again."""
+    """The class of `Unknown`: whatever is done with that gives the same again, but it decides nothing."""
+
+    def _decides(cls, *args: Any) -> Any:
+        raise _NotKnown
+
+    __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __iter__ = __len__ = _decides
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):

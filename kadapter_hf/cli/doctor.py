@@ -14,6 +14,7 @@ from ._output import print_json, print_rows, running
 
 
 if TYPE_CHECKING:
+    import torch
     from packaging.requirements import Requirement
 
 PACKAGE = "kadapter-hf"
@@ -112,19 +113,24 @@ def devices() -> list[dict[str, Any]]:
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
         found.append({"device": f"cuda:{number}", "name": name, "memory": total, "free": free})
-    other = torch.accelerator.current_accelerator()
-    if other is not None and other.type != "cuda":
-        found.append({"device": other.type, "name": other.type, "memory": None, "free": None})
+    if (other := training_device().type) not in ("cpu", "cuda"):
+        found.append({"device": other, "name": other, "memory": None, "free": None})
     return found
+
+
+def training_device() -> "torch.device":
+    """The accelerator that torch can use, otherwise the processor."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def precision() -> dict[str, str]:
     """The data type that `--backbone_dtype auto` takes on the device that models train on."""
-    import torch
-
     from kadapter_hf.precision import fast_dtype
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = training_device()
     dtype, reason = fast_dtype(device)
     return {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "reason": reason}
 

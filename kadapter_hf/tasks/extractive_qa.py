@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -65,7 +65,7 @@ class ExtractiveQAOptions(Options):
         metadata={"help": "How many tokens two windows of a long text share; at most a quarter of max_length."},
     )
     max_answer_length: int = field(default=30, metadata={"help": "Maximum number of tokens of an answer."})
-    aggregation: str = field(
+    aggregation: Literal["best", "sum"] = field(
         default="best",
         metadata={
             "help": "How a question is answered from several passages or windows: best (the span with the highest score) or "
@@ -84,8 +84,6 @@ class ExtractiveQAOptions(Options):
     )
 
     def __post_init__(self):
-        if self.aggregation not in ("best", "sum"):
-            raise ValueError(f"--aggregation must be best or sum, not {self.aggregation}")
         for name, least in (("stride", 0), ("max_answer_length", 1), ("max_passages", 1)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, not {value}")

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from conftest import ALL_CLASSES, inputs_for
+from packaging.version import Version
 from torch import nn
 from torch.export import Dim
 
@@ -40,6 +42,10 @@ def test_an_exported_program_takes_other_numbers_of_rows_and_other_lengths(model
         torch.testing.assert_close(program(*others), model(*others), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.9"),
+    reason="older versions of transformers make masks that can't be traced",
+)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("model_class", TRACED)
 @torch.no_grad()
