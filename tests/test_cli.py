@@ -543,7 +543,7 @@ def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
         (["pretrain", "factul"], "'factul' is not one of factual, linguistic, typing"),
         ([*PRETRAIN, "--eval_size", "0"], "--eval_size must be between 0 and 1, not 0.0"),
         ([*PRETRAIN, "--max_train_samples", "0"], "--max_train_samples must be at least 1, not 0"),
-        ([*PRETRAIN, "--activations_dtype", "int8"], "--activations_dtype: invalid choice: 'int8'"),
+        ([*PRETRAIN, "--activations_dtype", "int8"], "invalid choice: 'int8'"),
         ([*PRETRAIN, "--fusion", "ad"], "--fusion: invalid choice: 'ad'"),
         ([*PRETRAIN, "--name", "a/b"], "'a/b' can't name a knowledge adapter"),
         ([*PRETRAIN, "--adapter_hidden_size", "7"], "num_attention_heads (12) must divide hidden_size (7)"),
