@@ -223,8 +223,11 @@ def _quantize(source: Path, target: Path) -> None:
     """Makes the weights of matrix products and embeddings 8-bit integers; activations are quantised at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    large = source.with_name(f"{source.name}.data").exists()
     with _quietly():
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
+        quantize_dynamic(
+            source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large
+        )
 
 
 @contextlib.contextmanager

@@ -119,6 +119,18 @@ def test_the_command_compares_measures_and_leaves_a_usable_folder(build, tokeniz
 
 
 @pytest.mark.slow
+def test_weights_of_more_than_2_gb_are_in_files_beside(build, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LARGEST_FILE", 0)
+    model = build(KAdapterForEntityTyping)
+    found = export.export_onnx(model, tokenizer, tmp_path / "onnx", quantize=True)
+    for name in ("model.onnx", "model_quantized.onnx"):
+        sizes = [path.stat().st_size for path in tmp_path.glob(f"onnx/{name}*")]
+        assert len(sizes) == 2 and found["files"][name]["bytes"] == sum(sizes)
+    assert_as_in_torch(model, (tmp_path / "onnx").rename(tmp_path / "elsewhere") / "model.onnx")
+    assert on_runtime(tmp_path / "elsewhere" / "model_quantized.onnx", inputs_for(KAdapterForEntityTyping))
+
+
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_kept(build, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", 0.0)
     with pytest.raises(ValueError, match="differs from the model by .* it is not kept"):
