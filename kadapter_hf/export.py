@@ -225,9 +225,9 @@ def _quantize(source: Path, target: Path) -> None:
 
     large = source.with_name(f"{source.name}.data").exists()
     with _quietly():
-        quantize_dynamic(
-            source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large
-        )
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
+    for path in target.parent.glob(f"{target.name}*"):
+        path.chmod(source.stat().st_mode)  # the file beside it would be for its owner alone
 
 
 @contextlib.contextmanager

@@ -124,8 +124,9 @@ def test_weights_of_more_than_2_gb_are_in_files_beside(build, tokenizer, tmp_pat
     model = build(KAdapterForEntityTyping)
     found = export.export_onnx(model, tokenizer, tmp_path / "onnx", quantize=True)
     for name in ("model.onnx", "model_quantized.onnx"):
-        sizes = [path.stat().st_size for path in tmp_path.glob(f"onnx/{name}*")]
-        assert len(sizes) == 2 and found["files"][name]["bytes"] == sum(sizes)
+        files = [path.stat() for path in tmp_path.glob(f"onnx/{name}*")]
+        assert len(files) == 2 and found["files"][name]["bytes"] == sum(file.st_size for file in files)
+        assert files[0].st_mode == files[1].st_mode
     assert_as_in_torch(model, (tmp_path / "onnx").rename(tmp_path / "elsewhere") / "model.onnx")
     assert on_runtime(tmp_path / "elsewhere" / "model_quantized.onnx", inputs_for(KAdapterForEntityTyping))
 
