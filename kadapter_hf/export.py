@@ -74,8 +74,8 @@ def export_onnx(
     check_new(output)
     model = copy.deepcopy(model).float().cpu().eval()
     random = RandomBatches(model, tokenizer)
-    # Inside of the output, as that may be on a disk of its own, or the current folder.
-    with _made(output), TemporaryDirectory(dir=output, prefix=".") as temporary, torch.no_grad():
+    # Inside the output, which may be the current folder or on a disk of its own, and so can't be replaced.
+    with _made(output), TemporaryDirectory(dir=output, prefix="incomplete-") as temporary, torch.no_grad():
         folder = Path(temporary)
         tokenizer.save_pretrained(folder)
         config = copy.deepcopy(model.config)
