@@ -81,4 +81,4 @@ def show(found: dict[str, Any]) -> None:
         )
     print_table(table)
     names = f"inputs {', '.join(found['inputs'])}; outputs {', '.join(found['outputs'])}"
-    conclude(f"{found['output']}: {names}; opset {found['opset']}.")
+    conclude(f"Written to {found['output']}: {names}; opset {found['opset']}.")
