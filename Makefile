@@ -137,7 +137,6 @@ docs-serve: $(VENV)/.docs
 slow: $(VENV)/.ray $(VENV)/.browser $(VENV)/.docs $(VENV)/.dist
 	$(TEST_ENV) FUZZ_EXAMPLES=400 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not cuda" \
 		$(PYTEST_ARGS)
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -o addopts= -q --nbmake --nbmake-timeout=1200 examples/notebooks
 	$(MAKE) quantization PYTEST_ARGS=
 	$(MAKE) conformance PYTEST_ARGS=
 

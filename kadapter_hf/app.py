@@ -13,6 +13,7 @@ from transformers import pipeline
 from kadapter_cli._names import is_repo_id
 
 from . import __version__
+from .conversion.writing import check_new
 from .inspect import contributions, draw_contributions
 from .messages import needs, sentence
 from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
@@ -143,10 +144,13 @@ def unbracketed(text: str, view: View) -> dict[str, Any]:
     under its name. `[1: …]` and `[2: …]` number the entities; otherwise their order does.
 
     Raises:
-        ValueError: there are not as many entities in brackets as the view has.
+        ValueError: there are not as many entities in brackets as the view has, or only some of them are numbered.
     """
     plain, spans, done = "", {}, 0
-    for count, found in enumerate(re.finditer(r"\[(?:\s*(\d)\s*:)?\s*([^\[\]]*?)\s*\]", text), start=1):
+    brackets = list(re.finditer(r"\[(?:\s*(\d)\s*:)?\s*([^\[\]]*?)\s*\]", text))
+    if len(brackets) == len(view.entities) and 0 < sum(found[1] is None for found in brackets) < len(brackets):
+        raise ValueError("Number both entities, [1: …] and [2: …], or neither.")
+    for count, found in enumerate(brackets, start=1):
         plain += text[done : found.start()]
         spans[int(found[1] or count)] = [len(plain), len(plain) + len(found[2])]
         plain += found[2]
@@ -159,26 +163,37 @@ def unbracketed(text: str, view: View) -> dict[str, Any]:
     return {"text": plain} | {name: spans[number] for number, name in enumerate(view.entities, start=1)}
 
 
-def build(sources: str | Sequence[str]) -> gr.Blocks:
+Sources = str | Path | Sequence[str | Path]
+
+
+def _each(sources: Sources) -> list[str]:
+    listed = [str(source) for source in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    if not listed:
+        raise KAdapterConfigError("the page needs a model: name a folder or a repository.")
+    return listed
+
+
+def build(sources: Sources) -> gr.Blocks:
     """
     The page, with a tab for each model; `build("user/model").launch()` serves it.
 
     Args:
-        sources: folders or repositories of K-Adapters with a task head, which may be of different tasks.
+        sources: one or more folders or repositories of K-Adapters with a task head, which may be of different tasks.
 
     Raises:
-        KAdapterLoadError: a model has a head that the page can't show.
+        KAdapterConfigError: there is no source.
+        KAdapterLoadError: a model can't be loaded, or has a head that the page can't show.
         ValueError: a source is no K-Adapter.
     """
     with gr.Blocks(title="K-Adapter") as page:
         gr.Markdown("# K-Adapter\nType a sentence, and see what each knowledge adapter changes.")
-        for source in [sources] if isinstance(sources, str) else sources:
+        for source in _each(sources):
             model, tokenizer = load_finetuned(source)
             if type(model).__name__ not in VIEWS:
                 raise KAdapterLoadError(
                     f"'{source}' is a {type(model).__name__}; the app shows models of the classes {', '.join(VIEWS)}."
                 )
-            with gr.Tab(Path(source).name):
+            with gr.Tab(Path(source).absolute().name):
                 _tab(model, tokenizer)
     return page
 
@@ -250,18 +265,21 @@ def _shares(pipe: Any, inputs: Any) -> tuple[list[list[Any]], Any]:
     return rows, draw_contributions(changes, tokens)
 
 
-def write_space(sources: Sequence[str], folder: Path) -> None:
+def write_space(sources: Sources, folder: str | Path) -> None:
     """
-    Writes the files of a Space on the Hub that serves the page.
+    Writes the files of a Space on the Hub that serves the page, into a folder that is new or empty.
 
     Raises:
-        KAdapterConfigError: a source is no repository on the Hub.
+        KAdapterConfigError: there is no source, or one is no repository on the Hub.
+        KAdapterLoadError: the folder is not empty.
     """
+    sources, folder = _each(sources), Path(folder)
     for source in sources:
         if Path(source).exists() or not is_repo_id(source):
             raise KAdapterConfigError(
                 f"a Space loads its models from the Hub, and '{source}' is no repository there: push it first."
             )
+    check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
     listed = "\n".join(f"- {source}" for source in sources)
     (folder / "README.md").write_text(
@@ -271,5 +289,5 @@ def write_space(sources: Sequence[str], folder: Path) -> None:
     )
     (folder / "requirements.txt").write_text(f"kadapter-hf[app]=={__version__}\n", encoding="utf-8")
     (folder / "app.py").write_text(
-        f"from kadapter_hf.app import build\n\n\nbuild({list(sources)!r}).launch()\n", encoding="utf-8"
+        f"from kadapter_hf.app import build\n\n\nbuild({sources!r}).launch()\n", encoding="utf-8"
     )

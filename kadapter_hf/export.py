@@ -72,11 +72,11 @@ def export_onnx(
     require_onnx()
     output = Path(output)
     check_new(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).float().cpu().eval()
     random = RandomBatches(model, tokenizer)
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary, torch.no_grad():
-        folder = Path(temporary, "export")
+    # Inside the output, which may be the current folder or on a disk of its own, and so can't be replaced.
+    with _made(output), TemporaryDirectory(dir=output, prefix="incomplete-") as temporary, torch.no_grad():
+        folder = Path(temporary)
         tokenizer.save_pretrained(folder)
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
@@ -107,10 +107,22 @@ def export_onnx(
             }
             if name != "torch":
                 files[name]["bytes"] = sum(path.stat().st_size for path in folder.glob(f"{name}*"))
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
+        for path in folder.iterdir():
+            path.rename(output / path.name)
     return {"output": str(output), "opset": opset, "inputs": random.names, "outputs": names, "files": files}
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder and those above it, and removes the ones that were made if something fails."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            path.rmdir()
+        raise
 
 
 def require_onnx() -> None:
@@ -223,8 +235,11 @@ def _quantize(source: Path, target: Path) -> None:
     """Makes the weights of matrix products and embeddings 8-bit integers; activations are quantised at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    large = source.with_name(f"{source.name}.data").exists()
     with _quietly():
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
+    for path in target.parent.glob(f"{target.name}*"):
+        path.chmod(source.stat().st_mode)  # the file beside it would be for its owner alone
 
 
 @contextlib.contextmanager

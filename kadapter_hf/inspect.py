@@ -24,7 +24,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inpu
 @torch.no_grad()
 def collect_states(
     model: KAdapterPreTrainedModel,
-    batches: Mapping[str, torch.Tensor] | Iterable[Mapping[str, torch.Tensor]],
+    batches: Mapping[str, Any] | Iterable[Mapping[str, Any]],
     position: str | None = None,
 ) -> dict[str, np.ndarray]:
     """
@@ -34,8 +34,9 @@ def collect_states(
     All of them are kept in memory: roberta-large with two adapters takes 110 kB per token.
 
     Args:
-        batches: the model's inputs, as a tokenizer or a DataLoader returns them, one batch or several; columns that are no
-            inputs of the backbone, such as labels, are ignored. Each choice of multiple choice is a row.
+        batches: the model's inputs, as a tokenizer or a DataLoader returns them, one batch or several: padded, as tensors,
+            arrays or lists. Columns that are no inputs of the backbone, such as labels, are ignored. Each choice of multiple
+            choice is a row.
         position: where to read. By default at every token that is not padding; `"first"`: at the first token of each row;
             or the name of a column with a position for each row, such as `"entity_start"`.
 
@@ -44,7 +45,8 @@ def collect_states(
 
     Raises:
         KeyError: a batch has no such column.
-        ValueError: the column has not one position in the text for each row.
+        ValueError: the column has not one position in the text for each row, a batch is not padded or has no inputs, or the
+            model has virtual tokens of PEFT's.
     """
     found: dict[str, list[torch.Tensor]] = {}
     with _evaluating(model):
@@ -60,7 +62,7 @@ def collect_states(
 
 
 @torch.no_grad()
-def contributions(model: KAdapterPreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+def contributions(model: KAdapterPreTrainedModel, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     What each active adapter contributes to the state that the head reads: the norm of the change if the adapter is left out
     of the fusion, relative to the norm of the fused state. `fusion_weights`, which some fusions have, say what the fusion
@@ -69,14 +71,17 @@ def contributions(model: KAdapterPreTrainedModel, batch: Mapping[str, torch.Tens
 
     Returns:
         For each adapter `(batch, length)`, in float32; NaN at padding.
+
+    Raises:
+        ValueError: as `collect_states`.
     """
     with _evaluating(model):
         encoded = _encode(model, batch)
         state, knowledge = encoded.backbone_state, encoded.knowledge
         fused = model.fusion(state, knowledge)
         padding = torch.zeros(fused.shape[:2], dtype=torch.bool)
-        if (mask := batch.get("attention_mask")) is not None:
-            padding = _by_row(mask).cpu() == 0
+        if "attention_mask" in batch:
+            padding = _column(batch, "attention_mask").cpu() == 0
         shares = {}
         for name in knowledge:
             try:
@@ -97,11 +102,11 @@ def linear_cka(first: np.ndarray, second: np.ndarray) -> float:
     Source: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019, section 3.
 
     Raises:
-        ValueError: the numbers of rows differ.
+        ValueError: the numbers of rows differ, or an array has another shape.
     """
     if len(first) != len(second):
         raise ValueError(f"the states must be of the same tokens, and there are {len(first)} and {len(second)} rows.")
-    centered = [states - states.mean(0) for states in (np.asarray(first, float), np.asarray(second, float))]
+    centered = [states - states.mean(0) for states in (_matrix(first), _matrix(second))]
     products = [np.linalg.norm(a.T @ b) for a, b in ((centered[0],) * 2, (centered[1],) * 2)]
     scale = float(np.prod(products))
     return float(np.linalg.norm(centered[1].T @ centered[0]) ** 2 / scale) if scale else 0.0
@@ -146,6 +151,9 @@ def probe(states: States, labels: Sequence[Any] | np.ndarray, folds: int = 5) ->
         raise ValueError(f"probe needs two classes or more with at least {folds} rows each, one for each fold.")
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     split = StratifiedKFold(folds, shuffle=True, random_state=0)
+    for name, state in states.items():
+        if len(state) != len(labels):
+            raise ValueError(f"'{name}' has {len(state)} rows, and there are {len(labels)} labels.")
     return {name: cross_val_score(classifier, state, labels, cv=split) for name, state in states.items()}
 
 
@@ -158,8 +166,11 @@ def effective_rank(states: np.ndarray) -> float:
 
     Returns:
         Between 1 and the smaller of rows and width; 0 if all values are 0.
+
+    Raises:
+        ValueError: the array has another shape, or a value is not finite.
     """
-    values = np.linalg.svd(np.asarray(states, float), compute_uv=False)
+    values = np.linalg.svd(_matrix(states), compute_uv=False)
     if not values.any():
         return 0.0
     shares = values[values > 0] / values.sum()
@@ -183,7 +194,7 @@ def draw_probe(accuracies: Mapping[str, np.ndarray]) -> "Figure":
     """A figure of the accuracies that `probe` returns: mean and standard deviation over the folds."""
     figure = _figure(6, 1 + 0.25 * len(accuracies))
     axes = figure.subplots()
-    means, deviations = zip(*((folds.mean(), folds.std()) for folds in accuracies.values()), strict=True)
+    means, deviations = zip(*((np.mean(folds), np.std(folds)) for folds in accuracies.values()), strict=True)
     axes.barh(list(accuracies), means, xerr=deviations)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="accuracy of a linear classifier")
@@ -200,7 +211,7 @@ def draw_contributions(shares: Mapping[str, np.ndarray], tokens: Sequence[str], 
     """
     if not shares:
         raise ValueError("there are no contributions to draw, as no knowledge adapter is active.")
-    values = np.stack([share[row, : len(tokens)] for share in shares.values()])
+    values = np.stack([np.asarray(share)[row, : len(tokens)] for share in shares.values()])
     figure = _figure(2 + 0.4 * len(tokens), 2 + 0.3 * len(shares))
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, aspect="auto")
@@ -221,28 +232,48 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _by_row(tensor: torch.Tensor) -> torch.Tensor:
-    """`(rows, length)`: of multiple choice, each choice is a row."""
+def _matrix(states: Any) -> np.ndarray:
+    """States as an array of shape `(rows, width)`, in float64."""
+    array = np.asarray(states.detach().double().cpu() if torch.is_tensor(states) else states, float)
+    if array.ndim != 2 or not np.isfinite(array).all():
+        raise ValueError(
+            f"states must be finite numbers of the shape (rows, width), and their shape is {array.shape}."
+        )
+    return array
+
+
+def _column(batch: Mapping[str, Any], name: str) -> torch.Tensor:
+    """A column as a tensor, `(batch, …)`. Of multiple choice, each choice is a row."""
+    try:
+        tensor = torch.as_tensor(batch[name])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"'{name}' is no tensor ({error}): call the tokenizer with padding=True.") from error
     return tensor.flatten(0, 1) if tensor.dim() == 3 and not tensor.is_floating_point() else tensor
 
 
-def _encode(model: KAdapterPreTrainedModel, batch: Mapping[str, torch.Tensor], **kwargs: Any) -> Any:
-    inputs: dict[str, Any] = {name: _by_row(batch[name]).to(model.device) for name in INPUTS if name in batch}
+def _encode(model: KAdapterPreTrainedModel, batch: Mapping[str, Any], **kwargs: Any) -> Any:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "PEFT's virtual tokens are not among the states; to look inside the K-Adapter without them, pass "
+            "model.get_base_model()."
+        )
+    if not isinstance(batch, Mapping) or not {"input_ids", "inputs_embeds"} & batch.keys():
+        raise ValueError("a batch is what a tokenizer returns, a mapping with 'input_ids' and 'attention_mask'.")
+    inputs: dict[str, Any] = {name: _column(batch, name).to(model.device) for name in INPUTS if name in batch}
+    if any(tensor.dim() < 2 for tensor in inputs.values()):
+        raise ValueError("the batch is a single text: pass the tokenizer a list of texts.")
     return model.encode(**inputs, **kwargs)
 
 
-def _places(
-    batch: Mapping[str, torch.Tensor], position: str | None, states: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(batch: Mapping[str, Any], position: str | None, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The row and column of each state to read."""
-    mask = batch.get("attention_mask")
-    mask = torch.ones(states.shape[:2]) if mask is None else _by_row(mask).cpu()
+    mask = _column(batch, "attention_mask").cpu() if "attention_mask" in batch else torch.ones(states.shape[:2])
     if position is None:
         rows, columns = mask.nonzero(as_tuple=True)
         return rows, columns
     if position != "first" and position not in batch:
         raise KeyError(f"the batch has no '{position}'; it has {', '.join(batch)}.")
-    places = mask.long().argmax(1) if position == "first" else batch[position].cpu()
+    places = mask.long().argmax(1) if position == "first" else _column(batch, position).cpu()
     if places.shape != (len(states),) or (places < 0).any() or (places >= states.shape[1]).any():
         raise ValueError(f"'{position}' must have one position in the text for each of {len(states)} rows.")
     return torch.arange(len(states)), places

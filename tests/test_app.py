@@ -213,6 +213,14 @@ def test_brackets_that_are_not_two_entities_are_refused(text):
         unbracketed(text, VIEWS["KAdapterForRelationClassification"])
 
 
+@pytest.mark.parametrize("text", ["[1: a] [b]", "[a] [2: b]"])
+def test_brackets_of_which_one_is_numbered_are_refused(text):
+    from kadapter_hf.app import VIEWS, unbracketed
+
+    with pytest.raises(ValueError, match=r"Number both entities, \[1: …\] and \[2: …\], or neither."):
+        unbracketed(text, VIEWS["KAdapterForRelationClassification"])
+
+
 def test_models_that_the_page_can_not_show_are_refused(models, backbones, tmp_path):
     from kadapter_hf.app import build
 
@@ -221,6 +229,20 @@ def test_models_that_the_page_can_not_show_are_refused(models, backbones, tmp_pa
     AutoModelForMaskedLM.from_pretrained(backbones["roberta"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is no K-Adapter, but a model of the type roberta"):
         build(str(tmp_path))
+
+
+def test_models_can_be_paths_and_one_is_needed(models, tmp_path):
+    from kadapter_hf.app import build, write_space
+
+    for sources in (Path(models["typing"]), [Path(models["typing"])]):
+        assert {block.label for block in build(sources).blocks.values() if type(block).__name__ == "Tab"} == {"typing"}
+    for make in (build, lambda sources: write_space(sources, tmp_path / "space")):
+        with pytest.raises(KAdapterConfigError, match="needs a model: name a folder or a repository"):
+            make([])
+    write_space("user/typing", str(tmp_path / "space"))
+    assert "build(['user/typing'])" in (tmp_path / "space" / "app.py").read_text()
+    with pytest.raises(KAdapterLoadError, match="exists and is not empty"):
+        write_space("user/relation", tmp_path / "space")
 
 
 def test_space_has_the_files_that_the_hub_runs(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -638,3 +639,17 @@ def test_a_message_is_shown_with_its_beginning_and_its_end_if_it_is_long(capsys)
         raise ValueError(f"the first words {'x' * 100_000} the last words")
     said = capsys.readouterr().err
     assert said.startswith("Error: the first words x") and said.endswith("x the last words\n") and len(said) < 5000
+
+
+# ---- app ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"the port {port} is in use; choose another with --port" in refused("app", "no-model", "--port", port)
+
+
+def test_an_address_of_another_machine_is_told_before_the_model_is_loaded():
+    said = refused("app", "no-model", "--host", "192.0.2.1")  # is of none, RFC 5737
+    assert "Error: can't listen on 192.0.2.1: " in said and said.count("192.0.2.1") == 1

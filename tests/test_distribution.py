@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -60,24 +61,27 @@ def built(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def clean(built, tmp_path_factory) -> Path:
-    """The programs of an environment with the wheel and what it requires, as links to what is installed here."""
-    folder = tmp_path_factory.mktemp("clean")
+def linked(folder: Path, *distributions: metadata.Distribution) -> Path:
+    """The programs of a new environment with distributions that are installed here, as links."""
     venv.create(folder, with_pip=False, symlinks=True)
     site = next(folder.glob("lib/python*/site-packages"))
-    for distribution in {
-        found.name: found for found in required("kadapter-hf") if found.name != "kadapter-hf"
-    }.values():
+    for distribution in {found.name: found for found in distributions if found.name != "kadapter-hf"}.values():
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
             if not (site / top).exists():
                 (site / top).symlink_to(Path(str(distribution.locate_file(top))).resolve())
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def clean(built, tmp_path_factory) -> Path:
+    """The programs of an environment with the wheel and what it requires."""
+    programs = linked(tmp_path_factory.mktemp("clean"), *required("kadapter-hf"))
     (wheel,) = built.glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
+    pip = [sys.executable, "-m", "pip", "--python", programs / "python"]
     done = run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel)
     assert done.returncode == 0, done.stderr
     assert "which is not installed" not in run(*pip, "check").stdout
-    return folder / "bin"
+    return programs
 
 
 @pytest.fixture
@@ -150,3 +154,22 @@ def test_a_command_that_needs_an_extra_says_which(command, tmp_path, arguments, 
         done.stderr
     )
     assert not {"exported", "prepared"} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_a_notebook_runs_alone_where_the_package_is_not_installed_as_on_colab(notebook, built, tmp_path_factory):
+    pytest.importorskip("nbclient", reason="the extra notebooks is not installed")
+    wanted = [*required("kadapter-hf", frozenset({"demo", "knowledge"}))]
+    for name in ("ipykernel", "nbclient", "pip"):
+        wanted += required(name)
+    programs = linked(tmp_path_factory.mktemp("colab"), *wanted)
+    assert run(programs / "python", "-c", "import kadapter_hf", cwd=programs).returncode == 1
+    folder = tmp_path_factory.mktemp("notebook")
+    shutil.copy(notebook, folder)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(built)}
+    execute = "from nbclient.cli import main; main()"
+    done = run(programs / "python", "-c", execute, notebook.name, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr

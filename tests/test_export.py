@@ -1,6 +1,7 @@
 """`kadapter export`: the ONNX file on ONNX Runtime against the model in PyTorch."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -119,11 +120,39 @@ def test_the_command_compares_measures_and_leaves_a_usable_folder(build, tokeniz
 
 
 @pytest.mark.slow
+def test_weights_of_more_than_2_gb_are_in_files_beside(build, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LARGEST_FILE", 0)
+    model = build(KAdapterForEntityTyping)
+    found = export.export_onnx(model, tokenizer, tmp_path / "onnx", quantize=True)
+    for name in ("model.onnx", "model_quantized.onnx"):
+        files = [path.stat() for path in tmp_path.glob(f"onnx/{name}*")]
+        assert len(files) == 2 and found["files"][name]["bytes"] == sum(file.st_size for file in files)
+        assert files[0].st_mode == files[1].st_mode
+    assert_as_in_torch(model, (tmp_path / "onnx").rename(tmp_path / "elsewhere") / "model.onnx")
+    assert on_runtime(tmp_path / "elsewhere" / "model_quantized.onnx", inputs_for(KAdapterForEntityTyping))
+
+
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_kept(build, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", 0.0)
     with pytest.raises(ValueError, match="differs from the model by .* it is not kept"):
         export.export_onnx(build(), tokenizer, tmp_path / "new" / "onnx")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="it is not kept"):
+        export.export_onnx(build(), tokenizer, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", [".", "link"])
+def test_an_empty_folder_that_can_not_be_replaced_is_filled(output, build, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty" if output != "link" else tmp_path / "here")
+    export.export_onnx(build(), tokenizer, output)
+    files = {"config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == files
 
 
 @pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])
@@ -139,6 +168,30 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(build, tokenizer, tmp_path)
     with pytest.raises(KAdapterLoadError, match="exists and is not empty"):
         export.export_onnx(build(), tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("notes.txt", "notes.txt' is a file; choose another folder."),
+        ("notes.txt/onnx", "notes.txt' is a file; choose another folder."),
+        ("full/", "full' exists and is not empty; choose another folder."),
+        pytest.param(
+            "locked/new/onnx",
+            "locked' can't be written to; choose another folder.",
+            marks=pytest.mark.skipif(os.access("/", os.W_OK), reason="root may write everywhere"),
+        ),
+    ],
+)
+def test_an_output_that_can_not_be_a_new_folder_is_refused_before_the_model_is_loaded(output, message, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    before = sorted(tmp_path.rglob("*"))
+    result = run("no-model", "--output", f"{tmp_path}/{output}")
+    assert (result.exit_code, result.stdout) == (1, "") and result.stderr.endswith(f"{message}\n")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_is_no_k_adapter_is_refused_in_a_sentence(backbone, tmp_path):

@@ -49,6 +49,48 @@ def test_states_of_batches_are_joined_in_their_order(model):
         np.testing.assert_allclose(joined[name][30:], state, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor.numpy, torch.Tensor.tolist])
+def test_batches_of_arrays_and_lists_are_those_of_tensors(kind, model):
+    inputs = batch(padding=3) | {"place": torch.tensor([1, 2, 0])}
+    other = {name: kind(values) for name, values in inputs.items()}
+    np.testing.assert_array_equal(collect_states(model, other)["fused"], collect_states(model, inputs)["fused"])
+    places = collect_states(model, other, "place")["fused"], collect_states(model, inputs, "place")["fused"]
+    np.testing.assert_array_equal(*places)
+    np.testing.assert_array_equal(contributions(model, other)["factual"], contributions(model, inputs)["factual"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"input_ids": [[0, 5, 2], [0, 2]]}, "'input_ids' is no tensor .*: call the tokenizer with padding=True"),
+        ({"input_ids": [0, 5, 2]}, "a single text: pass the tokenizer a list of texts"),
+        ("rome is old", "a mapping with 'input_ids'"),
+        ({"labels": [1]}, "a mapping with 'input_ids'"),
+    ],
+)
+def test_what_is_no_batch_is_refused_in_a_sentence(wrong, message, model):
+    for function in (collect_states, contributions):
+        with pytest.raises(ValueError, match=message):
+            function(model, wrong)
+
+
+def test_virtual_tokens_of_peft_are_refused_and_other_peft_adapters_are_not(backbones):
+    peft = pytest.importorskip("peft")
+    configs = [peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")]
+    configs += [peft.LoraConfig(target_modules=["query"], init_lora_weights=False)]
+    for config in configs:
+        model = KAdapterForEntityTyping.from_backbone(backbones["roberta"], {"factual": small_adapter()}, num_labels=2)
+        plain = collect_states(model, batch())
+        wrapped = peft.get_peft_model(model, config)
+        if config.is_prompt_learning:
+            for function in (collect_states, contributions):
+                with pytest.raises(ValueError, match=r"virtual tokens .* pass model\.get_base_model\(\)"):
+                    function(wrapped, batch())
+            np.testing.assert_array_equal(collect_states(wrapped.get_base_model(), batch())["fused"], plain["fused"])
+        else:
+            assert not np.allclose(collect_states(wrapped, batch())["backbone 4"], plain["backbone 4"])
+
+
 def test_states_can_be_read_at_the_first_token_or_at_positions_of_a_column(backbones):
     model = KAdapterForEntityTyping.from_backbone(backbones["roberta"], {"factual": small_adapter()}, num_labels=2)
     inputs = inputs_for(KAdapterForEntityTyping) | {"labels": torch.ones(4, 2)}
@@ -128,6 +170,22 @@ def test_cka_of_different_tokens_is_refused():
         linear_cka(np.ones((2, 1)), np.ones((3, 1)))
 
 
+def test_cka_and_rank_take_lists_and_tensors():
+    states = torch.randn(6, 3, requires_grad=True)
+    array = states.detach().numpy()
+    for other in (states, states.tolist()):
+        assert linear_cka(other, array) == pytest.approx(1)
+        assert effective_rank(other) == pytest.approx(effective_rank(array))
+
+
+@pytest.mark.parametrize("states", [np.ones(3), [[1.0, np.nan]], np.ones((2, 2, 2))])
+def test_what_are_no_states_is_refused_in_a_sentence(states):
+    with pytest.raises(ValueError, match=r"finite numbers of the shape \(rows, width\)"):
+        linear_cka(states, states)
+    with pytest.raises(ValueError, match=r"finite numbers of the shape \(rows, width\)"):
+        effective_rank(states)
+
+
 def test_cka_of_a_constant_is_0():
     assert linear_cka(np.ones((3, 2)), np.eye(3)) == 0
 
@@ -162,6 +220,11 @@ def test_probe_finds_the_state_that_has_the_label():
 def test_probe_refuses_labels_that_can_not_be_divided(labels):
     with pytest.raises(ValueError, match="two classes or more with at least 5 rows each"):
         probe({"fused": np.ones((10, 2))}, labels)
+
+
+def test_probe_refuses_another_number_of_labels():
+    with pytest.raises(ValueError, match="'fused' has 9 rows, and there are 10 labels"):
+        probe({"fused": np.ones((9, 2))}, [0, 1] * 5)
 
 
 def test_figures_show_every_state_and_token(model):

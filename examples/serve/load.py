@@ -3,13 +3,14 @@
 import argparse
 import asyncio
 import json
-import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
 
 async def load(url: str, inputs: Sequence[Any], concurrency: int) -> dict[str, Any]:
@@ -43,8 +44,7 @@ async def load(url: str, inputs: Sequence[Any], concurrency: int) -> dict[str, A
     async with httpx.AsyncClient(timeout=60) as client:
         await asyncio.gather(*(send(client) for _ in range(concurrency)))
     per_second = len(inputs) / (time.perf_counter() - started)
-    cuts = statistics.quantiles(milliseconds, n=100, method="inclusive")
-    percentiles = {f"p{percent}": cuts[percent - 1] for percent in (50, 95, 99)}
+    percentiles = dict(zip(("p50", "p95", "p99"), np.percentile(milliseconds, (50, 95, 99)), strict=True))
     return {"answers": answers, "refused": refused, "per_second": per_second, **percentiles}
 
 
@@ -55,9 +55,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500, help="the inputs are repeated up to this number")
     parser.add_argument("--concurrency", type=int, default=16)
     args = parser.parse_args()
-    lines = [json.loads(line) for line in args.inputs.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [json.loads(line) for line in args.inputs.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.inputs} can't be read: {error}")
+    if not lines or min(args.requests, args.concurrency) < 1:
+        parser.error("there is nothing to send: the file is empty, or --requests or --concurrency is below 1")
     inputs = [lines[number % len(lines)] for number in range(args.requests)]
-    found = asyncio.run(load(args.url, inputs, args.concurrency))
+    try:
+        found = asyncio.run(load(args.url, inputs, args.concurrency))
+    except httpx.HTTPStatusError as error:
+        sys.exit(f"the server answers {error.response.status_code}: {error.response.text}")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        sys.exit(f"no answer from {args.url}: is server.py running there? ({error or type(error).__name__})")
     print(
         "{per_second:.0f} answers/s; ms: p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}; refused: {refused}".format(
             **found

@@ -1,5 +1,6 @@
 """Arguments that several commands have, and their checks."""
 
+import os
 import re
 from collections.abc import Callable, Collection
 from enum import Enum
@@ -22,8 +23,13 @@ class Split(str, Enum):
 
 
 def check_new(output: Path) -> None:
-    """Exits if `output` is a file, or a folder that is not empty."""
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    """Exits if `output` is a folder that is not empty, or can't be made one."""
+    existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
+    if not existing.is_dir():
+        fail(f"'{existing}' is a file; choose another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        fail(f"'{existing}' can't be written to; choose another folder.")
+    if existing == output and any(output.iterdir()):
         fail(f"'{output}' exists and is not empty; choose another folder.")
 
 

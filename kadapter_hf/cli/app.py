@@ -1,12 +1,14 @@
 """`kadapter app`: a web page for trying models."""
 
+import errno
+import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ._arguments import check_new
-from ._output import conclude, running
+from ._output import conclude, fail, running
 
 
 def app(
@@ -39,6 +41,8 @@ def app(
     """
     if space is not None:
         check_new(space)
+    else:
+        check_free(host, port)
     with running():
         from kadapter_hf.app import build, write_space
 
@@ -48,3 +52,14 @@ def app(
             return
         page = build(models)
         page.launch(server_name=host, server_port=port, show_error=True)
+
+
+def check_free(host: str, port: int | None) -> None:
+    """Exits if the address can't be listened on, before models are loaded."""
+    try:
+        socket.create_server((host, port or 0)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            fail(f"the port {port} is in use; choose another with --port.")
+        reason, _, _ = str(error.strerror).partition(" (")  # what follows is the address again
+        fail(f"can't listen on {host}{f', port {port}' if port else ''}: {reason}.")

@@ -69,6 +69,7 @@ def show(found: dict[str, Any]) -> None:
 
     shapes = list(found["files"]["torch"]["milliseconds"])
     table = Table("", "MB", *(f"ms, {shape} tokens" for shape in shapes), "largest difference", "same predictions")
+    table.columns[0].no_wrap = True
     for name, file in found["files"].items():
         difference, same = file.get("largest_difference"), file.get("same_predictions")
         table.add_row(
@@ -80,4 +81,4 @@ def show(found: dict[str, Any]) -> None:
         )
     print_table(table)
     names = f"inputs {', '.join(found['inputs'])}; outputs {', '.join(found['outputs'])}"
-    conclude(f"{found['output']}: {names}; opset {found['opset']}.")
+    conclude(f"Written to {found['output']}: {names}; opset {found['opset']}.")

@@ -15,8 +15,11 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from blocks import NOT_RUN, ROOT, RUN, blocks_of, matches, normalised, pages, run_page
+from blocks import NOT_RUN, ROOT, RUN, blocks_of, commands_of, matches, normalised, pages, run_page
 from stand_ins import save_backbones, save_models
+from typer.main import get_command
+
+from kadapter_cli import app
 
 
 sys.path.append(str(ROOT / "tests" / "hub"))
@@ -82,6 +85,12 @@ def reader(hub, tmp_path_factory):
 )
 def test_the_blocks_of_a_page_run(page, reader):
     reader(page)
+
+
+def test_every_command_is_run_with_its_output_on_the_page_of_commands():
+    blocks = [block for block in blocks_of("docs/command-line.md") if block.language == "console"]
+    run = {command.split()[1] for block in blocks for command, output in commands_of(block) if output.strip()}
+    assert get_command(app).commands.keys() <= run
 
 
 @pytest.mark.parametrize("page", pages())

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,39 @@ def test_an_impossible_input_is_refused_in_a_sentence_and_spoils_no_other(pipe, 
     refused = responses.pop(6)
     assert refused.status_code == 422 and words in refused.json()["detail"]
     assert_answers([response.json() for response in responses], pipe, sent)
+
+
+def test_load_of_one_request_has_percentiles(pipe):
+    with serving(server.create_app(pipe)) as (_, url):
+        found = asyncio.run(load(url, inputs(1), concurrency=4))
+    assert len(found["answers"]) == 1 and found["p50"] == found["p99"] > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\n", "there is nothing to send: the file is empty"),
+        ("{", "inputs.jsonl can't be read: Expecting"),
+        (None, "inputs.jsonl can't be read: [Errno 2]"),
+        ('{"text": "rome"}', "no answer from http://127.0.0.1:PORT/predict: is server.py running there?"),
+    ],
+)
+def test_load_says_in_a_sentence_why_nothing_can_be_sent(content, message, tmp_path):
+    port = free_port()
+    if content is not None:
+        (tmp_path / "inputs.jsonl").write_text(content)
+    command = [sys.executable, str(SERVE / "load.py"), "inputs.jsonl", "--url", f"http://127.0.0.1:{port}/predict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    assert message.replace("PORT", str(port)) in done.stderr.splitlines()[-1]
+
+
+def test_load_says_in_a_sentence_what_the_server_refuses(pipe, tmp_path):
+    (tmp_path / "inputs.jsonl").write_text('{"text": "rome", "entity": [0, 99]}\n')
+    with serving(server.create_app(pipe)) as (_, url):
+        command = [sys.executable, str(SERVE / "load.py"), str(tmp_path / "inputs.jsonl"), "--url", url]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("the server answers 422: .*outside the text.*\n", done.stderr)
 
 
 @pytest.mark.slow
