@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Index:
 
     def sizes(self, place: Path) -> dict[Path, int]:
         """The bytes that the complete rows take in each file."""
-        found = {}
+        found: dict[Path, int] = {}
         for kind, (number, width, dtype) in self.kinds.items():
             states, counts = _files(place, kind)
             positions = int(np.fromfile(counts, np.int64, self.rows).sum())
@@ -127,7 +127,7 @@ def _resume(place: Path) -> Index:
 def write_states(computed: "Computation", place: Path) -> None:
     """Computes the states that the folder lacks, and writes them there; what is complete is kept if it is stopped."""
     index, total = _resume(place), len(computed.rows)
-    mode = "ab" if index.rows else "wb"
+    mode: Literal["ab", "wb"] = "ab" if index.rows else "wb"
     files: dict[Path, BinaryIO] = {}
 
     def note_progress() -> None:
@@ -142,7 +142,8 @@ def write_states(computed: "Computation", place: Path) -> None:
                 _check_space(computed.size(batch, index.rows), place, index.rows, total)
                 for kind, (_, block) in batch.items():
                     index.kinds[kind] = (*block.shape[1:], str(block.dtype).removeprefix("torch."))
-                    files |= {path: open(path, mode) for path in _files(place, kind)}
+                    for path in _files(place, kind):
+                        files[path] = open(path, mode)
             for kind, (counts, block) in batch.items():
                 states_file, counts_file = _files(place, kind)
                 files[states_file].write(block.contiguous().view(torch.uint8).numpy().data)

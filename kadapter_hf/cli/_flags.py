@@ -39,6 +39,7 @@ class FlagParser(argparse.ArgumentParser):
     """What the parsers have in common: wrong usage is reported without the list of all flags, and with exit code 2."""
 
     dataclass_types: Any
+    parse_args_into_dataclasses: Any
 
     def __init__(self, dataclasses: Any, **kwargs: Any):
         super().__init__(dataclasses, allow_abbrev=False, **kwargs)
