@@ -130,13 +130,13 @@ def beside_lora(bench: Bench) -> Iterator[Row]:
 
 def fine_tuning(bench: Bench) -> Iterator[Row]:
     baseline = bench.original(adapters=2, trained_backbone=True)
-    theirs = bench.seconds(bench.training(baseline, original_optimizer(baseline)), bench.batches(padded=True))
-    del baseline
+    original = bench.training(baseline, original_optimizer(baseline))
     model = bench.model(adapters=2, fusion="concat")
     model.freeze_knowledge_adapters()
     model.unfreeze_backbone()
-    model.float().train()
-    ours = bench.seconds(bench.training(model, fused_adamw(model)), bench.batches())
+    step = bench.training(model.float().train(), fused_adamw(model))
+    works = (lambda batches: step(batches[0]), lambda batches: original(batches[1]))
+    ours, theirs = bench.seconds_of(works, zip(bench.batches(), bench.batches(padded=True), strict=True))
     yield "fine-tuning step, backbone trained", ours, theirs, 1.5
 
 
