@@ -140,7 +140,7 @@ def load_backbone(
         known = {*KAdapterConfig.known_fields(), *own_fields(config), *HUB_ARGUMENTS, "device_map"}
         raise KAdapterConfigError(
             f"'{unknown[1]}' is neither a field of KAdapterConfig or of the backbone's configuration ({config.model_type}) nor "
-            f"an argument of from_pretrained{nearest(unknown[1], known)}."
+            f"an argument of from_pretrained{nearest(unknown[1], known) or '.'}"
         ) from error
     except Exception as error:  # damaged files raise many types
         raise _not_loaded(name, error, kwargs.get("variant")) from error

@@ -69,7 +69,7 @@ def _check_spelling(cls: Any, kwargs: dict[str, Any]) -> None:
     for key in kwargs.keys() - known:
         near = nearest(key, known)
         if not is_open or (near and not key.startswith("_")):  # `to_dict` adds some with an underscore
-            raise KAdapterConfigError(f"{cls.__name__} has no field '{key}'{near or f'; it has {sorted(known)}'}.")
+            raise KAdapterConfigError(f"{cls.__name__} has no field '{key}'{near or f'; it has {sorted(known)}.'}")
     adapters = kwargs.get("knowledge_adapters")
     for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
         if isinstance(adapter, dict):

@@ -33,12 +33,15 @@ def check_fusion(kind: str, values: Mapping[str, Any]) -> None:
     """Raises `KAdapterConfigError` if there is no fusion of this kind, or if it doesn't take these values."""
     if kind not in FUSIONS:
         raise KAdapterConfigError(
-            f"fusion must be one of {sorted(FUSIONS)}, not {kind!r}{nearest(str(kind), FUSIONS)}."
+            f"fusion must be one of {sorted(FUSIONS)}, or one of your own whose module was imported before; not "
+            f"{kind!r}{nearest(str(kind), FUSIONS) or '.'}"
         )
     known = inspect.signature(FUSIONS[kind].__init__).parameters.keys() - {"self", "width"}
     unknown = sorted(values.keys() - known)
     if unknown:
-        raise KAdapterConfigError(f"fusion_config: the fusion '{kind}' has no {unknown}{nearest(unknown[0], known)}.")
+        raise KAdapterConfigError(
+            f"fusion_config: the fusion '{kind}' has no {unknown}{nearest(unknown[0], known) or '.'}"
+        )
 
 
 def _check_value(kind: str, name: str, value: Any, fits: bool, wanted: str) -> None:
@@ -75,10 +78,20 @@ class KnowledgeFusion(nn.Module):
     """
 
     kind: ClassVar[str]
+    # Whether the file of the class is copied to repositories.
+    travels: ClassVar[bool] = False
 
     def __init__(self, width: int):
         super().__init__()
         self.width = width
+
+    @classmethod
+    def register_for_auto_class(cls) -> None:
+        """
+        From now on, every repository that is saved with this fusion gets the file that defines it, so that it can be loaded
+        with `trust_remote_code=True` where that file is not. The method of a model's class does the same for the model.
+        """
+        cls.travels = True
 
     def add(self, name: str) -> None:
         """Adds the weights for an adapter; `init_adapter` initialises them."""

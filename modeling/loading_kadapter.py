@@ -340,8 +340,9 @@ def _load_head(
             raise KAdapterLoadError(
                 f"'{path.parent}' has the head of a class {saved_class!r}, which is not known here, and "
                 f"{type(model).__name__} would replace it by an untrained one. Import the module that defines it and use "
-                f"{saved_class}.from_pretrained or register_head; or pass trust_remote_code=True to an Auto class if the "
-                "repository has its code. For the knowledge without the head, load it with KAdapterModel."
+                f"{saved_class}.from_pretrained or register_head; or, if the repository has its code, load it with "
+                "trust_remote_code=True where kadapter_hf was not imported. For the knowledge without the head, load it with "
+                "KAdapterModel."
             )
         unused, head = set(head), {}
     if ignore_sizes:

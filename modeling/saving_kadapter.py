@@ -1,6 +1,7 @@
 """Saving whole K-Adapters: `save_pretrained` of every class."""
 
 import copy
+import inspect
 import json
 import os
 import re
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
+from .compat_kadapter import is_remote_code
 from .format_kadapter import (
     ADAPTER_FOLDER,
     BACKBONE_FILE,
@@ -125,13 +126,31 @@ def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
     write_json(folder / CONFIG_NAME, json.loads(config.to_json_string()))
 
 
-def _copy_code(model: PreTrainedModel, folder: Path, config: Any) -> None:
-    """Copies this folder's modules, and that of a user's own head, if `register_for_auto_class` was called."""
-    if type(model).is_remote_code() and not is_own_class(type(model)):
-        for path in map(Path, custom_object_save(model, folder, config=config) or ()):
-            # In a repository, the package's modules are beside the user's.
-            text = path.read_text(encoding="utf-8")
-            text = re.sub(r"^from kadapter_hf import", f"from .{ENTRY_MODULE} import", text, flags=re.MULTILINE)
-            path.write_text(text, encoding="utf-8")
+def _copy_code(model: Any, folder: Path, config: Any) -> None:
+    """Copies this folder's modules, and those of a user's own head and fusion, if `register_for_auto_class` was called."""
     for path in code_files():
         shutil.copyfile(path, folder / path.name)
+    if type(model).is_remote_code() and not is_own_class(type(model)):
+        for path in map(Path, custom_object_save(model, folder, config=config) or ()):
+            _copy_own(path, path)
+    entry, fusion = folder / f"{ENTRY_MODULE}.py", type(model.fusion)
+    # The name is there even while that module is being imported, if the head's is the same.
+    importing = "from .{} import __name__ as own_fusion  # noqa: E402, F401\n"
+    # The code of a loaded repository may have the line already, of this fusion or of another.
+    text = re.sub(importing.format(".+"), "", entry.read_text(encoding="utf-8"))
+    if fusion.__module__ == "__main__" and fusion.travels:
+        logger.warning(
+            f"{fusion.__name__} is not saved with the model, as it is defined in __main__: define it in a module."
+        )
+    elif (fusion.travels or is_remote_code(fusion.__module__)) and not is_own_class(fusion):
+        source = Path(inspect.getfile(fusion))
+        _copy_own(source, folder / source.name)
+        text += importing.format(source.stem)
+    entry.write_text(text, encoding="utf-8")
+
+
+def _copy_own(source: Path, target: Path) -> None:
+    """Copies a user's module. In a repository, the package's modules are beside it."""
+    text = source.read_text(encoding="utf-8")
+    text = re.sub(r"^from kadapter_hf import", f"from .{ENTRY_MODULE} import", text, flags=re.MULTILINE)
+    target.write_text(text, encoding="utf-8")

@@ -173,7 +173,7 @@ import importlib.abc, sys
 
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
-        if fullname.split(".")[0] in ("kadapter_hf", "span_head"):
+        if fullname.split(".")[0] in ("kadapter_hf", "span_head", "gated_fusion"):
             raise ModuleNotFoundError(fullname, name=fullname)
 
 if sys.argv[2] == "blocked":
@@ -259,10 +259,38 @@ def test_adapters_come_and_go_in_an_own_fusion(gated):
     assert set(gated.fusion.gates) == {"linguistic", "places"} and gated.fusion.gates["places"] == 1.0
 
 
+@pytest.mark.parametrize("where", ["blocked", "installed"])
+def test_own_fusion_travels_and_is_saved_again_elsewhere(where, gated, tmp_path, monkeypatch):
+    """In a process that can't import its file, and in one of the two not the package either."""
+    monkeypatch.setattr(type(gated.fusion), "travels", False)  # what the next line sets
+    type(gated.fusion).register_for_auto_class()
+    disturb(gated.fusion)
+    gated.save_pretrained(tmp_path / "own")
+    program = REMOTE.replace(", span=torch.tensor([[1, 2]] * 3)", "")
+    command = [sys.executable, "-I", "-c", program, str(tmp_path / "own"), where, str(tmp_path / "again")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ids = torch.arange(30).view(3, 10)
+    with torch.no_grad():
+        expected = gated.eval()(ids, torch.ones_like(ids)).logits
+    for line in done.stdout.splitlines()[-3:-1]:
+        assert torch.allclose(torch.tensor(json.loads(line)), expected, atol=1e-6)
+    assert {"gated_fusion.py", "heads_kadapter.py"} <= {path.name for path in (tmp_path / "again").glob("*.py")}
+    entry = (tmp_path / "again" / "heads_kadapter.py").read_text(encoding="utf-8")
+    assert entry.count("from .gated_fusion import") == 1
+
+
+def test_the_file_of_an_own_fusion_stays_at_home_unless_it_is_registered(gated, tmp_path):
+    gated.save_pretrained(tmp_path)
+    assert not (tmp_path / "gated_fusion.py").exists()
+    assert "gated_fusion" not in (tmp_path / "heads_kadapter.py").read_text(encoding="utf-8")
+
+
 def test_unknown_fusion_and_unknown_value_are_refused_by_name(backbone, modules):
     importlib.import_module("gated_fusion")
     kinds = r"\['add', 'attention', 'concat', 'gate', 'gated'\]"
-    with pytest.raises(KAdapterConfigError, match=f"fusion must be one of {kinds}, not 'mean'"):
+    with pytest.raises(KAdapterConfigError, match=f"fusion must be one of {kinds}, or one of your own .*; not 'mean'"):
         KAdapterModel.from_backbone(backbone, fusion="mean")
     with pytest.raises(KAdapterConfigError, match=r"the fusion 'gated' has no \['temperature'\]"):
         KAdapterModel.from_backbone(backbone, fusion="gated", fusion_config={"temperature": 2.0})
