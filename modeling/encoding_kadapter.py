@@ -331,17 +331,24 @@ def encodes_inputs(forward: Callable[..., ModelOutput]) -> Callable[..., Any]:
     Decorator for a model's `forward(self, encoded, …)`: takes the inputs of `encode`, and calls it with the result.
 
     The signature, which Trainer, pipelines and PEFT read, has the inputs of `encode` first, then the parameters of
-    `forward` itself. With `return_dict=False`, the result is a tuple.
+    `forward` itself, which may also be some of these inputs, such as `attention_mask`. With `return_dict=False`, the result is
+    a tuple.
     """
-    own = list(inspect.signature(forward).parameters.values())[2:]
     *inputs, past, others = inspect.signature(EncodingMixin.encode).parameters.values()
+    names = [parameter.name for parameter in inputs[1:]]
+    own = dict(list(inspect.signature(forward).parameters.items())[2:])
+    also_inputs = [name for name in own if name in names]
+    own = {name: parameter for name, parameter in own.items() if name not in names}
 
     @functools.wraps(forward)
     def encode_first(self, *args, **kwargs):
-        own_kwargs = {parameter.name: kwargs.pop(parameter.name) for parameter in own if parameter.name in kwargs}
-        encoded = self.encode(*args[: len(inputs) - 1], **kwargs)
-        return with_fusion_weights(forward(self, encoded, *args[len(inputs) - 1 :], **own_kwargs), encoded)
+        more = args[len(names) :]
+        own_kwargs = dict(zip(own, more, strict=False)) | {name: kwargs.pop(name) for name in own if name in kwargs}
+        own_kwargs |= {name: (dict(zip(names, args, strict=False)) | kwargs).get(name) for name in also_inputs}
+        encoded = self.encode(*args[: len(names)], **kwargs)
+        return with_fusion_weights(forward(self, encoded, *more[len(own) :], **own_kwargs), encoded)
 
-    encode_first.__signature__ = inspect.Signature([*inputs, *own, past, others])  # type: ignore[attr-defined]
+    signature = [*inputs, *own.values(), past, others]
+    encode_first.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     del encode_first.__wrapped__  # accelerate unwraps a model's `forward` as far as it can
     return can_return_tuple(encode_first)

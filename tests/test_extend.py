@@ -20,6 +20,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 from typer.testing import CliRunner
 
 from kadapter_cli.prepare import Corpus, add_command, prepare as app
@@ -31,6 +32,7 @@ from kadapter_hf import (
     KAdapterLoadError,
     KAdapterModel,
     corpora,
+    encodes_inputs,
 )
 from kadapter_hf.modeling.fusion_kadapter import FUSIONS
 from kadapter_hf.modeling.registry_kadapter import HEADS
@@ -91,6 +93,24 @@ def test_own_head_computes_what_it_says(head):
     fused = KAdapterModel.forward(head, **batch(3)).last_hidden_state
     expected = head.classifier(torch.cat([fused[:, 1], fused[:, 2]], dim=-1)) * 2.0
     assert torch.allclose(logits(head), expected, atol=1e-6)
+
+
+def test_own_head_may_take_inputs_of_the_backbone_too(build):
+    class Mean(KAdapterForSequenceClassification):
+        @encodes_inputs
+        def forward(self, encoded, attention_mask=None, labels=None):
+            mask = attention_mask[:, :, None]
+            logits = self.classifier((self.fused(encoded) * mask).sum(1) / mask.sum(1))
+            return SequenceClassifierOutput(loss=None if labels is None else labels.sum(), logits=logits)
+
+    model, inputs, labels = build(Mean), batch(3), torch.ones(3)
+    with torch.no_grad():
+        found = model(**inputs, labels=labels)
+        states = KAdapterModel.forward(model, **inputs).last_hidden_state
+        means = [state[real.bool()].mean(0) for state, real in zip(states, inputs["attention_mask"], strict=True)]
+        assert torch.allclose(found.logits, model.classifier(torch.stack(means)), atol=1e-6) and found.loss == 3
+        by_place = model(inputs["input_ids"], inputs["attention_mask"], None, None, None, labels)
+    assert torch.equal(by_place.logits, found.logits) and by_place.loss == 3
 
 
 def test_own_head_comes_back_with_its_own_parameters(head, head_class, tmp_path):
