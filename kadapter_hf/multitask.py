@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoModel, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from kadapter_cli import _names
 
 from .corpora.files import write_json
 from .features import encode, load_tokenizer, most_tokens
+from .modeling.backbone_kadapter import load_backbone
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .objectives import OBJECTIVES
@@ -135,8 +136,8 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
         raise ValueError("training on several objectives at once runs in a single process.")
     checkpoint = checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
+    backbone = load_backbone(arguments.backbone)
     tokenizer = load_tokenizer(arguments.backbone)
-    backbone = AutoModel.from_pretrained(arguments.backbone)
     models: dict[str, KAdapterPreTrainedModel] = {}
     data: dict[str, dict[str, Any]] = {"train": {}, "eval": {}}
     labels: dict[str, list[str]] = {}

@@ -181,9 +181,9 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     rows["train"] = sample(rows["train"], training.seed, arguments.max_train_samples, _rows_in_max_steps(training))
     rows["eval"] = sample(rows["eval"], training.seed, arguments.max_eval_samples)
     compute_metrics = task.metrics(labels) if task.metrics else None
-    tokenizer = load_tokenizer(arguments.backbone)
     fields = {"classifier_dropout": arguments.dropout, "fusion": arguments.fusion, **label_fields(labels)}
     model = task.model_class.from_backbone(arguments.backbone, {name: arguments.adapter_config()}, **fields)
+    tokenizer = load_tokenizer(arguments.backbone)
     model.train_knowledge_adapter(name, train_head=True)
     precision.cast_backbone(model, arguments.backbone_dtype, training.device)
     features = partial(task.features, labels=labels) if labels else task.features

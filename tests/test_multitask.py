@@ -67,3 +67,8 @@ def test_groups_have_rows_of_one_objective_and_each_row_once():
 def test_wrong_data_is_one_sentence_and_exit_code_2(data, said, tmp_path):
     result = CliRunner().invoke(app, ["pretrain", "multitask", "--data", data, "--output_dir", str(tmp_path / "out")])
     assert result.exit_code == 2 and said in result.output
+
+
+def test_a_backbone_that_is_nowhere_is_named(flags, tmp_path):
+    result = CliRunner().invoke(app, [*flags, "--backbone", "nix/da", "--output_dir", str(tmp_path / "out")])
+    assert result.exit_code == 1 and "the backbone 'nix/da' can't be loaded" in result.output

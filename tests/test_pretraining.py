@@ -387,6 +387,11 @@ def test_an_empty_corpus_is_refused(backbone, tmp_path):
     assert "rows.jsonl" in refused([], backbone, tmp_path)
 
 
+def test_a_backbone_that_is_nowhere_is_named(facts, tmp_path):
+    with pytest.raises(OSError, match="the backbone 'nix/da' can't be loaded"):
+        run("factual", facts, "nix/da", tmp_path / "out")
+
+
 def test_an_unknown_objective_is_refused(backbone, tmp_path):
     assert "there is no objective 'factul'; there are ['factual'" in refused(FACTS, backbone, tmp_path, "factul")
 
