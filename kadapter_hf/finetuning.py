@@ -15,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from kadapter_cli._flags import LIMITS, check_least
 from kadapter_cli._source import flag
 
 from .activations import CachedStatesCollator
@@ -125,10 +126,7 @@ class FinetuningArguments:
             raise ValueError(f"--cache_activations must be a folder; '{self.cache_activations}' is a file")
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
-        limits = {"untrained_adapters": 0, "max_train_samples": 1, "max_eval_samples": 1, "max_length": 1}
-        for name, least in limits.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, not {value}")
+        check_least(self, {"untrained_adapters": 0, **LIMITS})
         fusion_config(self.fusion, self.fusion_config)
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from kadapter_cli import _names
+from kadapter_cli._flags import LIMITS, check_least
 
 from .corpora.files import write_json
 from .features import encode, load_tokenizer, most_tokens
@@ -62,9 +63,13 @@ class MultitaskArguments:
     def __post_init__(self):
         for name, source in self.sources().items():
             if name not in _names.OBJECTIVES:
-                raise ValueError(f"there is no objective '{name}'.{_names.did_you_mean(name, _names.OBJECTIVES)}")
+                raise ValueError(
+                    f"--data takes OBJECTIVE=SOURCE, and there is no objective '{name}'; there are "
+                    f"{', '.join(_names.OBJECTIVES)}.{_names.did_you_mean(name, _names.OBJECTIVES)}"
+                )
             if not source:
                 raise ValueError(f"--data takes OBJECTIVE=SOURCE, but there is no source for '{name}'")
+        check_least(self, LIMITS)
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
 

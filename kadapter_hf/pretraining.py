@@ -19,6 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from kadapter_cli._flags import LIMITS, check_least
 from kadapter_cli._names import did_you_mean
 from kadapter_cli._source import flag
 
@@ -110,13 +111,19 @@ class PretrainingArguments:
         self.data = [self.data] if isinstance(self.data, str) else self.data
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
-        for name in ("max_train_samples", "max_eval_samples", "max_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}")
+        check_least(self, LIMITS)
         if self.cache_activations is not None and Path(self.cache_activations).is_file():
             raise ValueError(f"--cache_activations must be a folder; '{self.cache_activations}' is a file")
         if self.name is not None:
             check_adapter_name(self.name)
+        check_least(self, {"adapter_hidden_size": 1, "adapter_num_hidden_layers": 0, "adapter_num_attention_heads": 1})
+        if self.adapter_num_hidden_layers and self.adapter_hidden_size % self.adapter_num_attention_heads:
+            raise ValueError(
+                f"--adapter_num_attention_heads ({self.adapter_num_attention_heads}) must divide --adapter_hidden_size "
+                f"({self.adapter_hidden_size})"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must be in [0, 1), not {self.dropout}")
         self.adapter_config()
 
     def adapter_config(self) -> KnowledgeAdapterConfig:

@@ -26,6 +26,8 @@ from kadapter_hf import KAdapterConfig, KAdapterForRelationClassification, KAdap
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PRETRAIN = ["pretrain", "factual", "--data", "nowhere", "--output_dir", "nowhere"]
+MULTITASK = ["pretrain", "multitask", "--output_dir", "nowhere", "--data"]
+REPRODUCE = ["reproduce", "--data", "tacred=nowhere", "--adapters", "nowhere", "--output_dir", "nowhere"]
 PROVENANCE = {"objective": "factual", "corpus": "fewrel", "metrics": {"micro_f1": 0.75}, "training": [{"epoch": 1}]}
 
 
@@ -547,7 +549,21 @@ def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
         ([*PRETRAIN, "--activations_dtype", "int8"], "invalid choice: 'int8'"),
         ([*PRETRAIN, "--fusion", "ad"], "--fusion: invalid choice: 'ad'"),
         ([*PRETRAIN, "--name", "a/b"], "'a/b' can't name a knowledge adapter"),
-        ([*PRETRAIN, "--adapter_hidden_size", "7"], "num_attention_heads (12) must divide hidden_size (7)"),
+        ([*PRETRAIN, "--adapter_hidden_size", "7"], "_num_attention_heads (12) must divide --adapter_hidden_size (7)"),
+        ([*PRETRAIN, "--dropout", "1.5"], "--dropout must be in [0, 1), not 1.5"),
+        ([*PRETRAIN, "--max_steps", "-5"], "--max_steps must be at least -1, not -5"),
+        ([*PRETRAIN, "--num_train_epochs", "0"], "--num_train_epochs must be more than 0 without --max_steps"),
+        ([*PRETRAIN, "--data", "x", ""], "--data is empty"),
+        (["finetune", "tacred", "--train_file", "", "--output_dir", "x"], "--train_file is empty"),
+        (["evaluate", "tacred", "--model", "x", "--data", ""], "Invalid value for '--data': it is empty"),
+        (["predict", "tacred", "--model", "", "--input", "setup.cfg"], "Invalid value for '--model': it is empty"),
+        (["info", ""], "Invalid value for 'source': it is empty"),
+        (["probe", "--model", "x", "--data", ""], "--data is empty"),
+        (["pretrain", "--data", "x", "factual"], "the OBJECTIVE comes before all flags: `factual --data …`"),
+        (["finetune", "--data", "x", "tacred"], "the TASK comes before all flags: `open-entity --data …`"),
+        ([*MULTITASK, "x"], "--data takes OBJECTIVE=SOURCE, and there is no objective 'x'; there are factual, ling"),
+        ([*MULTITASK, "factual=x", "--max_eval_samples", "0"], "--max_eval_samples must be at least 1, not 0"),
+        ([*REPRODUCE, "--learning_rate", "-1"], "--learning_rate must be at least 0, not -1.0"),
         ([*PRETRAIN, "--max_length", "0"], "--max_length must be at least 1, not 0"),
         ([*PRETRAIN, "--cache_activations", "setup.cfg"], "--cache_activations must be a folder"),
         ([*PRETRAIN, "--output_dir", "setup.cfg"], "--output_dir must be a folder; 'setup.cfg' is a file"),

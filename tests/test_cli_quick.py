@@ -24,6 +24,7 @@ HELP = [
         [command, "--help"]
         for command in ("info", "push", "pull", "combine", "convert", "evaluate", "predict", "app", "export", "doctor")
     ),
+    *([command, "-h"] for command in ("info", "evaluate", "prepare", "pretrain")),
     *([command, "--help"] for command in ("prepare", "pretrain", "finetune")),
     *(["prepare", corpus, "--help"] for corpus in ("trex", "fewrel", "docred", "tacred", "semeval", "conllu")),
 ]
@@ -44,6 +45,12 @@ WRONG = [
     ["info", "x", "--bakcbone", "y"],
     ["pretrain"],
     ["pretrain", "factul"],
+    ["pretrain", "--data", "x", "factual", "--output_dir", "y"],
+    ["finetune", "--data", "x", "tacred", "--output_dir", "y"],
+    ["info", ""],
+    ["evaluate", "tacred", "--model", "x", "--data", ""],
+    ["predict", "tacred", "--model", "x", "--input", ""],
+    ["predict", "tacred", "--model", "", "--input", "rows.json"],
     ["finetune", "tacrd", "--data", "x"],
     ["evaluate", "tacrd", "--model", "x", "--data", "y"],
     ["evaluate", "tacred", "--model", "x"],
@@ -78,6 +85,13 @@ WRONG = [
     ["pretrain", "multitask", "--data", "factul=x", "--output_dir", "y"],
     ["finetune", "search-qa", "--data", "x", "--output_dir", "y", "--stride", "-1"],
     ["finetune", "tacred", "--output_dir", "y"],
+    ["finetune", "tacred", "--data", "", "--output_dir", "y"],
+    ["finetune", "tacred", "--train_file", "", "--output_dir", "y"],
+    ["probe", "--model", "x", "--data", ""],
+    ["pretrain", "multitask", "--data", "factual=x", "--output_dir", "y", "--max_length", "0"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "rows.json"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--dropout", "1.5"],
+    ["reproduce", "--data", "tacred=x", "--adapters", "y", "--output_dir", "z", "--learning_rate", "-1"],
 ]
 COMPLETED = {
     "kadapter pret": "pretrain",
@@ -207,6 +221,7 @@ REQUIRED = ["--data", "x", "--output_dir", "y"]
             for wrong in (
                 *("--lerning_rate 1", "--lerning_rate=1", "--lear 1", "--seed", "--no_remove_unused_columns=1"),
                 *("--num_train_epochs abc", "--use_cpu maybe", "--run_name -x", "--lr_scheduler_type cosin"),
+                *("--adapter_hidden_size 100", "--dropout 1.5", "--max_steps -5", "--num_train_epochs 0"),
                 *("--eval_size 0", "--learning_rate nan", "--fusion ad", "--cache_activations rows.json"),
             )
         ),

@@ -62,7 +62,7 @@ def test_groups_have_rows_of_one_objective_and_each_row_once():
 
 
 @pytest.mark.parametrize(
-    "data, said", [("factal=x", "there is no objective 'factal'. Did you mean 'factual'?"), ("factual", "no source")]
+    "data, said", [("factal=x", "linguistic, typing. Did you mean 'factual'?"), ("factual", "no source")]
 )
 def test_wrong_data_is_one_sentence_and_exit_code_2(data, said, tmp_path):
     result = CliRunner().invoke(app, ["pretrain", "multitask", "--data", data, "--output_dir", str(tmp_path / "out")])

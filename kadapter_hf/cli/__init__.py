@@ -40,6 +40,7 @@ app = typer.Typer(
     cls=Commands,
     help="K-Adapter: knowledge adapters for a frozen Hugging Face encoder.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
 )

@@ -37,7 +37,16 @@ def check_name(name: str, known: Collection[str], argument: str | None = None) -
     """Exits if `name` is not one of the known names; `argument` is what --help calls it."""
     if name not in known:
         message = f"'{name}' is not one of {', '.join(known)}.{did_you_mean(name, known)}"
+        if name.startswith("-") and argument is not None:
+            message = f"the {argument} comes before all flags: `{next(iter(known))} {name} …`."
         raise typer.BadParameter(message, param_hint=argument)
+
+
+def not_empty(source: str) -> str:
+    """The value of an argument, which without this check would be the current folder if a shell variable is not set."""
+    if not source:
+        raise typer.BadParameter("it is empty.")
+    return source
 
 
 def starting(known: Collection[str]) -> Callable[[str], list[str]]:

@@ -8,7 +8,8 @@ flags are reported and flags completed at once, the fields are read from the sou
 import argparse
 import importlib.util
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ._names import TASKS, did_you_mean, one_line
@@ -17,6 +18,7 @@ from ._source import file_of, read_dataclass
 
 # The smallest values that make sense. Trainer refuses others after minutes of preparation, or not at all.
 LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_epochs": 0, "seed": 0} | {
+    "max_steps": -1,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -24,15 +26,33 @@ LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_e
 }
 
 
-def check_numbers(training: Any) -> None:
-    """Raises a ValueError for a number in TrainingArguments that Trainer can't use, which it would notice only later."""
-    for name, least in LEAST.items():
-        value = getattr(training, name)
-        if not value >= least:  # not even if it is NaN
-            raise ValueError(f"--{name} must be at least {least}, not {value}")
+# The smallest values of what limits the rows; None is no limit.
+LIMITS = {"max_train_samples": 1, "max_eval_samples": 1, "max_length": 1}
+# What names a folder, file or repository. An empty value, as of a shell variable that is not set, would be the current folder.
+SOURCES = (
+    *("adapters", "backbone", "cache_activations", "corpus", "data", "exclude", "model", "multitask", "output_dir"),
+    *("test_file", "train_file", "train_text", "untrained_like", "validation_file", "vocab"),
+)
+
+
+def check_least(arguments: Any, least: Mapping[str, float]) -> None:
+    """Raises a ValueError if a flag has a smaller value than this."""
+    for name, smallest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and not value >= smallest:  # not even if it is NaN
+            raise ValueError(f"--{name} must be at least {smallest}, not {value}")
+
+
+def check_values(training: Any) -> None:
+    """Raises a ValueError for a value in TrainingArguments that Trainer can't use, which it would notice only later."""
+    check_least(training, LEAST)
+    if training.max_steps <= 0 and not training.num_train_epochs:
+        raise ValueError("--num_train_epochs must be more than 0 without --max_steps")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= (value := getattr(training, name)) < 1:
             raise ValueError(f"--{name} must be in [0, 1), not {value}")
+    if Path(training.output_dir).is_file():
+        raise ValueError(f"--output_dir must be a folder; '{training.output_dir}' is a file")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -50,6 +70,14 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        found, rest = super().parse_known_args(*args, **kwargs)
+        for name in SOURCES:
+            value = getattr(found, name, None)
+            if value == "" or (isinstance(value, list) and "" in value):
+                self.error(f"--{name} is empty")
+        return found, rest
 
     def refuse(self, rest: Sequence[str]) -> None:
         """Exits if there are arguments that were not used."""
@@ -98,12 +126,12 @@ def check_flags(command: str, name: str, flags: Sequence[str]) -> None:
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(list(flags), True, look_for_args_file=False)
         if command in ("pretrain", "finetune"):
-            check_numbers(parsed[-1])
+            check_values(parsed[-1])
     except ValueError as error:
         parser.error(str(error))
     if command != "reproduce":
         parser.refuse(rest)
         return
     for task in (source.partition("=")[0] for source in parsed[0].data):
-        if task in TASKS and (of_task := quick_parser("finetune", task)):
-            of_task.refuse(of_task.parse_known_args(["--data", "…", *rest, "--output_dir", "…"])[1])
+        if task in TASKS:
+            check_flags("finetune", task, ["--data", "…", *rest, "--output_dir", "…"])

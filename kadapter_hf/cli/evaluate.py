@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ._arguments import AsJson, Split, checked_task, starting
+from ._arguments import AsJson, Split, checked_task, not_empty, starting
 from ._names import TASKS
 from ._output import conclude, print_json, running, say
 
@@ -19,7 +19,9 @@ TaskName = Annotated[
         help="The task; `kadapter finetune --help` lists all of them.",
     ),
 ]
-Model = Annotated[str, typer.Option(help="The fine-tuned model: a folder, or a repository on the Hub.")]
+Model = Annotated[
+    str, typer.Option(callback=not_empty, help="The fine-tuned model: a folder, or a repository on the Hub.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
 SkipBadRows = Annotated[
     bool, typer.Option(help="Skip and count rows that can't be used, instead of stopping at the first one.")
@@ -30,7 +32,10 @@ def evaluate(
     task: TaskName,
     model: Model,
     data: Annotated[
-        str, typer.Option(help="A file; or a folder or a data set on the Hub, of which --split is evaluated.")
+        str,
+        typer.Option(
+            callback=not_empty, help="A file; or a folder or a data set on the Hub, of which --split is evaluated."
+        ),
     ],
     split: Annotated[Split, typer.Option(help="Files by themselves are used as a whole.")] = Split.test,
     output: Annotated[

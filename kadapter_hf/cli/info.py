@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._arguments import AsJson, Revision, Token
+from ._arguments import AsJson, Revision, Token, not_empty
 from ._names import is_repo_id
 from ._output import fail, print_json, print_rows, running
 
@@ -15,7 +15,10 @@ LABELS_SHOWN = 20
 
 def info(
     source: Annotated[
-        str, typer.Argument(show_default=False, help="An adapter's .safetensors file, a folder, or a repository.")
+        str,
+        typer.Argument(
+            callback=not_empty, show_default=False, help="An adapter's .safetensors file, a folder, or a repository."
+        ),
     ],
     revision: Revision = None,
     token: Token = None,
