@@ -1,13 +1,12 @@
 """Adapters and fusions as they are named on the command line: SOURCE or NAME=SOURCE; a kind and JSON."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .modeling.configuration_kadapter import KnowledgeAdapterConfig
-from .modeling.format_kadapter import KAdapterConfigError
+from .modeling.format_kadapter import KAdapterConfigError, check_adapter_name
 from .modeling.fusion_kadapter import check_fusion
 from .modeling.reading_kadapter import adapter_names, read_adapter_metadata, read_tensors
 from .modeling.sources_kadapter import adapter_file, repository_folder
@@ -48,9 +47,13 @@ def _names_in(source: str) -> Sequence[str | None]:
 
 
 def split_name(argument: str) -> tuple[str | None, str]:
-    """The name, if there is one, and the source of `NAME=SOURCE`."""
-    found = re.fullmatch(r"([\w-]+)=(.+)", argument)
-    return (found[1], found[2]) if found and not Path(argument).exists() else (None, argument)
+    """
+    The name, if there is one, and the source of `NAME=SOURCE`. Raises a `KAdapterConfigError` if no adapter can have the name.
+    """
+    name, _, source = argument.partition("=")
+    if not source or Path(argument).exists():
+        return None, argument
+    return check_adapter_name(name), source
 
 
 def fusion_config(kind: str, text: str | None) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def prepare_trex(
     warn_without_matplotlib("relations.png")
     output = Path(output).resolve()
     files = corpus_files(folders)
-    extracted = output / "extracted"
+    is_new, extracted = not output.exists(), output / "extracted"
     _remember(files, extracted)
     shards, reports = str(extracted / "shards"), str(extracted / "reports")
     last = SplitTrex(shards, reports, str(output), min_examples, split, seed, relation_names(names), strict)
@@ -96,8 +96,14 @@ def prepare_trex(
     if executor == "slurm":
         second.run()
         return None
-    with _progress_bar(logs / "extract" / "completions", len(files)):
-        second.run()
+    try:
+        with _progress_bar(logs / "extract" / "completions", len(files)):
+            second.run()
+    except ValueError:
+        if is_new and not any(Report.load(path).kept for path in Path(reports).glob("*.json")):
+            # Nothing that another run could go on from.
+            shutil.rmtree(output)
+        raise
     return Report.load(output / "report.json")
 
 

@@ -315,6 +315,15 @@ def test_too_high_a_minimum_is_an_error_that_says_what_there_is(write_file, tmp_
         prepare_trex([corpus(write_file)], tmp_path / "out", min_examples=500)
 
 
+def test_files_without_a_usable_triple_leave_no_new_folder(write_file, tmp_path):
+    path = write_file([document(triple(sentence=7))], "trex/a.json")
+    (tmp_path / "there").mkdir()
+    for output in ("new", "there"):
+        with pytest.raises(ValueError, match="no usable triple"):
+            prepare_trex([path], tmp_path / output)
+    assert not (tmp_path / "new").exists() and (tmp_path / "there").exists()
+
+
 def test_a_folder_without_files_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no JSON files in"):
         prepare_trex([tmp_path], tmp_path / "out")
