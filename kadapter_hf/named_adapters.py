@@ -53,7 +53,10 @@ def split_name(argument: str) -> tuple[str | None, str]:
     name, _, source = argument.partition("=")
     if not source or Path(argument).exists():
         return None, argument
-    return check_adapter_name(name), source
+    try:
+        return check_adapter_name(name), source
+    except KAdapterConfigError as error:
+        raise KAdapterConfigError(f"there is no '{argument}', and {error}") from None
 
 
 def fusion_config(kind: str, text: str | None) -> dict[str, Any]:

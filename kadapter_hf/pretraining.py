@@ -111,12 +111,12 @@ class PretrainingArguments:
         self.data = [self.data] if isinstance(self.data, str) else self.data
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
-        check_least(self, LIMITS)
+        sizes = {"adapter_hidden_size": 1, "adapter_num_hidden_layers": 0, "adapter_num_attention_heads": 1}
+        check_least(self, LIMITS | sizes)
         if self.cache_activations is not None and Path(self.cache_activations).is_file():
             raise ValueError(f"--cache_activations must be a folder; '{self.cache_activations}' is a file")
         if self.name is not None:
             check_adapter_name(self.name)
-        check_least(self, {"adapter_hidden_size": 1, "adapter_num_hidden_layers": 0, "adapter_num_attention_heads": 1})
         if self.adapter_num_hidden_layers and self.adapter_hidden_size % self.adapter_num_attention_heads:
             raise ValueError(
                 f"--adapter_num_attention_heads ({self.adapter_num_attention_heads}) must divide --adapter_hidden_size "

@@ -584,7 +584,7 @@ def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
         (["combine", "x", "--output", "y", "--fusion", "ad"], "'ad' is not one of add, attention, concat, gate"),
         (["combine", "x", "--output", "y", "--fusion-config", "top_k"], "must be a JSON object like"),
         (["combine", "x", "--output", "y", "--fusion-config", '{"top_k": 2}'], "the fusion 'concat' has no ['top_k']"),
-        (["combine", "a/b=x", "--output", "y"], "'a/b' can't name a knowledge adapter"),
+        (["combine", "a/b=x", "--output", "y"], "there is no 'a/b=x', and 'a/b' can't name a knowledge adapter"),
         (["pull", "owner/x", "--adapter", "../x"], "'../x' can't name a knowledge adapter"),
         (["prepare", "trex", "docs", "--output", "x", "--seed", "-1"], "Invalid value for '--seed'"),
         (["convert", "setup.cfg", "--output", "x", "--layers", "0,a"], "comma-separated numbers are expected"),

@@ -24,8 +24,6 @@ LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_e
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
 }
-
-
 # The smallest values of what limits the rows; None is no limit.
 LIMITS = {"max_train_samples": 1, "max_eval_samples": 1, "max_length": 1}
 # What names a folder, file or repository. An empty value, as of a shell variable that is not set, would be the current folder.
