@@ -213,7 +213,7 @@ def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
     names = list(model.adapters)
     active = gr.CheckboxGroup(names, value=model.active_knowledge_adapters, label="Knowledge adapters")
     button = gr.Button("Predict", variant="primary")
-    with gr.Row():
+    with gr.Column() if view.output is gr.HTML else gr.Row():  # a tree needs the whole width
         titled = {"show_label": True, "container": True}  # which gr.HTML isn't by default
         chosen = view.output(label=f"{view.title}: with these adapters", **titled)
         alone = view.output(label=f"{view.title}: backbone alone", **titled)
