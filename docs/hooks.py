@@ -94,6 +94,8 @@ def reference() -> dict[str, str]:
     heads = [name for name in models if name not in ("KAdapterPreTrainedModel", "HeadModel")]
     rest = [name for name in names if name not in {*heads, *configs, *pipelines, *errors}]
     added = "\n\n".join(documented(f"{module}.{name}") for module, found in ADDED.items() for name in found)
+    # Named here, as importing the module needs Gradio.
+    app = "\n\n".join(documented(f"kadapter_hf.app.{name}") for name in ("build", "write_space"))
     base = documented("kadapter_hf.modeling.modeling_kadapter.KAdapterPreTrainedModel")
     return {
         "reference/models.md": f"# Models\n\n## Every model\n\n{base}\n\n## Methods added by the package\n\n"
@@ -101,7 +103,9 @@ def reference() -> dict[str, str]:
         "reference/configuration.md": f"# Configuration\n\n{public(configs)}",
         "reference/pipelines.md": f"# Pipelines\n\n{public(pipelines)}",
         "reference/extending.md": f"# Extending\n\n{public(rest)}\n\n## Errors\n\n{public(errors)}",
-        "reference/modules.md": "# Modules\n\n" + "\n\n".join(map(module_part, kadapter_hf._SUBMODULES)),
+        "reference/modules.md": "# Modules\n\n"
+        + "\n\n".join(map(module_part, kadapter_hf._SUBMODULES))
+        + f"\n\n## kadapter_hf.app\n\n[The page](../app.md) of `kadapter app`; it needs the extra `app`.\n\n{app}",
         "reference/commands.md": commands(),
     }
 

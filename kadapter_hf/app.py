@@ -17,6 +17,7 @@ from .conversion.writing import check_new
 from .inspect import contributions, draw_contributions
 from .messages import needs, sentence
 from .modeling.format_kadapter import KAdapterConfigError, KAdapterLoadError
+from .modeling.marking_kadapter import most_tokens
 from .modeling.modeling_kadapter import KAdapterPreTrainedModel
 from .predicting import load_finetuned
 from .trees import draw_tree
@@ -77,8 +78,12 @@ def _words(pipe: Any, inputs: str) -> dict[str, float]:
 
 
 def _tree(pipe: Any, inputs: str) -> str:
+    # As wide as the column at most.
     drawing = re.sub(
-        r'width="(\d+)" height="(\d+)"', r'width="100%" viewBox="0 0 \1 \2"', draw_tree(pipe(inputs)), count=1
+        r'width="([\d.]+)" height="([\d.]+)"(.*?)max-width: none; height: [\d.]+px',
+        r'width="\1" viewBox="0 0 \1 \2"\3max-width: 100%; height: auto',
+        draw_tree(pipe(inputs)),
+        count=1,
     )
     return f'<div style="background: white">{drawing}</div>'
 
@@ -203,13 +208,15 @@ def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
     task: Any = view.task  # transformers types the names that it knows itself
     pipe = pipeline(task, model=model.eval(), tokenizer=tokenizer)
     mask = tokenizer.mask_token or ""
+    most = most_tokens(tokenizer, backbone=model.config.backbone_config)
     text = gr.Textbox(view.example.replace("{mask}", mask), label="Sentence", info=view.help.replace("{mask}", mask))
     names = list(model.adapters)
     active = gr.CheckboxGroup(names, value=model.active_knowledge_adapters, label="Knowledge adapters")
     button = gr.Button("Predict", variant="primary")
-    with gr.Row():
-        chosen = view.output(label=f"{view.title}: with these adapters")
-        alone = view.output(label=f"{view.title}: backbone alone")
+    with gr.Column() if view.output is gr.HTML else gr.Row():  # a tree needs the whole width
+        titled = {"show_label": True, "container": True}  # which gr.HTML isn't by default
+        chosen = view.output(label=f"{view.title}: with these adapters", **titled)
+        alone = view.output(label=f"{view.title}: backbone alone", **titled)
     gr.Markdown("The head was trained with the adapters, so it is at a disadvantage without them.")
     with gr.Accordion("What each adapter contributes", open=True):
         gr.Markdown(
@@ -225,6 +232,11 @@ def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
             if not text.strip():
                 raise ValueError("Type a sentence first.")
             inputs = unbracketed(text, view) if view.entities else text.strip()
+            if (
+                isinstance(inputs, str)
+                and len(tokenizer(inputs, truncation=True, max_length=most + 1)["input_ids"]) > most
+            ):
+                raise ValueError(f"The text has more than {most} tokens, which is the most that the model takes.")
             with model.using_knowledge_adapters(names):
                 predicted = view.predict(pipe, inputs)
                 shares = _shares(pipe, inputs)
@@ -234,9 +246,9 @@ def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
             raise gr.Error(html.escape(sentence(error)), print_exception=False) from error
 
     outputs = [chosen, alone, table, plot]
-    button.click(predict, [text, active], outputs)
-    text.submit(predict, [text, active], outputs)
-    active.change(predict, [text, active], outputs)
+    events = [button.click, text.submit, active.change]
+    done = gr.on(events, predict, [text, active], outputs)
+    done.failure(lambda: [None] * len(outputs), outputs=outputs)  # what is shown would seem to be the answer
 
 
 COLUMNS = ["adapter", "norm", "backbone's norm", "change", "fusion weight"]
@@ -275,9 +287,9 @@ def write_space(sources: Sources, folder: str | Path) -> None:
     """
     sources, folder = _each(sources), Path(folder)
     for source in sources:
-        if Path(source).exists() or not is_repo_id(source):
+        if Path(source).exists() or "/" not in source or not is_repo_id(source):
             raise KAdapterConfigError(
-                f"a Space loads its models from the Hub, and '{source}' is no repository there: push it first."
+                f"a Space loads its models from the Hub, and '{source}' is no repository there (owner/name): push it first."
             )
     check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -287,7 +299,8 @@ def write_space(sources: Sources, folder: str | Path) -> None:
         "Made by `kadapter app --space`.\n",
         encoding="utf-8",
     )
-    (folder / "requirements.txt").write_text(f"kadapter-hf[app]=={__version__}\n", encoding="utf-8")
+    release = f"=={__version__}" if re.fullmatch(r"[\d.]+", __version__) else ""
+    (folder / "requirements.txt").write_text(f"kadapter-hf[app]{release}\n", encoding="utf-8")
     (folder / "app.py").write_text(
         f"from kadapter_hf.app import build\n\n\nbuild({sources!r}).launch()\n", encoding="utf-8"
     )

@@ -146,6 +146,8 @@ def batches_of(
     Raises:
         ValueError: the model does not record its task, or a row can't be used.
     """
+    if (model.config.task or {}).get("name") is None:
+        raise ValueError("the model does not record the task that it was fine-tuned on: leave out --data.")
     task = task_of(model)
     rows, _ = task.read(data, labelled=False)
     maximum = (model.config.task or {}).get("max_length")

@@ -45,8 +45,8 @@ def collect_states(
 
     Raises:
         KeyError: a batch has no such column.
-        ValueError: the column has not one position in the text for each row, a batch is not padded or has no inputs, or the
-            model has virtual tokens of PEFT's.
+        ValueError: the column has not one position in the text for each row, a batch is not padded or has no inputs, the
+            model has virtual tokens of PEFT's, or it is no K-Adapter.
     """
     found: dict[str, list[torch.Tensor]] = {}
     with _evaluating(model):
@@ -137,7 +137,8 @@ def probe(states: States, labels: Sequence[Any] | np.ndarray, folds: int = 5) ->
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: a class has fewer rows than there are folds, or the number of labels is another than that of rows.
+        ValueError: a label is missing, a class has fewer rows than there are folds, or the number of labels is another than
+            that of rows.
     """
     if not is_sklearn_available():
         raise ImportError(needs("probe", "scikit-learn", "knowledge"))
@@ -146,6 +147,8 @@ def probe(states: States, labels: Sequence[Any] | np.ndarray, folds: int = 5) ->
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if any(label is None or label != label for label in labels):  # pandas makes NaN of what is missing
+        raise ValueError("a label is missing: leave out the rows without one.")
     counts = np.unique(np.asarray(labels), return_counts=True)[1]
     if len(counts) < 2 or counts.min() < folds:
         raise ValueError(f"probe needs two classes or more with at least {folds} rows each, one for each fold.")
@@ -191,7 +194,14 @@ def draw_similarities(states: States) -> "Figure":
 
 
 def draw_probe(accuracies: Mapping[str, np.ndarray]) -> "Figure":
-    """A figure of the accuracies that `probe` returns: mean and standard deviation over the folds."""
+    """
+    A figure of the accuracies that `probe` returns: mean and standard deviation over the folds.
+
+    Raises:
+        ValueError: there are no accuracies.
+    """
+    if not accuracies:
+        raise ValueError("there are no accuracies to draw; probe returns one array of them for each state.")
     figure = _figure(6, 1 + 0.25 * len(accuracies))
     axes = figure.subplots()
     means, deviations = zip(*((np.mean(folds), np.std(folds)) for folds in accuracies.values()), strict=True)
@@ -223,7 +233,9 @@ def draw_contributions(shares: Mapping[str, np.ndarray], tokens: Sequence[str], 
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """A model without dropout, for the duration of a `with` block."""
+    """A K-Adapter without dropout, for the duration of a `with` block."""
+    if not hasattr(model, "fuse"):  # not by class, as the model may be wrapped, or of its repository's code
+        raise ValueError(f"the model must be a K-Adapter, and it is a {type(model).__name__}.")
     training = model.training
     model.eval()
     try:
@@ -274,9 +286,13 @@ def _places(batch: Mapping[str, Any], position: str | None, states: torch.Tensor
     if position != "first" and position not in batch:
         raise KeyError(f"the batch has no '{position}'; it has {', '.join(batch)}.")
     places = mask.long().argmax(1) if position == "first" else _column(batch, position).cpu()
-    if places.shape != (len(states),) or (places < 0).any() or (places >= states.shape[1]).any():
-        raise ValueError(f"'{position}' must have one position in the text for each of {len(states)} rows.")
-    return torch.arange(len(states)), places
+    rows = torch.arange(len(states))
+    whole = places.shape == rows.shape and not places.is_floating_point()
+    if not whole or (places < 0).any() or (places >= states.shape[1]).any() or not mask[rows, places].all():
+        raise ValueError(
+            f"'{position}' must have one position in the text for each of {len(states)} rows, as integers."
+        )
+    return rows, places
 
 
 def _figure(width: float, height: float) -> "Figure":

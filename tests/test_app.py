@@ -148,6 +148,17 @@ def test_relations_words_and_trees_are_shown_beside_the_backbones(page, models):
     assert tab.panel.locator("svg.displacy").count() == 2
 
 
+def test_long_tree_is_as_wide_as_its_column_and_has_a_title(page):
+    tab = Tab(page, "parser")
+    tab.predict("the danube ran to vienna and " * 4 + ".")
+    drawing = tab.panel.locator("svg.displacy", has_text="and").first
+    drawing.wait_for()
+    tree, column = drawing.bounding_box(), drawing.locator("xpath=..").bounding_box()
+    assert tree["width"] <= column["width"] and tree["height"] < tree["width"]
+    for which in ("with these adapters", "backbone alone"):
+        assert tab.panel.get_by_text(f"Dependency tree: {which}").is_visible()
+
+
 @pytest.mark.parametrize(
     ("tab", "text", "message"),
     [
@@ -156,6 +167,8 @@ def test_relations_words_and_trees_are_shown_beside_the_backbones(page, models):
         ("relation", "[rome] alone", "Put 2 entities in brackets"),
         ("lm", "no mask", "Put one <mask> where a word is to be filled in"),
         ("parser", "  ", "Type a sentence first"),
+        ("lm", "<mask> " + "cat " * 200, "The text has more than 64 tokens, which is the most that the model takes"),
+        ("parser", "cat " * 200, "The text has more than 64 tokens"),
         ("typing", "[the] " + "cat " * 200, None),  # longer than the model takes: the pipeline keeps the entity's part
     ],
 )
@@ -168,6 +181,16 @@ def test_bad_input_is_an_error_in_one_sentence(tab, text, message, page):
     page.get_by_text(message).first.wait_for()
     for close in page.get_by_test_id("toast-close").all():
         close.click()
+
+
+def test_error_leaves_no_earlier_prediction(page):
+    tab = Tab(page, "typing")
+    tab.predict("[rome] is old")
+    assert tab.scores("with these adapters") and tab.rows()
+    tab.predict("no entity")
+    page.get_by_text("Put one entity in brackets").first.wait_for()
+    assert tab.rows() == [] and "%" not in tab.panel.inner_text()
+    page.get_by_test_id("toast-close").first.click()
 
 
 def test_page_can_be_used_with_the_keyboard_alone(page):
@@ -255,12 +278,23 @@ def test_space_has_the_files_that_the_hub_runs(tmp_path):
     assert "build(['user/typing', 'user/relation']).launch()" in ast.unparse(program)
     card = (folder / "README.md").read_text()
     assert "sdk: gradio" in card and "app_file: app.py" in card and "- user/typing" in card
-    assert (folder / "requirements.txt").read_text().startswith("kadapter-hf[app]==")
 
 
-def test_space_of_a_local_folder_is_refused(models, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "required"), [("1.2.0", "kadapter-hf[app]==1.2.0\n"), ("1.2.0.dev0", "kadapter-hf[app]\n")]
+)
+def test_space_requires_the_version_that_made_it_if_that_is_released(version, required, monkeypatch, tmp_path):
+    from kadapter_hf import app
+
+    monkeypatch.setattr(app, "__version__", version)
+    app.write_space("user/typing", tmp_path / "space")
+    assert (tmp_path / "space" / "requirements.txt").read_text() == required
+
+
+def test_space_of_what_is_no_repository_is_refused(models, tmp_path):
     from kadapter_hf.app import write_space
 
-    with pytest.raises(KAdapterConfigError, match="is no repository there: push it first"):
-        write_space([models["typing"]], tmp_path / "space")
+    for source in (models["typing"], "notarepo", "missing/folder/of-a-model"):
+        with pytest.raises(KAdapterConfigError, match=r"is no repository there \(owner/name\): push it first"):
+            write_space([source], tmp_path / "space")
     assert not Path(tmp_path, "space").exists()

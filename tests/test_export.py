@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 from kadapter_cli import app
+from kadapter_cli.export import show
 from kadapter_hf import KAdapterForEntityTyping, KAdapterForQuestionAnswering, export
 from kadapter_hf.modeling.format_kadapter import KAdapterLoadError
 
@@ -198,6 +199,26 @@ def test_what_is_no_k_adapter_is_refused_in_a_sentence(backbone, tmp_path):
     result = run(backbone, "--output", tmp_path / "onnx")
     assert result.exit_code == 1 and result.stderr.startswith("Error: ") and "is no K-Adapter" in result.stderr
     assert not (tmp_path / "onnx").exists()
+
+
+def test_data_for_a_model_without_a_recorded_task_is_refused_with_the_way_out(build, tokenizer, tmp_path, write_file):
+    build(KAdapterForEntityTyping).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = write_file('{"text": "rome", "entity": [0, 4]}\n')
+    result = run(tmp_path / "model", "--output", tmp_path / "onnx", "--quantize", "--data", rows)
+    assert result.exit_code == 1 and "fine-tuned on: leave out --data." in result.stderr
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_the_table_fits_into_80_columns_with_its_heads(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    measured = {"bytes": 2.4e9, "milliseconds": {"1×32": 122.1, "8×128": 3450.1}}
+    compared = measured | {"largest_difference": 0.15, "same_predictions": 1.0}
+    files = {"torch": measured, "model.onnx": compared, "model_quantized.onnx": compared}
+    show({"files": files, "inputs": ["input_ids"], "outputs": ["logits"], "output": "onnx", "opset": 20})
+    table = capsys.readouterr().out
+    assert "…" not in table and max(map(len, table.splitlines())) <= 80
+    assert {"largest", "difference", "same", "predictions", "8×128", "100.00%"} <= set(table.split())
 
 
 def test_data_without_quantisation_is_refused_as_it_would_not_be_used(write_file, tmp_path):

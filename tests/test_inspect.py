@@ -74,6 +74,12 @@ def test_what_is_no_batch_is_refused_in_a_sentence(wrong, message, model):
             function(model, wrong)
 
 
+def test_what_is_no_k_adapter_is_refused_in_a_sentence(model):
+    for function in (collect_states, contributions):
+        with pytest.raises(ValueError, match="must be a K-Adapter, and it is a RobertaModel"):
+            function(model.backbone.base_model, batch())
+
+
 def test_virtual_tokens_of_peft_are_refused_and_other_peft_adapters_are_not(backbones):
     peft = pytest.importorskip("peft")
     configs = [peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")]
@@ -145,9 +151,9 @@ def test_choices_are_rows(backbones):
     assert contributions(model, inputs)["factual"].shape == (4, 10)
 
 
-@pytest.mark.parametrize("positions", [[1, 2], [1, 2, 10], [1, 2, -1], [[1], [2], [3]]])
+@pytest.mark.parametrize("positions", [[1, 2], [1, 2, 10], [1, 2, -1], [1, 2, 7], [1.0, 2.0, 0.0], [[1], [2], [3]]])
 def test_positions_outside_the_text_are_refused(positions, model):
-    inputs = batch() | {"place": torch.tensor(positions)}
+    inputs = batch(padding=3) | {"place": torch.tensor(positions)}
     with pytest.raises(ValueError, match="'place' must have one position in the text for each of 3 rows"):
         collect_states(model, inputs, "place")
 
@@ -222,9 +228,20 @@ def test_probe_refuses_labels_that_can_not_be_divided(labels):
         probe({"fused": np.ones((10, 2))}, labels)
 
 
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_probe_refuses_missing_labels(missing):
+    with pytest.raises(ValueError, match="a label is missing: leave out the rows without one"):
+        probe({"fused": np.ones((11, 2))}, [*"ab" * 5, missing])
+
+
 def test_probe_refuses_another_number_of_labels():
     with pytest.raises(ValueError, match="'fused' has 9 rows, and there are 10 labels"):
         probe({"fused": np.ones((9, 2))}, [0, 1] * 5)
+
+
+def test_without_accuracies_there_is_nothing_to_draw():
+    with pytest.raises(ValueError, match="no accuracies to draw"):
+        draw_probe({})
 
 
 def test_figures_show_every_state_and_token(model):

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import torch
 import uvicorn
 from fastapi import Body, FastAPI, HTTPException, Response
-from transformers import AutoConfig, Pipeline, pipeline
+from transformers import Pipeline, PreTrainedConfig, pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
 
 import kadapter_hf  # noqa: F401, registers the classes and the pipelines
 
@@ -23,7 +24,11 @@ def create_app(pipe: Pipeline, batch_size: int = 16, queue_size: int = 64) -> Fa
     def predict(inputs: list[Any]) -> list[Any]:
         """The result or the error of each input. If a batch fails, its inputs run one by one, to see which one is at fault."""
         try:
-            return list(pipe(inputs, batch_size=len(inputs)))
+            # A generator, as some pipelines treat a list of one text as that text.
+            results = list(pipe((one for one in inputs), batch_size=len(inputs)))
+            if len(results) != len(inputs):
+                raise ValueError(f"the pipeline returns {len(results)} results for {len(inputs)} inputs.")
+            return results
         except Exception as error:
             return [error] if len(inputs) == 1 else [result for one in inputs for result in predict([one])]
 
@@ -57,12 +62,16 @@ def create_app(pipe: Pipeline, batch_size: int = 16, queue_size: int = 64) -> Fa
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a folder, or a repository on the Hub")
-    parser.add_argument("--task", help="the pipeline's name, e.g. entity-typing; by default the model's own")
+    parser.add_argument("--task", help="the pipeline's name, e.g. fill-mask; by default as the configuration says")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--queue_size", type=int, default=64)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
-    tasks = getattr(AutoConfig.from_pretrained(args.model), "custom_pipelines", None) or {}
-    pipe = pipeline(args.task or next(iter(tasks), None), model=args.model)
-    uvicorn.run(create_app(pipe, args.batch_size, args.queue_size), host=args.host, port=args.port)
+    if min(args.batch_size, args.queue_size) < 1:
+        parser.error("--batch_size and --queue_size must be 1 or more.")
+    task = args.task or next(iter(PreTrainedConfig.get_config_dict(args.model)[0].get("custom_pipelines", {})), None)
+    if task not in PIPELINE_REGISTRY.get_supported_tasks():
+        parser.error(f"there is no pipeline '{task}'." if task else "the model names no pipeline: give --task.")
+    app = create_app(pipeline(task, model=args.model), args.batch_size, args.queue_size)
+    uvicorn.run(app, host=args.host, port=args.port)

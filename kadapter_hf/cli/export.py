@@ -68,7 +68,9 @@ def show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     shapes = list(found["files"]["torch"]["milliseconds"])
-    table = Table("", "MB", *(f"ms, {shape} tokens" for shape in shapes), "largest difference", "same predictions")
+    # The heads are broken into lines here, so that the table fits into 80 columns without cutting them.
+    times = (f"ms,\n{shape}\ntokens" for shape in shapes)
+    table = Table("", "MB", *times, "largest\ndifference", "same\npredictions")
     table.columns[0].no_wrap = True
     for name, file in found["files"].items():
         difference, same = file.get("largest_difference"), file.get("same_predictions")

@@ -15,7 +15,7 @@ import pytest
 from conftest import free_port, load_script
 from transformers import pipeline
 
-from kadapter_hf import KAdapterForEntityTyping
+from kadapter_hf import KAdapterForEntityTyping, KAdapterForMaskedLM
 
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -137,6 +137,23 @@ def test_an_impossible_input_is_refused_in_a_sentence_and_spoils_no_other(pipe, 
     assert_answers([response.json() for response in responses], pipe, sent)
 
 
+@pytest.mark.parametrize("number", [1, 5])
+def test_a_masked_word_is_filled_in_as_by_the_pipeline_in_a_batch_of_any_size(number, build, tokenizer):
+    filler = pipeline("fill-mask", model=build(KAdapterForMaskedLM), tokenizer=tokenizer)
+    sent = [f"{word} is the <mask> of italy" for word in WORDS[:number]]
+    with serving(server.create_app(filler)) as (_, url):
+        found = asyncio.run(load(url, sent, concurrency=number))
+    for answer, one in zip(found["answers"], sent, strict=True):
+        assert [entry["token_str"] for entry in answer] == [entry["token_str"] for entry in filler(one)]
+
+
+def test_a_pipeline_that_returns_too_few_results_is_an_error_and_not_the_end_of_the_server():
+    with serving(server.create_app(lambda inputs, batch_size: [])) as (_, url):
+        for _ in range(2):
+            response = httpx.post(url, json={"inputs": "rome"}, timeout=10)
+            assert response.status_code == 422 and "0 results for 1 inputs" in response.json()["detail"]
+
+
 def test_load_of_one_request_has_percentiles(pipe):
     with serving(server.create_app(pipe)) as (_, url):
         found = asyncio.run(load(url, inputs(1), concurrency=4))
@@ -171,10 +188,26 @@ def test_load_says_in_a_sentence_what_the_server_refuses(pipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_serves_a_load_that_is_larger_than_its_queue(folder, pipe):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "the model names no pipeline: give --task."),
+        (["--task", "foo"], "there is no pipeline 'foo'."),
+        (["--batch_size", "0"], "--batch_size and --queue_size must be 1 or more."),
+    ],
+)
+def test_the_script_says_in_a_sentence_why_it_can_not_start(flags, message, build, tmp_path):
+    build(KAdapterForMaskedLM).save_pretrained(tmp_path)
+    command = [sys.executable, str(SERVE / "server.py"), str(tmp_path), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith(f"server.py: error: {message}\n")
+
+
+@pytest.mark.slow
+def test_the_script_serves_the_models_own_pipeline_under_a_load_that_is_larger_than_its_queue(folder, pipe):
     port = free_port()
     url = f"http://127.0.0.1:{port}/predict"
-    command = [sys.executable, str(SERVE / "server.py"), folder, "--task", "entity-typing", "--port", str(port)]
+    command = [sys.executable, str(SERVE / "server.py"), folder, "--port", str(port)]
     process = subprocess.Popen([*command, "--queue_size", "8"], stderr=subprocess.PIPE, text=True)
     try:
         for line in process.stderr:
