@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from kadapter_cli._flags import LIMITS, check_least
+from kadapter_cli._flags import LIMITS, check_least, json_object
 from kadapter_cli._source import flag
 
 from .activations import CachedStatesCollator
@@ -127,6 +127,7 @@ class FinetuningArguments:
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
         check_least(self, {"untrained_adapters": 0, **LIMITS})
+        json_object(self.fusion_config)
         fusion_config(self.fusion, self.fusion_config)
 
 

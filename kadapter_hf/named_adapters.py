@@ -1,9 +1,10 @@
 """Adapters and fusions as they are named on the command line: SOURCE or NAME=SOURCE; a kind and JSON."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from kadapter_cli._flags import json_object
 
 from .modeling.configuration_kadapter import KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterConfigError, check_adapter_name
@@ -66,13 +67,6 @@ def fusion_config(kind: str, text: str | None) -> dict[str, Any]:
     Raises:
         KAdapterConfigError: there is no fusion of this kind, or it doesn't take these values.
     """
-    try:
-        values = json.loads(text or "{}")
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise KAdapterConfigError(
-            f'the configuration of a fusion must be a JSON object like {{"scale": 0.1}}, not {text}'
-        )
+    values = json_object(text)
     check_fusion(kind, values)
     return values

@@ -19,7 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from kadapter_cli._flags import LIMITS, check_least
+from kadapter_cli._flags import LIMITS, check_adapter_name, check_least
 from kadapter_cli._names import did_you_mean
 from kadapter_cli._source import flag
 
@@ -30,7 +30,6 @@ from .features import encode, load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .messages import shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
-from .modeling.format_kadapter import check_adapter_name
 from .objectives import OBJECTIVES, Objective
 from .objectives.objective import LARGE_WIDTH, label_set, row_labels
 from .rows import load_rows

@@ -128,25 +128,33 @@ def _write_files(model: Any, folder: Path, state: Mapping[str, torch.Tensor]) ->
 
 def _copy_code(model: Any, folder: Path, config: Any) -> None:
     """Copies this folder's modules, and those of a user's own head and fusion, if `register_for_auto_class` was called."""
-    for path in code_files():
-        shutil.copyfile(path, folder / path.name)
     if type(model).is_remote_code() and not is_own_class(type(model)):
         for path in map(Path, custom_object_save(model, folder, config=config) or ()):
             _copy_own(path, path)
-    entry, fusion = folder / f"{ENTRY_MODULE}.py", type(model.fusion)
     # The name is there even while that module is being imported, if the head's is the same.
-    importing = "from .{} import __name__ as own_fusion  # noqa: E402, F401\n"
-    # The code of a loaded repository may have the line already, of this fusion or of another.
-    text = re.sub(importing.format(".+"), "", entry.read_text(encoding="utf-8"))
-    if fusion.__module__ == "__main__" and fusion.travels:
+    importing, own = "from .{} import __name__ as own_fusion  # noqa: E402, F401\n", _own_fusion(type(model.fusion))
+    if own is not None:
+        _copy_own(own, folder / own.name)
+    for path in code_files():
+        if path.stem == ENTRY_MODULE:
+            # The code of a loaded repository may have the line already, of this fusion or of another.
+            text = re.sub(importing.format(".+"), "", path.read_text(encoding="utf-8"))
+            text += "" if own is None else importing.format(own.stem)
+            (folder / path.name).write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _own_fusion(fusion: Any) -> Path | None:
+    """The file of a user's own fusion that travels with the model."""
+    if is_own_class(fusion) or not (fusion.travels or is_remote_code(fusion.__module__)):
+        return None
+    if fusion.__module__ == "__main__":
         logger.warning(
             f"{fusion.__name__} is not saved with the model, as it is defined in __main__: define it in a module."
         )
-    elif (fusion.travels or is_remote_code(fusion.__module__)) and not is_own_class(fusion):
-        source = Path(inspect.getfile(fusion))
-        _copy_own(source, folder / source.name)
-        text += importing.format(source.stem)
-    entry.write_text(text, encoding="utf-8")
+        return None
+    return Path(inspect.getfile(fusion))
 
 
 def _copy_own(source: Path, target: Path) -> None:

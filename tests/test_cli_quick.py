@@ -11,6 +11,7 @@ import pytest
 
 from kadapter_cli import _flags, _names as names
 from kadapter_hf import finetuning, multitask, pretraining, probing, reproduction
+from kadapter_hf.modeling.format_kadapter import _ADAPTER_NAME
 from kadapter_hf.modeling.fusion_kadapter import FUSIONS
 from kadapter_hf.objectives import OBJECTIVES
 from kadapter_hf.tasks import TASKS
@@ -83,8 +84,11 @@ WRONG = [
     ["probe", "--model", "x", "--data", "y", "--protocl", "fusion"],
     ["probe", "--model", "x", "--data", "y", "--epochs", "0"],
     ["pretrain", "multitask", "--data", "factul=x", "--output_dir", "y"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--bf16", "--fp16"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--warmup_steps", "-3"],
     ["finetune", "search-qa", "--data", "x", "--output_dir", "y", "--stride", "-1"],
     ["finetune", "tacred", "--output_dir", "y"],
+    ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--fusion_config", "{"],
     ["finetune", "tacred", "--data", "", "--output_dir", "y"],
     ["finetune", "tacred", "--train_file", "", "--output_dir", "y"],
     ["probe", "--model", "x", "--data", ""],
@@ -164,6 +168,7 @@ def test_the_names_that_commands_check_are_those_of_the_registries():
     assert set(names.TASKS) == set(TASKS)
     assert set(names.OBJECTIVES) == set(OBJECTIVES)
     assert set(names.FUSIONS) == set(FUSIONS)
+    assert names.ADAPTER_NAME == _ADAPTER_NAME.pattern
 
 
 COMMANDS = [
@@ -222,6 +227,7 @@ REQUIRED = ["--data", "x", "--output_dir", "y"]
                 *("--lerning_rate 1", "--lerning_rate=1", "--lear 1", "--seed", "--no_remove_unused_columns=1"),
                 *("--num_train_epochs abc", "--use_cpu maybe", "--run_name -x", "--lr_scheduler_type cosin"),
                 *("--adapter_hidden_size 100", "--dropout 1.5", "--max_steps -5", "--num_train_epochs 0"),
+                *("--report_to nix", "--name a/b"),
                 *("--eval_size 0", "--learning_rate nan", "--fusion ad", "--cache_activations rows.json"),
             )
         ),

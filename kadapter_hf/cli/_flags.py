@@ -7,18 +7,21 @@ flags are reported and flags completed at once, the fields are read from the sou
 
 import argparse
 import importlib.util
+import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ._names import TASKS, did_you_mean, one_line
-from ._source import file_of, read_dataclass
+from ._names import ADAPTER_NAME, TASKS, did_you_mean, one_line
+from ._source import file_of, keys_of, read_dataclass
 
 
 # The smallest values that make sense. Trainer refuses others after minutes of preparation, or not at all.
 LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_epochs": 0, "seed": 0} | {
     "max_steps": -1,
+    "warmup_steps": 0,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -41,9 +44,31 @@ def check_least(arguments: Any, least: Mapping[str, float]) -> None:
             raise ValueError(f"--{name} must be at least {smallest}, not {value}")
 
 
+def check_adapter_name(name: str) -> None:
+    """Raises a ValueError for a name that no adapter can have; a few others are refused when the model is made."""
+    if not re.fullmatch(ADAPTER_NAME, name):
+        raise ValueError(
+            f"{name[:80]!r} can't name a knowledge adapter: a name has 1 to 64 letters, digits, '_' or '-', and starts with a "
+            "letter or digit"
+        )
+
+
+def json_object(text: str | None) -> dict[str, Any]:
+    """The configuration of a fusion. Raises a ValueError if it is not JSON."""
+    try:
+        values = json.loads(text or "{}")
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f'the configuration of a fusion must be a JSON object like {{"scale": 0.1}}, not {text}')
+    return values
+
+
 def check_values(training: Any) -> None:
     """Raises a ValueError for a value in TrainingArguments that Trainer can't use, which it would notice only later."""
     check_least(training, LEAST)
+    if training.fp16 and training.bf16:
+        raise ValueError("give either --bf16 or --fp16")
     if training.max_steps <= 0 and not training.num_train_epochs:
         raise ValueError("--num_train_epochs must be more than 0 without --max_steps")
     for name in ("adam_beta1", "adam_beta2"):
@@ -113,6 +138,17 @@ def quick_parser(command: str, name: str = "") -> FlagParser | None:
         return None
 
 
+def check_report_to(names: Any) -> None:
+    """Raises a ValueError if transformers can't report to one of these; nothing if that is not known."""
+    names = names if isinstance(names, list) else [names]
+    known = (
+        keys_of("transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK") if names != ["none"] else []
+    )
+    for name in names:
+        if known and isinstance(name, str) and name not in ("all", "none", *known):
+            raise ValueError(f"--report_to: {name} is not supported, only {', '.join(known)} are supported.")
+
+
 def check_flags(command: str, name: str, flags: Sequence[str]) -> None:
     """
     Exits if the flags of a command are wrong, as far as that can be known without importing anything large: the command itself
@@ -125,6 +161,7 @@ def check_flags(command: str, name: str, flags: Sequence[str]) -> None:
         *parsed, rest = parser.parse_args_into_dataclasses(list(flags), True, look_for_args_file=False)
         if command in ("pretrain", "finetune"):
             check_values(parsed[-1])
+            check_report_to(parsed[-1].report_to)
     except ValueError as error:
         parser.error(str(error))
     if command != "reproduce":

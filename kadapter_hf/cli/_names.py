@@ -26,6 +26,7 @@ TASKS = {
 }
 OBJECTIVES = ("factual", "linguistic", "typing")
 FUSIONS = ("add", "attention", "concat", "gate")
+ADAPTER_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 
 def one_line(value: Any) -> str:

@@ -39,6 +39,14 @@ def file_of(module: str) -> Path:
     return Path(folders[0], *parts).with_suffix(".py")  # type: ignore[index]
 
 
+def keys_of(module: str, name: str) -> list[str]:
+    """The keys of a dict that a module defines; empty if it can't be found."""
+    for line in _statements(file_of(module)):
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name and isinstance(line.value, ast.Dict):
+            return [key.value for key in line.value.keys if isinstance(key, ast.Constant)]
+    return []
+
+
 @cache
 def _statements(path: Path) -> list[ast.stmt]:
     return ast.parse(path.read_bytes()).body
