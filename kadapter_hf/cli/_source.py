@@ -43,7 +43,7 @@ def keys_of(module: str, name: str) -> list[str]:
     """The keys of a dict that a module defines; empty if it can't be found."""
     for line in _statements(file_of(module)):
         if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name and isinstance(line.value, ast.Dict):
-            return [key.value for key in line.value.keys if isinstance(key, ast.Constant)]
+            return [str(key.value) for key in line.value.keys if isinstance(key, ast.Constant)]
     return []
 
 
