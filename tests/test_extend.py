@@ -212,6 +212,15 @@ print(type(again).__name__)
 """
 
 
+def said_elsewhere(program: str, where: str, folder: Path) -> list[str]:
+    """The last lines of `REMOTE`, or of a variant, for the model in `folder / "own"`, which it saves in `folder / "again"`."""
+    command = [sys.executable, "-I", "-c", program, str(folder / "own"), where, str(folder / "again")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()[-3:]
+
+
 @pytest.mark.parametrize("where", ["blocked", "installed"])
 def test_own_head_travels_and_is_saved_again_elsewhere(where, head, head_class, tmp_path, monkeypatch):
     """In a process that can't import its file, and in one of the two not the package either."""
@@ -221,11 +230,7 @@ def test_own_head_travels_and_is_saved_again_elsewhere(where, head, head_class, 
     assert json.loads((tmp_path / "own" / "config.json").read_text())["auto_map"][
         "AutoModelForSequenceClassification"
     ] == ("span_head.KAdapterForSpanClassification")
-    command = [sys.executable, "-I", "-c", REMOTE, str(tmp_path / "own"), where, str(tmp_path / "again")]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    *found, name = done.stdout.splitlines()[-3:]
+    *found, name = said_elsewhere(REMOTE, where, tmp_path)
     ids = torch.arange(30).view(3, 10)
     with torch.no_grad():
         expected = head(ids, torch.ones_like(ids), span=torch.tensor([[1, 2]] * 3)).logits
@@ -287,15 +292,12 @@ def test_own_fusion_travels_and_is_saved_again_elsewhere(where, gated, tmp_path,
     disturb(gated.fusion)
     gated.save_pretrained(tmp_path / "own")
     program = REMOTE.replace(", span=torch.tensor([[1, 2]] * 3)", "")
-    command = [sys.executable, "-I", "-c", program, str(tmp_path / "own"), where, str(tmp_path / "again")]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    *found, _ = said_elsewhere(program, where, tmp_path)
     ids = torch.arange(30).view(3, 10)
     with torch.no_grad():
         expected = gated.eval()(ids, torch.ones_like(ids)).logits
-    for line in done.stdout.splitlines()[-3:-1]:
-        assert torch.allclose(torch.tensor(json.loads(line)), expected, atol=1e-6)
+    for values in found:
+        assert torch.allclose(torch.tensor(json.loads(values)), expected, atol=1e-6)
     assert {"gated_fusion.py", "heads_kadapter.py"} <= {path.name for path in (tmp_path / "again").glob("*.py")}
     entry = (tmp_path / "again" / "heads_kadapter.py").read_text(encoding="utf-8")
     assert entry.count("from .gated_fusion import") == 1

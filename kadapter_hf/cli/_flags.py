@@ -7,14 +7,13 @@ flags are reported and flags completed at once, the fields are read from the sou
 
 import argparse
 import importlib.util
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ._names import ADAPTER_NAME, TASKS, did_you_mean, one_line
+from ._names import ADAPTER_NAME, TASKS, did_you_mean, one_line, parsed_object
 from ._source import file_of, keys_of, read_dataclass
 
 
@@ -55,11 +54,8 @@ def check_adapter_name(name: str) -> None:
 
 def json_object(text: str | None) -> dict[str, Any]:
     """The configuration of a fusion. Raises a ValueError if it is not JSON."""
-    try:
-        values = json.loads(text or "{}")
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
+    values = parsed_object(text or "{}")
+    if values is None:
         raise ValueError(f'the configuration of a fusion must be a JSON object like {{"scale": 0.1}}, not {text}')
     return values
 

@@ -4,6 +4,7 @@ the registries of `kadapter_hf`.
 """
 
 import difflib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,6 +35,15 @@ def one_line(value: Any) -> str:
     return "".join(
         char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(str(value).split())
     )
+
+
+def parsed_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is; None if it is none."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """`kadapter combine`: combines separately trained adapters in one K-Adapter."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ._arguments import AsJson, check_name, check_new, starting
-from ._names import FUSIONS
+from ._names import FUSIONS, parsed_object
 from ._output import conclude, print_json, running, say
 
 
@@ -18,11 +17,8 @@ def checked_fusion(fusion: str) -> str:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
+    values = parsed_object(text)
+    if values is None:
         raise typer.BadParameter(f'it must be a JSON object like {{"top_k": 2}}, not {text}')
     return values
 
