@@ -64,7 +64,8 @@ class Bench:
         config = KAdapterConfig().backbone_config
         config.num_hidden_layers = self.layers
         torch.manual_seed(0)
-        return RobertaModel(config, add_pooling_layer=False).to(self.device)
+        with self.device:
+            return RobertaModel(config, add_pooling_layer=False)
 
     def dtype(self, name: str) -> torch.dtype:
         return fast_dtype(self.device)[0] if name == "auto" else getattr(torch, name)

@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from kadapter_cli._flags import LIMITS, check_least, json_object
+from kadapter_cli._flags import EVERY_EPOCH, LIMITS, check_least, json_object
 from kadapter_cli._source import flag
 
 from .activations import CachedStatesCollator
@@ -148,9 +148,7 @@ def defaults(task: Task, adapters: Sequence[str], freeze_backbone: bool) -> dict
     return settings | {
         "per_device_eval_batch_size": 32,
         "train_sampling_strategy": "group_by_length",  # little padding
-        "logging_steps": 0.02,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
+        **EVERY_EPOCH,
         "save_total_limit": 1,
         "load_best_model_at_end": True,
         "metric_for_best_model": task.metric,

@@ -214,5 +214,5 @@ def parser() -> Parser:
         description="Trains a backbone itself on several objectives at once: the paper's RoBERTa + multitask. Example: "
         "kadapter pretrain multitask --data factual=fewrel linguistic=trees --output_dir multitask-backbone",
     )
-    made.set_defaults(learning_rate=1e-5, per_device_train_batch_size=32, warmup_steps=0.1, logging_steps=0.02)
+    made.set_defaults(learning_rate=1e-5, per_device_train_batch_size=32, warmup_steps=0.1)
     return made

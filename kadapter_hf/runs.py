@@ -25,7 +25,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
 from kadapter_cli._flags import FlagParser, check_values
-from kadapter_cli._names import is_repo_id
 
 from .activations import CachedStates, cached_states
 from .corpora.files import write_json
@@ -71,10 +70,6 @@ class Parser(FlagParser, HfArgumentParser):
 def check_training_arguments(training: TrainingArguments) -> None:
     """Raises a ValueError for a value that Trainer can't use, which it would notice only later."""
     check_values(training)
-    if not isinstance(training.lr_scheduler_kwargs or {}, dict):
-        raise ValueError(f"--lr_scheduler_kwargs must be a JSON object, not {training.lr_scheduler_kwargs}")
-    if training.hub_model_id is not None and not is_repo_id(training.hub_model_id):
-        raise ValueError(f"--hub_model_id: '{training.hub_model_id}' is not a valid name of a repository on the Hub")
     try:
         get_reporting_integration_callbacks(training.report_to)
     except ValueError as error:

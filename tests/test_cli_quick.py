@@ -96,6 +96,10 @@ WRONG = [
     ["pretrain", "factual", "--data", "x", "--output_dir", "rows.json"],
     ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--dropout", "1.5"],
     ["reproduce", "--data", "tacred=x", "--adapters", "y", "--output_dir", "z", "--learning_rate", "-1"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--load_best_model_at_end"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--logging_steps", "0"],
+    ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--save_strategy", "no", "--load_best_model_at_end"],
+    ["reproduce", "--data", "tacred=x", "--adapters", "y", "--output_dir", "z", "--dataloader_prefetch_factor", "2"],
 ]
 COMPLETED = {
     "kadapter pret": "pretrain",
@@ -229,6 +233,10 @@ REQUIRED = ["--data", "x", "--output_dir", "y"]
                 *("--adapter_hidden_size 100", "--dropout 1.5", "--max_steps -5", "--num_train_epochs 0"),
                 *("--report_to nix", "--name a/b"),
                 *("--eval_size 0", "--learning_rate nan", "--fusion ad", "--cache_activations rows.json"),
+                *("--save_steps 1.5", "--torch_empty_cache_steps 0", "--dataloader_prefetch_factor 2"),
+                "--load_best_model_at_end --eval_strategy steps --eval_steps 2 --save_steps 3",
+                "--load_best_model_at_end --eval_strategy steps --save_steps 0.05 --logging_steps 0.03",
+                *("--lr_scheduler_type reduce_lr_on_plateau", "--hub_model_id a/b/c", "--lr_scheduler_kwargs [1]"),
             )
         ),
     ],
@@ -250,6 +258,8 @@ def test_a_complaint_about_flags_is_that_of_the_command(flags, folder, monkeypat
         *(["--use_cpu"], ["--use_cpu", "NO"], ["--no_remove_unused_columns"], ["--no-remove-unused-columns"]),
         *(["--adapter_layers", "0", "1"], ["--data", "x", "y"], ["--log_level", "info"]),
         *(["--report_to", "none"], ["--lr_scheduler_kwargs", '{"x": -1}'], ["--warmup_steps", "1e-1"]),
+        "--load_best_model_at_end --eval_strategy steps --save_steps 0.04".split(),  # eval_steps is logging_steps
+        *(["--load_best_model_at_end", "--save_strategy", "best"], ["--lr_scheduler_type", "cosine"]),
     ],
     ids=" ".join,
 )

@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ._names import ADAPTER_NAME, TASKS, did_you_mean, one_line, parsed_object
-from ._source import file_of, keys_of, read_dataclass
+from ._names import ADAPTER_NAME, TASKS, did_you_mean, is_repo_id, one_line, parsed_object
+from ._source import file_of, keys_of, read_dataclass, run_as_far_as_known
 
 
+TRAINING_ARGUMENTS = "transformers.training_args.TrainingArguments"
+# The defaults of `kadapter finetune` that decide which of Trainer's flags go together.
+EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 # The smallest values that make sense. Trainer refuses others after minutes of preparation, or not at all.
 LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_epochs": 0, "seed": 0} | {
     "max_steps": -1,
@@ -72,6 +75,12 @@ def check_values(training: Any) -> None:
             raise ValueError(f"--{name} must be in [0, 1), not {value}")
     if Path(training.output_dir).is_file():
         raise ValueError(f"--output_dir must be a folder; '{training.output_dir}' is a file")
+    for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        value = getattr(training, name, None)
+        if isinstance(value, str) and parsed_object(value) is None:
+            raise ValueError(f"--{name} must be a JSON object, not {value}")
+    if training.hub_model_id is not None and not is_repo_id(training.hub_model_id):
+        raise ValueError(f"--hub_model_id: '{training.hub_model_id}' is not a valid name of a repository on the Hub")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -86,6 +95,7 @@ class FlagParser(argparse.ArgumentParser):
             # transformers' default is a folder in the current one.
             (action,) = (action for action in self._actions if action.dest == "output_dir")
             action.required, action.help = True, "The output folder, also for checkpoints."
+            self.set_defaults(logging_steps=0.02)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"Error: {one_line(message)}\nTry '{self.prog} --help' for help.\n")
@@ -113,12 +123,11 @@ def quick_parser(command: str, name: str = "") -> FlagParser | None:
     The parser of a command, for an objective or task if it has one, without the defaults that depend on that or on other flags.
     None if the installed version of transformers is written in another way.
     """
-    of_trainer = ["transformers.training_args.TrainingArguments"]
     of_pretraining = "multitask.MultitaskArguments" if name == "multitask" else "pretraining.PretrainingArguments"
     of_task = TASKS.get(name, "task.Options")
     places = {
-        "pretrain": [f"kadapter_hf.{of_pretraining}", *of_trainer],
-        "finetune": ["kadapter_hf.finetuning.FinetuningArguments", f"kadapter_hf.tasks.{of_task}", *of_trainer],
+        "pretrain": [f"kadapter_hf.{of_pretraining}", TRAINING_ARGUMENTS],
+        "finetune": ["kadapter_hf.finetuning.FinetuningArguments", f"kadapter_hf.tasks.{of_task}", TRAINING_ARGUMENTS],
         "reproduce": ["kadapter_hf.reproduction.ReproductionArguments"],
         "probe": ["kadapter_hf.probing.ProbingArguments"],
     }
@@ -128,8 +137,10 @@ def quick_parser(command: str, name: str = "") -> FlagParser | None:
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         spec.loader.exec_module(module)  # type: ignore[union-attr]
         kind = type("QuickParser", (FlagParser, module.HfArgumentParser), {})
-        dataclasses = [read_dataclass(place, checked=place not in of_trainer) for place in places[command]]
-        return kind(dataclasses, prog=f"kadapter {command} {name}".rstrip())
+        dataclasses = [read_dataclass(place, checked=place != TRAINING_ARGUMENTS) for place in places[command]]
+        parser = kind(dataclasses, prog=f"kadapter {command} {name}".rstrip())
+        parser.set_defaults(**(EVERY_EPOCH if command == "finetune" else {}))
+        return parser
     except Exception:
         return None
 
@@ -145,6 +156,18 @@ def check_report_to(names: Any) -> None:
             raise ValueError(f"--report_to: {name} is not supported, only {', '.join(known)} are supported.")
 
 
+def check_as_trainer(training: Any) -> None:
+    """Raises a ValueError for values that TrainingArguments refuses, as far as its source tells."""
+    if training.eval_strategy == "steps" and not training.eval_steps:  # as TrainingArguments itself does
+        training.eval_steps = training.logging_steps
+    try:
+        run_as_far_as_known(TRAINING_ARGUMENTS, "_validate_args", training)
+    except ValueError:
+        raise
+    except Exception:  # written in another way than expected
+        return
+
+
 def check_flags(command: str, name: str, flags: Sequence[str]) -> None:
     """
     Exits if the flags of a command are wrong, as far as that can be known without importing anything large: the command itself
@@ -158,6 +181,7 @@ def check_flags(command: str, name: str, flags: Sequence[str]) -> None:
         if command in ("pretrain", "finetune"):
             check_values(parsed[-1])
             check_report_to(parsed[-1].report_to)
+            check_as_trainer(parsed[-1])
     except ValueError as error:
         parser.error(str(error))
     if command != "reproduce":

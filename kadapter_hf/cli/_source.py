@@ -32,6 +32,18 @@ def read_dataclass(place: str, checked: bool = False) -> type:
     return make_dataclass(name, _fields(file_of(module), name).values(), namespace=methods)
 
 
+def run_as_far_as_known(place: str, method: str, instance: Any) -> None:
+    """Runs each statement of a method of the class at `place` on its own, but those that depend on what other files define."""
+    module, _, name = place.rpartition(".")
+    path, node = _find(file_of(module), name)  # type: ignore[misc]
+    names = _Names(path)
+    names["self"] = instance
+    for line in node.body:
+        for statement in line.body if isinstance(line, ast.FunctionDef) and line.name == method else ():
+            with suppress(_NotKnown):
+                exec(ast.unparse(statement), names, names)
+
+
 def file_of(module: str) -> Path:
     """The file of a module, which is not imported."""
     package, *parts = module.split(".")
@@ -109,7 +121,8 @@ class _Names(dict[str, Any]):
         if node is None or not any("Enum" in ast.unparse(base) for base in node.bases):
             return Unknown
         lines = [line for line in node.body if isinstance(line, ast.Assign)]
-        return Enum(name, [(ast.unparse(line.targets[0]), ast.literal_eval(line.value)) for line in lines])
+        values = [(ast.unparse(line.targets[0]), ast.literal_eval(line.value)) for line in lines]
+        return Enum(name, values, type=str)  # as transformers' ExplicitEnum
 
 
 class _NotKnown(Exception):

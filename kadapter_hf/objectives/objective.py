@@ -11,12 +11,11 @@ from ..corpora import Schema
 from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
-# From docs/knowledge.md. A share of all steps: warmup_steps and logging_steps.
+# From docs/knowledge.md. warmup_steps is a share of all steps.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "per_device_train_batch_size": 32,
     "warmup_steps": 0.1,
-    "logging_steps": 0.02,
     "train_sampling_strategy": "group_by_length",  # little padding
 }
 # The paper's for roberta-large (section 3.3), for backbones of at least this width.
