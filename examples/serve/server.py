@@ -8,7 +8,6 @@ from queue import Queue
 from threading import Thread
 from typing import Annotated, Any
 
-import torch
 import uvicorn
 from fastapi import Body, FastAPI, HTTPException, Response
 from transformers import Pipeline, PreTrainedConfig, pipeline
@@ -18,7 +17,7 @@ import kadapter_hf  # noqa: F401, registers the classes and the pipelines
 
 
 def create_app(pipe: Pipeline, batch_size: int = 16, queue_size: int = 64) -> FastAPI:
-    """An application that collects waiting requests into batches; more than `queue_size` of them are refused with 503."""
+    """An application that collects waiting requests into batches; beyond `queue_size` of them, more are refused with 503."""
     app, waiting = FastAPI(), Queue[tuple[Any, Future]](queue_size)
 
     def predict(inputs: list[Any]) -> list[Any]:
@@ -49,10 +48,8 @@ def create_app(pipe: Pipeline, batch_size: int = 16, queue_size: int = 64) -> Fa
             raise HTTPException(503, "too many requests are waiting", {"Retry-After": "1"})
         waiting.put_nowait((inputs, answered := Future()))
         result = await asyncio.wrap_future(answered)
-        if isinstance(result, (MemoryError, torch.OutOfMemoryError)):
-            raise result
-        if isinstance(result, Exception):  # about this input, as it ran alone
-            raise HTTPException(422, str(result))
+        if isinstance(result, Exception):  # about this input, as it ran alone, if there was memory enough
+            raise HTTPException(500 if "Memory" in type(result).__name__ else 422, str(result))
         # Some pipelines return NumPy's numbers.
         return Response(json.dumps(result, default=lambda number: number.item()), media_type="application/json")
 
@@ -63,13 +60,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a folder, or a repository on the Hub")
     parser.add_argument("--task", help="the pipeline's name, e.g. fill-mask; by default as the configuration says")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--queue_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=16, help="1 or less is no batches")
+    parser.add_argument("--queue_size", type=int, default=64, help="0 is no limit")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
-    if min(args.batch_size, args.queue_size) < 1:
-        parser.error("--batch_size and --queue_size must be 1 or more.")
     task = args.task or next(iter(PreTrainedConfig.get_config_dict(args.model)[0].get("custom_pipelines", {})), None)
     if task not in PIPELINE_REGISTRY.get_supported_tasks():
         parser.error(f"there is no pipeline '{task}'." if task else "the model names no pipeline: give --task.")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from conftest import free_port, load_script
 from transformers import pipeline
 
@@ -154,6 +155,23 @@ def test_a_pipeline_that_returns_too_few_results_is_an_error_and_not_the_end_of_
             assert response.status_code == 422 and "0 results for 1 inputs" in response.json()["detail"]
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), torch.OutOfMemoryError("no room")])
+def test_a_lack_of_memory_is_the_fault_of_the_server(error):
+    def fail(inputs, batch_size):
+        raise error
+
+    with serving(server.create_app(fail)) as (_, url):
+        response = httpx.post(url, json={"inputs": "rome"}, timeout=10)
+        assert response.status_code == 500 and response.json()["detail"] == "no room"
+
+
+@pytest.mark.parametrize("batch_size", [0, 1])
+def test_without_batches_and_a_limit_of_the_queue_each_request_is_answered(batch_size, pipe):
+    sent = inputs(6)
+    with serving(server.create_app(pipe, batch_size=batch_size, queue_size=0)) as (_, url):
+        assert_answers(asyncio.run(load(url, sent, concurrency=6))["answers"], pipe, sent)
+
+
 def test_load_of_one_request_has_percentiles(pipe):
     with serving(server.create_app(pipe)) as (_, url):
         found = asyncio.run(load(url, inputs(1), concurrency=4))
@@ -193,7 +211,6 @@ def test_load_says_in_a_sentence_what_the_server_refuses(pipe, tmp_path):
     [
         ([], "the model names no pipeline: give --task."),
         (["--task", "foo"], "there is no pipeline 'foo'."),
-        (["--batch_size", "0"], "--batch_size and --queue_size must be 1 or more."),
     ],
 )
 def test_the_script_says_in_a_sentence_why_it_can_not_start(flags, message, build, tmp_path):
