@@ -18,6 +18,8 @@ from kadapter_hf.precision import cast_backbone, fast_dtype
 
 
 LABELS, LENGTH, SHORTEST, WARM_UP = 430, 64, 18, 1
+# The sizes of a small adapter, such as those of the partitions of MoP.
+SMALL = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 256, "num_hidden_layers": 1}
 Batch = dict[str, torch.Tensor]
 
 

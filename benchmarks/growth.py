@@ -14,12 +14,11 @@ from pathlib import Path
 import matplotlib.figure
 import torch
 from _common import in_fresh_process, peak_memory, print_table, reset_peak
-from _setting import Batch, Bench, collate, fused_adamw
+from _setting import SMALL, Batch, Bench, collate, fused_adamw
 from rich.progress import track
 from transformers import logging
 
 
-SMALL = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 256, "num_hidden_layers": 1}
 REPETITIONS = 3
 # By what grows: its sizes, and the arguments of `measure`.
 SERIES = {

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from _common import in_fresh_process, kind_of_machine, machine
@@ -27,6 +28,7 @@ from _setting import (
     FLOAT32,
     LABELS,
     PRECISIONS,
+    SMALL,
     WARM_UP,
     Batch,
     Bench,
@@ -41,6 +43,7 @@ from transformers import logging
 
 from kadapter_hf import KAdapterForRelationClassification
 from kadapter_hf.activations import CachedStatesCollator, cached_states
+from kadapter_hf.modeling.stacking_kadapter import run_adapters
 
 
 BASELINES = Path(__file__).parent / "baselines"
@@ -203,21 +206,29 @@ def forward(bench: Bench) -> Iterator[Row]:
     yield "forward, two adapters, beside its multiply-adds at the backbone's speed", ours, least, 1 / 1.1
 
 
-@torch.no_grad()
 def many_adapters(bench: Bench) -> Iterator[Row]:
     """Without the backbone: with its states."""
-    adapters = list(bench.model(adapters=8, dtype="float32").eval().adapters.values())
     width = bench.backbone().config.hidden_size
 
-    def run(batch: Batch, count: int) -> None:
+    def run(batch: Batch, adapters: dict[str, Any], backward: bool) -> None:
         shape = (*batch["input_ids"].shape, width)
-        states = dict.fromkeys(adapters[0].config.backbone_layers, torch.ones(shape, device=bench.device))
+        states = dict.fromkeys(bench.adapter().backbone_layers, torch.ones(shape, device=bench.device))
         read = torch.stack([batch["subject_start"], batch["object_start"]], dim=1)
-        for adapter in adapters[:count]:
-            adapter(states, batch["attention_mask"], read)
+        with torch.set_grad_enabled(backward):
+            outputs = run_adapters(adapters, states, batch["attention_mask"], read)
+            if backward:
+                torch.stack(list(outputs.values())).sum().backward()
+        for adapter in adapters.values():
+            adapter.zero_grad()
 
-    one, all_of_them = bench.seconds_of([functools.partial(run, count=count) for count in (1, 8)], bench.batches())
-    yield "8 adapters, forward, beside 8 times one", all_of_them, 8 * one, 1.0
+    for number, kind, sizes in ((8, "", {}), (16, "small ", SMALL), (64, "small ", SMALL)):
+        adapters = dict(bench.model(adapters=number, dtype="float32", sizes=sizes).eval().adapters)
+        one = {"adapter0": adapters["adapter0"]}
+        for backward in (False, True):
+            works = [functools.partial(run, adapters=some, backward=backward) for some in (one, adapters)]
+            alone, together = bench.seconds_of(works, bench.batches())
+            what = f"{number} {kind}adapters, forward{' and backward' if backward else ''}"
+            yield f"{what}, beside {number} times one", together, number * alone, 1.0
 
 
 def sharing_states(bench: Bench, runs: int = 4) -> Iterator[Row]:

@@ -14,8 +14,8 @@ from .peft_kadapter import plain_state_dict
 
 
 # What the output of an adapter depends on besides its weights.
-_SHAPE = ("backbone_layers", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-_SHAPE += ("hidden_act", "layer_norm_eps", "attend_to_padding")
+SHAPE = ("backbone_layers", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+SHAPE += ("hidden_act", "layer_norm_eps", "attend_to_padding")
 
 
 def averaged(model: Any, weights: Any) -> tuple[KnowledgeAdapterConfig, dict[str, torch.Tensor]]:
@@ -57,7 +57,7 @@ def _check_weights(weights: Any) -> None:
 def _check_comparable(configs: Mapping[str, KnowledgeAdapterConfig]) -> None:
     (first, wanted), *others = configs.items()
     for name, config in others:
-        for field in _SHAPE:
+        for field in SHAPE:
             here, there = getattr(config, field), getattr(wanted, field)
             if here != there:
                 raise KAdapterConfigError(

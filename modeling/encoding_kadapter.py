@@ -17,6 +17,7 @@ from .configuration_kadapter import KAdapterConfig
 from .format_kadapter import KAdapterConfigError
 from .layers_kadapter import states_at
 from .peft_kadapter import virtual_tokens
+from .stacking_kadapter import run_adapters
 
 
 Output = TypeVar("Output", bound=ModelOutput)
@@ -212,7 +213,7 @@ class EncodingMixin(nn.Module):
         if rows is not None:
             states = {layer: _rows_of(states[layer], rows) for layer in self.backbone_states_read(names)}
             attention_mask = _rows_of(attention_mask, rows)
-        return {name: self.adapters[name](states, attention_mask, positions) for name in names}
+        return run_adapters({name: self.adapters[name] for name in names}, states, attention_mask, positions)
 
     def _given_states(self, given: torch.Tensor, names: Sequence[str], last: bool = True) -> dict[int, torch.Tensor]:
         """The given states by index; the backbone's last has the index -1."""

@@ -41,6 +41,7 @@ from .registry_kadapter import register_head
 from .replacing_kadapter import replace_files
 from .saving_kadapter import save_repository
 from .sources_kadapter import repository_folder
+from .stacking_kadapter import run_adapters
 
 
 def _classification_loss(

@@ -1,0 +1,88 @@
+"""Knowledge adapters of one shape that run as one, with stacked weights."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .adapters_kadapter import KnowledgeAdapter
+from .averaging_kadapter import SHAPE
+from .compat_kadapter import attn_implementation_of
+
+
+# Where this is faster (docs/performance.md): on a GPU, a small adapter takes longer to start its kernels than to run them.
+DEVICES = ("cuda",)
+FEWEST_ADAPTERS = 4
+MOST_VALUES = 2**20  # of a state inside an adapter, `(batch, length, hidden_size)`
+
+
+def run_adapters(
+    adapters: Mapping[str, KnowledgeAdapter],
+    states: Any,
+    attention_mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """
+    The outputs of adapters by name; the arguments are those of `KnowledgeAdapter.forward`. Where it is faster, adapters of one
+    shape run together, with the same result up to rounding.
+    """
+    groups: dict[Any, list[str]] = {}
+    for name, adapter in adapters.items():
+        groups.setdefault(_shape(adapter, states) or name, []).append(name)
+    outputs: dict[str, torch.Tensor] = {}
+    for names in groups.values():
+        group = [adapters[name] for name in names]
+        if len(group) < FEWEST_ADAPTERS:
+            found: Sequence[torch.Tensor] = [adapter(states, attention_mask, positions) for adapter in group]
+        else:
+            found = _run_stacked(group, states, attention_mask, positions)
+        outputs |= zip(names, found, strict=True)
+    return {name: outputs[name] for name in adapters}
+
+
+def _shape(adapter: KnowledgeAdapter, states: Any) -> tuple[Any, ...] | None:
+    """What adapters that run together have in common; None for an adapter that has to run alone."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    weight = next(adapter.parameters(), None)  # None in the copies that DataParallel makes
+    config = adapter.config
+    read = states[config.backbone_layers[0]]
+    if (
+        weight is None
+        or weight.device.type not in DEVICES
+        or read.shape[0] * read.shape[1] * config.hidden_size > MOST_VALUES
+        or attn_implementation_of(adapter.attention) not in ("eager", "sdpa")
+        or not all(map(_is_plain, adapter.modules()))
+    ):
+        return None
+    dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
+    trains = any(parameter.requires_grad for parameter in adapter.parameters())
+    fields = (str(getattr(config, field)) for field in SHAPE)
+    return (*fields, *dropout, weight.dtype, weight.device, adapter.training, trains)
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether nothing but its class decides what a module computes: no hooks, PEFT, FSDP or gradient checkpointing."""
+    known = type(module).__module__.startswith(("torch.nn.", "transformers.activations", str(__package__)))
+    changed = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+    return known and not changed and not (module.training and getattr(module, "gradient_checkpointing", False))
+
+
+def _run_stacked(
+    adapters: Sequence[KnowledgeAdapter], states: Any, attention_mask: torch.Tensor | None, positions: Any
+) -> Sequence[torch.Tensor]:
+    first = adapters[0]
+    names = [name for name, _ in first.named_parameters()]
+    weights = zip(*(adapter.parameters() for adapter in adapters), strict=True)
+    stacked = {name: torch.stack(of_all) for name, of_all in zip(names, weights, strict=True)}
+    # The weights of this copy are replaced while it runs, and other threads may use the adapter itself.
+    shared = {id(one): one for one in (*first.parameters(), first.config)}
+    # vmap has no rule for SDPA with a mask on a GPU.
+    empty = copy.deepcopy(first, shared | {id(first.attention): PreTrainedConfig(attn_implementation="eager")})
+
+    def run(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(empty, weights, (states, attention_mask, positions))
+
+    return torch.vmap(run, randomness="different")(stacked).unbind()
