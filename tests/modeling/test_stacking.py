@@ -137,7 +137,7 @@ def test_trainer_trains_them_as_one_after_the_other(device, make, stacked, monke
         monkeypatch.setattr(stacking_kadapter, "DEVICES", devices)
         model = make()
         arguments = TrainingArguments(
-            tmp_path, max_steps=3, per_device_train_batch_size=2, report_to=[], use_cpu=device == "cpu"
+            tmp_path, max_steps=3, optim="sgd", learning_rate=0.1, report_to=[], use_cpu=device == "cpu"
         )
         Trainer(model, arguments, train_dataset=rows).train()
         weights.append(model.cpu().state_dict())
