@@ -19,7 +19,7 @@ MOST_VALUES = 2**20  # of a state inside an adapter, `(batch, length, hidden_siz
 
 
 def run_adapters(
-    adapters: Mapping[str, KnowledgeAdapter],
+    adapters: Mapping[str, Any],
     states: Any,
     attention_mask: torch.Tensor | None,
     positions: torch.Tensor | None,
@@ -30,7 +30,8 @@ def run_adapters(
     """
     groups: dict[Any, list[str]] = {}
     for name, adapter in adapters.items():
-        groups.setdefault(_shape(adapter, states) or name, []).append(name)
+        shape = _shape(adapter, states) if len(adapters) >= FEWEST_ADAPTERS else None
+        groups.setdefault(shape or name, []).append(name)
     outputs: dict[str, torch.Tensor] = {}
     for names in groups.values():
         group = [adapters[name] for name in names]
