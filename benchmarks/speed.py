@@ -221,7 +221,7 @@ def many_adapters(bench: Bench) -> Iterator[Row]:
     for number, kind, sizes in ((8, "", {}), (16, "small ", SMALL), (64, "small ", SMALL)):
         adapters = dict(bench.model(adapters=number, dtype="float32", sizes=sizes).eval().adapters)
         one = {"adapter0": adapters["adapter0"]}
-        for backward in (False, True):
+        for backward in (False, True) if sizes else (False,):
             works = [functools.partial(run, adapters=some, backward=backward) for some in (one, adapters)]
             alone, together = bench.seconds_of(works, bench.batches())
             what = f"{number} {kind}adapters, forward{' and backward' if backward else ''}"
