@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from kadapter_cli._names import output_problem
+
 from ..modeling.backbone_kadapter import load_quietly
 from ..modeling.compat_kadapter import without_initialization
 from ..modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig
@@ -70,9 +72,10 @@ class Conversion:
 
 
 def check_new(output: Path) -> None:
-    """Raises `KAdapterLoadError` if `output` is a file, or a folder that is not empty."""
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise KAdapterLoadError(f"'{output}' exists and is not empty; choose another folder.")
+    """Raises `KAdapterLoadError` unless `output` is an empty folder, or can be created."""
+    problem = output_problem(output)
+    if problem is not None:
+        raise KAdapterLoadError(problem)
 
 
 def convert(

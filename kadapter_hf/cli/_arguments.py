@@ -1,6 +1,5 @@
 """Arguments that several commands have, and their checks."""
 
-import os
 import re
 from collections.abc import Callable, Collection
 from enum import Enum
@@ -12,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from ._flags import quick_parser
-from ._names import TASKS, did_you_mean, is_repo_id, one_line
+from ._names import TASKS, did_you_mean, is_repo_id, one_line, output_problem
 from ._output import fail
 
 
@@ -23,14 +22,10 @@ class Split(str, Enum):
 
 
 def check_new(output: Path) -> None:
-    """Exits if `output` is a folder that is not empty, or can't be made one."""
-    existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir():
-        fail(f"'{existing}' is a file; choose another folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        fail(f"'{existing}' can't be written to; choose another folder.")
-    if existing == output and any(output.iterdir()):
-        fail(f"'{output}' exists and is not empty; choose another folder.")
+    """Exits unless `output` is an empty folder, or can be created."""
+    problem = output_problem(output)
+    if problem is not None:
+        fail(problem)
 
 
 def check_name(name: str, known: Collection[str], argument: str | None = None) -> None:
