@@ -26,6 +26,7 @@ from ..modeling.format_kadapter import (
     part_of,
 )
 from ..modeling.fusion_kadapter import ConcatFusion
+from ..modeling.loading_kadapter import backbone_place
 from ..modeling.reading_kadapter import check_tensors, read_tensors
 from ..modeling.saving_kadapter import write_repository
 from ..modeling.sources_kadapter import commit_of
@@ -206,7 +207,7 @@ def _empty_model(
         }
         del fields["num_labels"]
     config = KAdapterConfig(
-        backbone_name_or_path=os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone),
+        backbone_name_or_path=backbone_place(backbone),
         backbone_config=_backbone_config(backbone),
         knowledge_adapters=parts.configs,
         frozen_knowledge_adapters=list(parts.configs),

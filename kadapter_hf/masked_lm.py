@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from .corpora.files import text_lines
 from .features import encode
 from .modeling.backbone_kadapter import masked_lm_class
 from .modeling.compat_kadapter import without_load_report
@@ -153,16 +154,12 @@ def read_texts(path: str | Path) -> list[str]:
     Raises:
         ValueError: it is not UTF-8, a line is not of this format, or there is no text.
     """
-    path, texts = Path(path), []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    texts = []
+    for place, line in text_lines(path):
         try:
-            text = line.decode("utf-8-sig").strip()
-            if text and path.suffix == ".jsonl":
-                text = json.loads(text)["text"].strip()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}, line {number} is not UTF-8.") from None
+            text = json.loads(line)["text"].strip() if Path(path).suffix == ".jsonl" else line
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}, line {number} is not a JSON object with a field 'text' that is text.") from None
+            raise ValueError(f"{place} is not a JSON object with a field 'text' that is text.") from None
         if text:
             texts.append(text)
     if not texts:

@@ -65,10 +65,10 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
         check_is_encoder(backbone.config, type(backbone.base_model))
         drop_pooler(backbone)
         source = backbone.config.name_or_path
-        name, revision, as_stored = _place(source) if source else None, None, False
+        name, revision, as_stored = backbone_place(source) if source else None, None, False
         loaded = add_lm_head(backbone, name) if model_class.needs_lm_head else backbone
     else:
-        name = _place(backbone)
+        name = backbone_place(backbone)
         loaded = load_backbone(name, with_lm_head=model_class.needs_lm_head, **kwargs)
         revision = commit_of(name, **hub_kwargs)
         as_stored = kwargs.get("dtype") in (None, "auto") and not kwargs.keys() & {"quantization_config", "device_map"}
@@ -112,8 +112,8 @@ def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
     return [(None, source) for source in adapters]
 
 
-def _place(backbone: Any) -> str:
-    """A repository id, or the whole path of a folder."""
+def backbone_place(backbone: Any) -> str:
+    """What a configuration records as `backbone_name_or_path`: a repository id, or the absolute path of a folder."""
     if type(backbone).__module__.startswith("peft."):
         raise KAdapterConfigError(
             "a model that PEFT has wrapped can't be a backbone. Pass the result of its merge_and_unload(), which contains "
@@ -280,7 +280,7 @@ def _load_its_backbone(
         )
     else:
         if given is not None:
-            config.backbone_name_or_path, config.backbone_revision = _place(given), None
+            config.backbone_name_or_path, config.backbone_revision = backbone_place(given), None
         options = {
             "expected": config.backbone_config,
             "with_lm_head": with_lm_head,

@@ -49,7 +49,7 @@ def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[in
     words = scores.shape[0]
     scores[:, 1:].fill_diagonal_(-torch.inf)
     heads = scores.argmax(-1).tolist() if words else []
-    if not words or (heads.count(0) == 1 and not _cycle([0, *heads])):
+    if not words or (heads.count(0) == 1 and not find_cycle([0, *heads])):
         return heads
     # Each further word on the root costs more than all other choices can gain.
     possible = scores[scores.isfinite()]
@@ -65,7 +65,7 @@ def _best_heads(scores: torch.Tensor) -> list[int]:
     Source: Chu and Liu (1965), Edmonds (1967), as in McDonald et al. (HLT 2005, figure 3).
     """
     heads = [0, *scores[1:].argmax(-1).tolist()]
-    cycle = _cycle(heads)
+    cycle = find_cycle(heads)
     if not cycle:
         return heads
     # The cycle is contracted to one node, the last. An arc into it replaces the arc within it to the same word.
@@ -84,8 +84,8 @@ def _best_heads(scores: torch.Tensor) -> list[int]:
     return heads
 
 
-def _cycle(heads: list[int]) -> list[int]:
-    """The nodes of a cycle, if there is one; node 0 is the root."""
+def find_cycle(heads: Sequence[int]) -> list[int]:
+    """The nodes of a cycle among the heads of nodes, if there is one. Node 0 is the root, whose head is not read."""
     done = {0}
     for node in range(1, len(heads)):
         path: list[int] = []

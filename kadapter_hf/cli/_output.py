@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from ._names import one_line
+
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -68,8 +70,6 @@ def print_rows(console: "Console", title: str, rows: Mapping[str, str | None]) -
     """Prints a table of labels and values; the rows without a value are left out."""
     from rich.table import Table
     from rich.text import Text
-
-    from kadapter_hf.messages import one_line
 
     table = Table("", "", title=Text(one_line(title)), title_justify="left", show_header=False)
     table.columns[1].overflow = "fold"

@@ -209,10 +209,11 @@ def conllu(
     """
     check_not_there(output, split, overwrite)
     from kadapter_hf.corpora import parse_text, read_conllu
+    from kadapter_hf.corpora.files import read_text
 
     with running():
         if pipeline:
-            made = [parse_text(lines_of(file), pipeline, strict) for file in files]
+            made = [parse_text(read_text(file).splitlines(), pipeline, strict) for file in files]
         else:
             made = [read_conllu(file, strict) for file in files]
         write(files, made, output, split)
@@ -223,13 +224,6 @@ def check_not_there(output: Path, split: Split, overwrite: bool) -> None:
     file = output / f"{split.value}.parquet"
     if file.exists() and not overwrite:
         fail(f"'{file}' exists: replace it with --overwrite, or choose another --output.")
-
-
-def lines_of(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8") from None
 
 
 def write(files: list[Path], made: "list[tuple[Dataset, Report]]", output: Path, split: Split) -> None:

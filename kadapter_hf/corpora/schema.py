@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from ..messages import shortened
+from ..modeling.parsing_kadapter import find_cycle
 from .files import csv_records, json_records, write_json
 
 
@@ -183,7 +184,7 @@ def dependency_problem(row: Row) -> str | None:
     roots = heads.count(0)
     if roots != 1:
         return "no root" if roots == 0 else "several roots"
-    return "a cycle" if _has_cycle(heads) else None
+    return "a cycle" if find_cycle([0, *heads]) else None
 
 
 def text_problem(row: Row, column: str = "text") -> str | None:
@@ -215,19 +216,6 @@ def is_name(value: Any) -> bool:
 
 def is_list(value: Any, of: Callable[[Any], bool]) -> bool:
     return isinstance(value, (list, tuple)) and all(map(of, value))
-
-
-def _has_cycle(heads: Sequence[int]) -> bool:
-    reaches_root = {0}
-    for word in range(1, len(heads) + 1):
-        path: set[int] = set()
-        while word not in reaches_root:
-            if word in path:
-                return True
-            path.add(word)
-            word = heads[word - 1]
-        reaches_root |= path
-    return False
 
 
 _TEXT, _SPAN = Value("string"), List(Value("int32"), length=2)

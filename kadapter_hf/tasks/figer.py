@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..corpora.files import read_text
 from ..corpora.schema import MALFORMED
 from .open_entity import OpenEntity
 from .records import Named
@@ -35,14 +36,8 @@ class Figer(OpenEntity):
 
 def _mentions(path: Path) -> Named:
     """A record for each mention of the sentences in an `exp.label` file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8") from None
-    number = 0
     sentence: list[tuple[str, str]] = []
-    for line in [*text.splitlines(), ""]:
-        number += 1
+    for number, line in enumerate([*read_text(path).splitlines(), ""], start=1):
         if line.strip():
             try:
                 token, tag = line.split("\t")

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
+from ..corpora.files import read_text
 from ..corpora.schema import Row, Schema, is_list, is_name
 from ..features import index_of, most_tokens, special_tokens, tokenize
 from ..modeling.heads_kadapter import KAdapterForTokenClassification
@@ -161,12 +162,8 @@ class NERTask(Task):
 
 
 def _conll(path: Path) -> Named:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8") from None
     words: list[list[str]] = []
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
+    for number, line in enumerate([*read_text(path).splitlines(), ""], start=1):
         if line.strip() and not line.startswith("-DOCSTART-"):
             words.append(line.split())
         elif words:
