@@ -30,6 +30,7 @@ from .fusion_kadapter import KnowledgeFusion, register_fusion
 from .head_base_kadapter import HeadModel, ItemCount, checked_positions, cross_entropy, first_position, loss_of
 from .layers_kadapter import TransformerLayer
 from .loading_kadapter import load_repository
+from .managing_kadapter import ManagingMixin
 from .marking_kadapter import encode_marked
 from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
 from .origins_kadapter import Origins
