@@ -117,10 +117,13 @@ def cached_states(
         arguments = TrainingArguments("out", remove_unused_columns=False)
         Trainer(model, arguments, train_dataset=train, data_collator=collator).train()
 
-    If the active adapters are frozen, it is what the fusion reads at the positions that the head reads, and a step costs
-    fusion and head only. If they train, it is the states that they read, and the backbone's last where the head reads it.
-    A head must call `self.fusion(state, knowledge)` once, as those with `self.fused` do. At padding, the states are zero: the
-    loss of `KAdapterForQuestionAnswering`, which counts it, is not the same.
+    If the active adapters are frozen, the states are the inputs of the fusion at the positions that the head reads, and a
+    step runs the fusion and the head only. If adapters train, they are the hidden states that the adapters read, and the
+    backbone's last hidden state at the positions that the head reads. Use them with models of the same class and the same
+    frozen weights: only another number of positions is noticed.
+
+    A head must call `self.fusion(state, knowledge)` once per forward pass, as `self.fused` does. The states of padding are
+    zero, so the loss of `KAdapterForQuestionAnswering`, which includes padding, differs.
 
     Args:
         collator: makes batches, with an `attention_mask`, of rows with the columns that the model takes.

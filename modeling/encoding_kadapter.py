@@ -88,21 +88,22 @@ class Encoded:
 
 def _at_given(state: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
     """
-    A state that was given at the positions, `(batch, number, width)`; `(batch, width)` for one position of each row. It may
-    have more at the end, where the rows that it was computed with had more positions, such as words.
+    The state at `positions`, `(batch,)` or `(batch, number)`, from one that was computed at these positions only. That may
+    have more positions at the end if the rows of its batch had more, such as words.
 
     Raises:
-        ValueError: it has fewer.
+        ValueError: it was computed at other positions, as for another head.
     """
     if positions is None:
         return state
-    if positions.dim() == 1:
-        return state[:, 0]
-    if state.shape[1] < positions.shape[1]:
+    single = positions.dim() == 1
+    wanted = 1 if single else positions.shape[1]
+    if state.shape[1] < wanted or (single and state.shape[1] > 1):
         raise ValueError(
-            f"fusion_states have {state.shape[1]} positions, and the head reads {positions.shape[1]} of each row."
+            f"fusion_states have {state.shape[1]} positions, and the head reads {wanted} of each row: they were computed for "
+            "another head."
         )
-    return state[:, : positions.shape[1]]
+    return state[:, 0] if single else state[:, :wanted]
 
 
 def _rows_of(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
