@@ -78,7 +78,7 @@ def _check_comparable(configs: Mapping[str, KnowledgeAdapterConfig]) -> None:
 
 
 def _seeds(provenance: Any) -> set[str]:
-    """The seed of an adapter, or those of what it is the average of, as far as they are recorded."""
+    """The recorded seeds of an adapter: its own or, for an average, those of the adapters it was made from."""
     if not isinstance(provenance, Mapping):
         return set()
     own = {str(provenance["seed"])} if provenance.get("seed") is not None else set()

@@ -1,4 +1,4 @@
-"""Which knowledge adapters run: the active ones, or others for a while, a call or a row."""
+"""Which knowledge adapters run: the active ones, or others within a `with` statement, for a call or for a row."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ class ChoosingMixin(nn.Module):
 
     config: KAdapterConfig
     adapters: nn.ModuleDict
-    # The number of open `using_knowledge_adapters` of all threads. Without any, `_CHOSEN` is not read: torch.compile can't.
+    # The number of open `using_knowledge_adapters` in all threads. At 0, `_CHOSEN` is not read, as torch.compile can't.
     _choices = 0
 
     @property
@@ -67,8 +67,8 @@ class ChoosingMixin(nn.Module):
 
     def _names_by_row(self, given: Any) -> tuple[list[str], dict[tuple[str, ...], list[int]] | None]:
         """
-        The adapters of a call with `knowledge_adapters=given`; and if `given` is a list of names for each row, the rows that
-        have the same.
+        The adapters that run in a call with `knowledge_adapters=given`; and if `given` is a list of names for each row, the
+        rows by their names.
         """
         if given is None:
             return self.active_knowledge_adapters, None

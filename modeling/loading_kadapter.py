@@ -54,7 +54,7 @@ logger = logging.get_logger(__name__)
 
 
 def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str, kwargs: dict[str, Any]) -> Any:
-    """What `KAdapterPreTrainedModel.from_backbone` does."""
+    """Implements `KAdapterPreTrainedModel.from_backbone`."""
     fields = KAdapterConfig.known_fields() - {"dtype", "attn_implementation"}
     config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
     hub_kwargs = hub_arguments(kwargs)
@@ -149,7 +149,7 @@ def load_repository(
     ignore_mismatched_sizes: bool,
     kwargs: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """What `KAdapterPreTrainedModel.from_pretrained` does; also returns the loading info of transformers."""
+    """Implements `KAdapterPreTrainedModel.from_pretrained`; also returns the loading info of transformers."""
     hub_kwargs = hub_arguments(kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
     _check_arguments(kwargs)
@@ -207,7 +207,7 @@ def load_repository(
 def _find(
     source: str | os.PathLike, peft_source: Any, hub_kwargs: dict[str, Any]
 ) -> tuple[str | os.PathLike, Path, str | os.PathLike | None]:
-    """The K-Adapter to load, its folder and, if `source` holds a PEFT adapter, the place of that."""
+    """The K-Adapter to load, its folder, and the source of the PEFT adapter to load into it, if there is one."""
     folder = repository_folder(source, **hub_kwargs)
     if peft_source is not None or not (folder / PEFT_CONFIG).is_file():
         return source, folder, peft_source

@@ -92,11 +92,11 @@ class ManagingMixin(nn.Module):
 
     def average_knowledge_adapters(self, weights: Mapping[str, float], into: str) -> None:
         """
-        Adds the weighted mean of trained adapters as an adapter `into`, which is frozen, and activates it. Its provenance
-        says of what it is the mean.
+        Adds the weighted mean of trained adapters as a frozen adapter `into`, and activates it. Its provenance records the
+        adapters and their weights.
 
-        The adapters must be of one shape, and trained on one backbone. They should also have started from the same weights,
-        as those of model soups (Wortsman et al., ICML 2022): others have nothing in common that a mean would keep.
+        The adapters must have the same shape, and must have been trained on the same backbone. They should also have been
+        trained from the same initial weights, as in model soups (Wortsman et al., ICML 2022).
 
         Args:
             weights: the weight of each adapter by name; the sum must be 1.

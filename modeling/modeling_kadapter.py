@@ -24,7 +24,7 @@ from .fusion_kadapter import FUSIONS, KnowledgeFusion
 from .loading_kadapter import load_on_backbone, load_repository
 from .managing_kadapter import ManagingMixin
 from .origins_kadapter import Origins
-from .peft_kadapter import check_says_of_peft, load_peft_adapter, plain_state_dict
+from .peft_kadapter import check_restores_peft, load_peft_adapter, plain_state_dict
 from .saving_kadapter import save_repository
 
 
@@ -264,7 +264,7 @@ class KAdapterPreTrainedModel(ManagingMixin, FreezingMixin, EncodingMixin, Choos
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
         """As `nn.Module.load_state_dict`; also refuses a checkpoint that can't restore this model's PEFT adapter."""
-        check_says_of_peft(self, state_dict)
+        check_restores_peft(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def backbone_fingerprint(self) -> str:

@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 
 
 def save_repository(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """What `KAdapterPreTrainedModel.save_pretrained` does, except for pushing to the Hub."""
+    """Implements `KAdapterPreTrainedModel.save_pretrained`, without pushing to the Hub."""
     check_peft_is_saved(model)
     _check_target(folder, model.config.backbone_name_or_path)
     config, origins = model.config, model.origins
