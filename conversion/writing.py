@@ -109,7 +109,7 @@ def convert(
             (roberta-large's is built in); if the weights are available locally, their fingerprint is recorded too.
         with_head: keep the relation head of a pre-trained factual adapter.
         backbone_weights: the changed backbone that was saved with a fine-tuned model.
-        task: what `KAdapterConfig.task` says of a fine-tuned model: the name of its task and the markers of its input.
+        task: `KAdapterConfig.task` of a fine-tuned model: the name of its task, the markers and maximum length of its input.
         labels: the labels of a fine-tuned model, in the order of its outputs.
 
     Raises:
@@ -274,7 +274,7 @@ def _backbone_at_hand(config: KAdapterConfig) -> dict[str, torch.Tensor] | None:
 
 
 def _add_new_fusion(parts: Parts) -> None:
-    """Initialises fusion weights that the checkpoint lacks to pass the backbone's state through."""
+    """Initialises the fusion weights that the checkpoint lacks, so that the fusion passes the backbone's state through."""
     if parts.fusion != ConcatFusion.kind:
         return
     fusion = ConcatFusion(parts.width, start=0.0).to(next(iter(parts.state.values())).dtype)

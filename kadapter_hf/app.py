@@ -44,7 +44,7 @@ class View:
         example: a sentence to begin with; entities are in brackets, `{mask}` is the mask token.
         entities: the names of the marked entities in the pipeline's input.
         help: what to type.
-        predict: from the pipeline and its input to what `output` shows.
+        predict: a function from the pipeline and its input to the value that `output` shows.
         output: the component that shows a prediction.
     """
 

@@ -19,15 +19,15 @@ from .modeling.heads_kadapter import KAdapterForMaskedLM
 from .progress import progress
 
 
-TOP = 10  # of the best candidates that a prediction holds
+TOP = 10  # the number of best candidates in a prediction
 
 
-# ---- What there is to choose among ----------------------------------------------------------------------------------
+# ---- Candidates -----------------------------------------------------------------------------------------------------
 
 
 class Candidates:
     """
-    Answers, of which the model is to prefer the right one.
+    The answers that a model ranks.
 
     Attributes:
         words: the answers as text.
@@ -114,7 +114,7 @@ class Query:
 class Prediction:
     """
     Attributes:
-        rank: of the right answer among the candidates, from 1. Equal scores count as better than it.
+        rank: the rank of the right answer among the candidates, starting at 1, after all candidates with the same score.
         score: its log-probability; for several tokens, their mean.
         top: the best candidates, best first.
     """
@@ -137,10 +137,10 @@ def queries_of(
     Args:
         vocabulary: words of one token; without it, the candidates of a fact are all objects of its relation.
         most: maximum number of tokens.
-        report: gets those that can't.
+        report: records the facts that can't be scored.
 
     Raises:
-        ValueError: none can.
+        ValueError: no fact can be scored.
     """
     facts = list(facts)
     answers = token_ids([fact.object for fact in facts], tokenizer)
@@ -225,7 +225,7 @@ def predict(
 
 def logits_at(model: KAdapterForMaskedLM, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
-    What `forward` computes, at these positions only, as most of the time goes into the output layer.
+    The logits at these positions only, as the output layer takes most of the time.
 
     Args:
         input_ids: `(batch, length)`, without padding.

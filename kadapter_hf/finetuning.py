@@ -127,7 +127,7 @@ class FinetuningArguments:
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
         check_least(self, {"untrained_adapters": 0, **LIMITS})
-        json_object(self.fusion_config)
+        json_object(self.fusion_config)  # which `kadapter` checks before it imports this package, unlike the next line
         fusion_config(self.fusion, self.fusion_config)
 
 
@@ -158,8 +158,8 @@ def defaults(task: Task, adapters: Sequence[str], freeze_backbone: bool) -> dict
 
 class OrderedTrainer(Trainer):
     """
-    Trainer that evaluates rows in their order, by which predictions are matched with them. With `group_by_length`, that of
-    transformers puts rows in another order for the evaluation, too.
+    A Trainer that evaluates rows in their order, as predictions are matched with rows by position. With `group_by_length`,
+    transformers' Trainer reorders the rows of the evaluation, too.
     """
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
@@ -228,7 +228,7 @@ def finetune(
 
 
 def _inputs(trainer: Trainer, data: dict[str, Dataset], arguments: FinetuningArguments) -> dict[str, Any]:
-    """The rows of each split, with the states that the frozen parts compute for them, where these depend on the row only."""
+    """The rows of each split, with the states that the frozen parts compute for them, if these only depend on the row."""
     model: Any = trainer.model
     folder = arguments.cache_activations
     reads_padding = isinstance(model, KAdapterForQuestionAnswering) or any(
@@ -339,7 +339,7 @@ def _existing(file: str) -> str:
 def new_model(
     model_class: type[KAdapterPreTrainedModel], arguments: FinetuningArguments, labels: Sequence[str] = ()
 ) -> KAdapterPreTrainedModel:
-    """A model with the backbone, the adapters and the fusion that the arguments name, of which they say what is frozen."""
+    """The model that the arguments describe: its backbone, adapters and fusion, and which of them are frozen."""
     sources = named_adapters(arguments.adapters or [])
     adapters: dict[str, Any] = {name: source for name, (source, _) in sources.items()}
     recorded = [config.backbone_name_or_path for _, config in sources.values()]

@@ -35,7 +35,7 @@ Model = KAdapterForMaskedLM
 
 def backbone_of(model: str, backbone: str | None = None) -> tuple[str, str | None, bool]:
     """
-    The backbone of a K-Adapter, or the model itself if it is none.
+    The backbone of a K-Adapter, or the model itself if it is not a K-Adapter.
 
     Args:
         model, backbone: repositories or folders. `backbone` replaces the one that the K-Adapter names.
@@ -76,7 +76,7 @@ def load_backbone_model(name: str, revision: str | None = None, new_head: bool =
         new_head: accept a model that has no masked-language-model head.
 
     Raises:
-        ValueError: it has none, or transformers has none for this type of model.
+        ValueError: it has no such head, or transformers has none for this type of model.
     """
     masked_lm_class(AutoConfig.from_pretrained(name, revision=revision))
     with without_load_report():
@@ -124,7 +124,7 @@ def freeze_all_but(model: Model, head: bool, seed: int = 0) -> int:
         The number of parameters that train.
 
     Raises:
-        ValueError: there are none, as the fusion has no weights.
+        ValueError: no parameter trains, as the fusion has no weights.
     """
     model.freeze_backbone()
     model.freeze_knowledge_adapters()
@@ -179,9 +179,8 @@ def _text_features(batch, tokenizer, *, max_length: int) -> dict[str, Any]:
 
 class LossAtMasks(nn.Module):
     """
-    The loss of a masked-language model, of which the output layer is computed at the masked positions only.
-
-    They are 15 % of all, and the logits are most of the memory and the time.
+    The loss of a masked-language model, whose output layer runs at the masked positions only: these are 15 % of all, and
+    the logits take most of the memory and the time.
     """
 
     def __init__(self, model: Model):
@@ -257,7 +256,7 @@ def models_of(
     with_backbone: bool = True,
 ) -> Iterator[tuple[str, Model]]:
     """
-    The untouched backbone (`backbone`), then the K-Adapter (`kadapter`) if `model` is one; each loaded in its turn.
+    Yields the untouched backbone (`backbone`), then the K-Adapter (`kadapter`) if `model` is one; each is loaded when needed.
 
     Args:
         with_backbone: whether a K-Adapter's backbone is included.

@@ -80,7 +80,7 @@ class MultitaskArguments:
 
 class MultitaskModel(nn.Module):
     """
-    One backbone with several heads; a batch is for the head that its `objective` names.
+    One backbone with several heads. `objective` names the head that a batch is for.
 
     Args:
         models: the models by objective. They have the same backbone and no adapters.
@@ -128,7 +128,7 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
     Trains a backbone on several objectives at once and saves it, without the heads, in `training.output_dir`: a backbone for
     `kadapter finetune --backbone`.
 
-    Each step is for one objective; how often each has its turn depends on its number of rows. Runs in one process.
+    Each step is for one objective, and the number of steps is proportional to the number of rows. Runs in one process.
 
     Returns:
         The metrics on the held-out rows by objective.

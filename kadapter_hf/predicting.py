@@ -23,12 +23,11 @@ from .tasks.task import find_task
 
 def load_finetuned(source: str, task: Task | None = None) -> tuple[KAdapterPreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A saved model, of the class that it was saved from, and its tokenizer; from a folder or a repository. A relations.json in
-    the folder names the labels.
+    Loads a saved model, as the class that it was saved from, and its tokenizer, from a folder or a repository. Names of labels
+    are read from a relations.json in the folder.
 
     Raises:
-        ValueError: it is not a K-Adapter, of none of this package's classes, or was fine-tuned on another kind of task than
-            `task`.
+        ValueError: it is not a K-Adapter, its class is unknown, or it was fine-tuned on another kind of task than `task`.
         OSError: it can't be loaded.
     """
     try:
@@ -136,7 +135,7 @@ def task_of(model: KAdapterPreTrainedModel, task: Task | None = None) -> Task:
 
 
 def options_of(model: KAdapterPreTrainedModel, task: Task) -> Options:
-    """The task's options as the model records them; the task's defaults for those that it does not."""
+    """The task's options as recorded in the model; those that are not recorded have their defaults."""
     names = asdict(task.options()).keys()
     return task.options(**{name: value for name, value in (model.config.task or {}).items() if name in names})
 

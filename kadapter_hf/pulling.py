@@ -64,7 +64,7 @@ def pull_repository(repo: str, output: Path | None, revision: str | None, token:
 
 
 def pull_adapter(repo: str, name: str, output: Path | None, revision: str | None, token: str | None) -> dict[str, Any]:
-    """As `pull_repository`, of one adapter's file."""
+    """As `pull_repository`, for the file of one adapter."""
     file = adapter_path(check_adapter_name(name))
     path = cached = downloaded(repo, file, revision, token)
     snapshot = cached.parents[1]

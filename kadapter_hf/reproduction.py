@@ -41,7 +41,7 @@ LAMA = "lama"
 
 @dataclass
 class ReproductionArguments:
-    """What is compared. All other flags are those of `kadapter finetune` and hold for every run but those of lama."""
+    """The comparison. All other flags are those of `kadapter finetune`, and apply to every run except for lama's."""
 
     data: list[str] = field(
         metadata={
@@ -168,7 +168,7 @@ class LamaRun(Run):
 
 
 def published_of(row: str) -> tuple[str, Mapping[str, float], Mapping[str, str]]:
-    """For a row of the table its metric, and the figures of the paper and of others by combination of adapters."""
+    """The metric of a row of the table, and the figures of the paper and of others by combination of adapters."""
     if row in TASKS:
         return TASKS[row].metric, TASKS[row].published, TASKS[row].reproduced
     return "P@1", PUBLISHED.get(row.removeprefix(f"{LAMA} "), {}), {}
@@ -220,7 +220,7 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str]) -> Path:
     Does all runs that are not done yet, and writes `results.md`, `results.csv` and `results.png` after each of them.
 
     The adapters and the data of each task are read before the first run, so that a bad file is reported now and not after
-    hours. A run that was stopped goes on from its last checkpoint. Of a finished run, the checkpoints and weights are deleted.
+    hours. A run that was stopped is resumed from its last checkpoint. The weights of a finished run are deleted.
 
     Returns:
         The path of `results.md`.
@@ -243,7 +243,7 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str]) -> Path:
 
 
 def _remove_weights(folder: Path) -> None:
-    """Dozens of models would fill a disk, and are not needed for the comparison."""
+    """Removes checkpoints and weights: dozens of models would fill a disk, and the comparison does not need them."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -305,7 +305,7 @@ def write_tables(runs: Sequence[Run], published: dict[str, str], output: Path) -
 
 
 def published_names(arguments: ReproductionArguments) -> dict[str, str]:
-    """The key of each model in `Task.published`; one that the paper does not have has none."""
+    """The key of each model in `Task.published`, which has no figures for models that are not in the paper."""
     configs = {name: config for name, (_, config) in named_adapters(arguments.adapters).items()}
     names = {BACKBONE: "", MULTITASK: MULTITASK, UNTRAINED: UNTRAINED}
     for model in flags_by_model(arguments):

@@ -38,7 +38,7 @@ def check_name(name: str, known: Collection[str], argument: str | None = None) -
 
 
 def not_empty(source: str) -> str:
-    """The value of an argument, which without this check would be the current folder if a shell variable is not set."""
+    """Refuses an empty value, as of a shell variable that is not set, which would be taken for the current folder."""
     if not source:
         raise typer.BadParameter("it is empty.")
     return source

@@ -40,7 +40,7 @@ def one_line(value: Any) -> str:
 
 
 def parsed_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text is; None if it is none."""
+    """The JSON object in a text; None if it is not one."""
     try:
         values = json.loads(text)
     except ValueError:

@@ -105,7 +105,7 @@ def convert(
 
 
 def recorded(name: str | None) -> dict[str, Any]:
-    """The arguments of the conversion that say what the task is."""
+    """The arguments of the conversion for a task: what is recorded of it, and its labels."""
     if name is None:
         return {}
     from kadapter_hf.tasks.task import find_task

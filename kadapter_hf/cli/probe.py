@@ -88,7 +88,7 @@ def numbers(row: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """What the tables don't say."""
+    """The sentences below the tables."""
     lines = ["All numbers but those of facts are percentages; means are over relations."]
     if results["vocabulary"] is None:
         lines.append("Each object was ranked among the objects of its relation.")

@@ -140,7 +140,7 @@ def extractive_qa_features(
 
 
 def _target(answers: Mapping[str, Sequence[Any]], offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The positions of the first and the last token of the first answer in this window, else of the window's first token."""
+    """The positions of the first and last token of the first answer in the window; of the window's first token if none is."""
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):
         if start == NOWHERE:
             continue
@@ -156,7 +156,7 @@ def _target(answers: Mapping[str, Sequence[Any]], offsets: Sequence[tuple[int, i
 
 
 def normalized(answer: str) -> str:
-    """Without case, punctuation, articles and repeated spaces, as in the official scorer of SQuAD v1.1."""
+    """An answer without case, punctuation, articles and repeated spaces, as in the official scorer of SQuAD v1.1."""
     kept = "".join(char for char in answer.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 

@@ -16,6 +16,7 @@ from ..messages import shortened
 
 # Endings of the files that `records` reads.
 TABLES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+# The name of each record for messages, and its content or what is wrong with it.
 Named = Iterator[tuple[str, dict[str, Any] | str]]
 
 
@@ -24,7 +25,7 @@ class RowProblem(ValueError):
 
 
 def records(path: Path) -> Named:
-    """The rows of a table as dicts, with their names for error messages, or what is wrong with them."""
+    """The rows of a table."""
     ending = path.suffix.lower()
     if ending == ".parquet":
         try:
@@ -104,7 +105,7 @@ def parsed(value: Any) -> Any:
 
 
 def names_in(value: Any) -> list[str]:
-    """The labels in a cell: a list, JSON, or names separated by commas, semicolons or vertical bars; None has none."""
+    """The labels in a cell: a list, JSON, or names separated by commas, semicolons or vertical bars."""
     value = parsed(value)
     if value is None:
         return []

@@ -109,7 +109,7 @@ class Task:
     # ---- Reading ----------------------------------------------------------------------------------------------------
 
     def records(self, path: Path) -> Named:
-        """Yields the name and the content of each record of a file, or what is wrong with it."""
+        """Yields the name and the content of each record of a file, or what is wrong with it; by default rows of a table."""
         return records(path)
 
     def row(self, record: dict[str, Any]) -> Row:
@@ -147,7 +147,7 @@ class Task:
         return build(source_name(source), schema, checked, not skip_bad_rows)
 
     def _is_labelled(self, record: dict[str, Any] | str) -> bool:
-        """Whether a record has labels; also if it can't be used, which is an error elsewhere."""
+        """Whether a record has labels. One that can't be used counts as labelled: `_checked` reports it."""
         try:
             return isinstance(record, str) or self.row(record).get(self.schema.labels) is not None
         except RowProblem:
@@ -247,7 +247,7 @@ class Task:
     def metrics_on(
         self, rows: Dataset, features: Dataset, labels: Sequence[str], options: Options
     ) -> Callable[[EvalPrediction], dict[str, float]]:
-        """Trainer's `compute_metrics` for the evaluation on these rows and their features. Rows that have none are missed."""
+        """Trainer's `compute_metrics` for these rows. Rows without features have no prediction, and count as missed."""
         compute = self.metrics(labels)
         missed = sorted(set(range(len(rows))).difference(features["row"][:]))
         if not missed:
@@ -325,7 +325,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def source_name(source: str | Path | Dataset) -> str:
-    """What messages call a file or a data set."""
+    """The name of a file or a data set in messages."""
     if not isinstance(source, Dataset):
         return str(source)
     return f"split '{source.split}'" if source.split else "the data set"
