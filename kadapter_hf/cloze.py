@@ -37,10 +37,10 @@ class Candidates:
 
     def __init__(self, words: Sequence[str], ids: Sequence[Sequence[int]]):
         self.words = list(words)
-        self.index = {tuple(of_one): number for number, of_one in enumerate(ids)}
+        self.index = {tuple(tokens): number for number, tokens in enumerate(ids)}
         grouped = defaultdict(list)
-        for number, of_one in enumerate(ids):
-            grouped[len(of_one)].append(number)
+        for number, tokens in enumerate(ids):
+            grouped[len(tokens)].append(number)
         self.by_length = {
             length: (torch.tensor(numbers), torch.tensor([list(ids[number]) for number in numbers]))
             for length, numbers in grouped.items()
@@ -178,7 +178,7 @@ def _objects_by_relation(kept: list[tuple[Fact, tuple[int, ...], list[int]]]) ->
     objects: dict[tuple[str, str], dict[tuple[int, ...], str]] = defaultdict(dict)
     for fact, answer, _ in kept:
         objects[fact.part, fact.relation].setdefault(answer, fact.object)
-    return {relation: Candidates(list(of_one.values()), list(of_one)) for relation, of_one in objects.items()}
+    return {relation: Candidates(list(answers.values()), list(answers)) for relation, answers in objects.items()}
 
 
 @torch.inference_mode()

@@ -182,9 +182,9 @@ def _sentence(record: dict[str, Any], template: str | None, subject: str, relati
 def _judged_wrong(record: dict[str, Any], place: str) -> bool:
     """Whether more raters said no than yes, as in LAMA's `filter_samples`."""
     judgments = record.get("judgments", [])
-    if not isinstance(judgments, list) or not all(isinstance(of_one, dict) for of_one in judgments):
+    if not isinstance(judgments, list) or not all(isinstance(judgment, dict) for judgment in judgments):
         raise ValueError(f"{place}: 'judgments' is not a list of objects.")
-    yes = sum(of_one.get("judgment") == "yes" for of_one in judgments)
+    yes = sum(judgment.get("judgment") == "yes" for judgment in judgments)
     return len(judgments) - yes > yes
 
 

@@ -157,8 +157,8 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
         features = partial(objective.features, labels=labels[name]) if labels[name] else objective.features
         most = most_tokens(tokenizer, arguments.max_length, backbone.config)
         limits = {"train": arguments.max_train_samples, "eval": arguments.max_eval_samples}
-        for split, of_one in rows.items():
-            chosen = sample(of_one, training.seed, limits[split])
+        for split, part in rows.items():
+            chosen = sample(part, training.seed, limits[split])
             data[split][name] = encode(chosen, features, tokenizer, max_length=most)
     groups = Groups(data["train"], training.per_device_train_batch_size, training.seed)
     training.per_device_train_batch_size = 1  # group

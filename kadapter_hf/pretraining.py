@@ -245,9 +245,9 @@ def split_rows(objective: Objective, sources: Sequence[str], eval_size: float, s
     """The rows of all sources, joined, to train (`train`) and to evaluate (`eval`) on."""
     loaded = [load_rows(data, objective.schema) for data in sources]
     splits = {
-        name: concatenate_datasets([of_one[name] for of_one in loaded if name in of_one])
+        name: concatenate_datasets([source[name] for source in loaded if name in source])
         for name in ("train", "validation", "test")
-        if any(name in of_one for of_one in loaded)
+        if any(name in source for source in loaded)
     }
     for name in ("validation", "test"):
         if name in splits:

@@ -101,7 +101,7 @@ def rank_metrics(ranks: Sequence[int]) -> dict[str, float]:
 
 def macro_mean(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of each metric over relations, which count equally, regardless of their numbers of facts."""
-    return {name: sum(of_one[name] for of_one in metrics) / len(metrics) for name in metrics[0]}
+    return {name: sum(row[name] for row in metrics) / len(metrics) for name in metrics[0]}
 
 
 def by_relation(facts: Sequence[Fact], ranks: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:

@@ -326,9 +326,9 @@ def draw(tasks: Sequence[str], models: Sequence[str], found: dict[tuple[str, str
         values = [found[tasks[place], model] for place in places]
         axes.bar(
             [place + (number - (len(models) - 1) / 2) * width for place in places],
-            [statistics.fmean(of_one) for of_one in values],
+            [statistics.fmean(runs) for runs in values],
             width,
-            yerr=[statistics.stdev(of_one) if len(of_one) > 1 else 0 for of_one in values],
+            yerr=[statistics.stdev(runs) if len(runs) > 1 else 0 for runs in values],
             label=model,
         )
     axes.set_xticks(range(len(tasks)), tasks)

@@ -35,8 +35,8 @@ def averaged(model: Any, weights: Any) -> tuple[KnowledgeAdapterConfig, dict[str
     config = copy.deepcopy(next(iter(configs.values())))
     config.provenance = {
         "average_of": {name: float(weight) for name, weight in weights.items()},
-        "fingerprints": {name: fingerprint(of_one.values()) for name, of_one in tensors.items()},
-        "sources": {name: of_one.provenance for name, of_one in configs.items()},
+        "fingerprints": {name: fingerprint(adapter.values()) for name, adapter in tensors.items()},
+        "sources": {name: adapter.provenance for name, adapter in configs.items()},
     }
     return config, mean
 

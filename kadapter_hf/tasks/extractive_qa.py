@@ -265,9 +265,9 @@ class ExtractiveQATask(Task):
             found = self.predictions(prediction.predictions, rows, features, labels, options)
             texts = {names[number]: answer["prediction"] for number, answer in found.items()}
 
-            def means(of_some: Sequence[str]) -> tuple[float, float]:
+            def means(questions: Sequence[str]) -> tuple[float, float]:
                 scores = [
-                    (exact_match(texts[name], right[name]), token_f1(texts[name], right[name])) for name in of_some
+                    (exact_match(texts[name], right[name]), token_f1(texts[name], right[name])) for name in questions
                 ]
                 em, f1 = np.mean(scores, axis=0) if scores else (0.0, 0.0)
                 return float(em), float(f1)

@@ -151,13 +151,13 @@ class NERTask(Task):
                     tags[row][word] = labels[int(scores.argmax())]
         return {
             number: {
-                "prediction": of_one,
+                "prediction": predicted,
                 "entities": [
                     {"text": " ".join(tokens[start:end]), "label": kind, "start": start, "end": end}
-                    for kind, start, end in sorted(spans(of_one), key=lambda span: span[1:])
+                    for kind, start, end in sorted(spans(predicted), key=lambda span: span[1:])
                 ],
             }
-            for number, (of_one, tokens) in enumerate(zip(tags, rows["tokens"][:], strict=True))
+            for number, (predicted, tokens) in enumerate(zip(tags, rows["tokens"][:], strict=True))
         }
 
 

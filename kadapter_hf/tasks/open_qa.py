@@ -42,12 +42,12 @@ class SearchQA(ExtractiveQATask):
             raise ValueError(
                 f"'{path}' has {len(questions)} questions, but '{beside.name}' has {len(passages)} lines."
             )
-        for number, (question, of_one) in enumerate(zip(questions, passages, strict=True), start=1):
+        for number, (question, documents) in enumerate(zip(questions, passages, strict=True), start=1):
             name = f"question {number}"
-            if not isinstance(question, dict) or not isinstance(of_one, list):
+            if not isinstance(question, dict) or not isinstance(documents, list):
                 yield name, "not in the format of OpenQA: an object with question and answers, and a list of passages"
                 continue
-            for place, passage in enumerate(of_one, start=1):
+            for place, passage in enumerate(documents, start=1):
                 document = passage.get("document") if isinstance(passage, dict) else None
                 yield (
                     f"{name}, passage {place}",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..corpora.files import read_json
-from ..corpora.schema import MALFORMED, Row, relation_row
+from ..corpora.schema import MALFORMED, Row
+from ..corpora.tacred import records as tacred_records, row_of
 from ..metrics import tacred_metrics
 from .records import Named, RowProblem
 from .relation import RelationOptions, RelationTask
@@ -57,16 +57,12 @@ class Tacred(RelationTask):
     reproduced = {"F": "69.9", "L": "70.0", "F+L": "68.8 to 69.8"}
 
     def records(self, path: Path) -> Named:
-        for number, example in enumerate(read_json(path, list)):
-            name = example.get("id") if isinstance(example, dict) else None
-            yield str(name or f"record {number}"), example if isinstance(example, dict) else "not a JSON object"
+        for name, example in tacred_records(path):
+            yield name, example if isinstance(example, dict) else "not a JSON object"
 
     def row(self, record: dict) -> Row:
         try:
-            # Ends are inclusive in TACRED.
-            subject = (record["subj_start"], record["subj_end"] + 1)
-            object_ = (record["obj_start"], record["obj_end"] + 1)
-            row = relation_row(record["token"], subject, object_, record.get("relation", ""))
+            row = row_of(record, record.get("relation", ""))
         except MALFORMED as error:
             raise RowProblem(f"not a record of TACRED: {type(error).__name__} {error}") from None
         if isinstance(row, str):

@@ -287,8 +287,8 @@ class Task:
         """
         logits = logits[0] if isinstance(logits, tuple) else logits
         return {
-            number: self.prediction(np.asarray(of_one), labels)
-            for number, of_one in zip(features["row"][:], logits, strict=True)
+            number: self.prediction(np.asarray(of_row), labels)
+            for number, of_row in zip(features["row"][:], logits, strict=True)
         }
 
     def prediction(self, logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
