@@ -6,7 +6,7 @@ A task defines how its files are read, its features, head and metrics; see `kada
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ logger = logging.get_logger(__name__)
 
 # The letters by which the paper names adapters, by objective.
 LETTERS = {"factual": "F", "linguistic": "L"}
+# Fields of an adapter's configuration that belong to its weights.
+NOT_SIZES = ("backbone_name_or_path", "backbone_fingerprint", "provenance")
 
 
 @dataclass
@@ -66,12 +68,10 @@ class FinetuningArguments:
     train_file: str | None = flag(None, "Instead of --data: the file with the rows to train on.")
     validation_file: str | None = flag(None, "With --train_file: the rows to choose the best checkpoint by.")
     test_file: str | None = flag(None, "With --train_file: the rows for the final evaluation.")
-    adapters: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Trained knowledge adapters: repositories, folders or files. NAME=SOURCE renames an adapter, or chooses "
-            "one of several, which are all used without. Default: none, which fine-tunes the backbone alone."
-        },
+    adapters: list[str] | None = flag(
+        None,
+        "Trained knowledge adapters: repositories, folders or files. NAME=SOURCE renames an adapter, or chooses "
+        "one of several, which are all used without. Default: none, which fine-tunes the backbone alone.",
     )
     untrained_adapters: int = flag(
         0, "Use this many new adapters with random weights instead, which the paper calls K-Adapter without knowledge."
@@ -355,18 +355,14 @@ def new_model(
         if sources:
             raise KAdapterLoadError(f"'{', '.join(sources)}' does not name its backbone: specify it with --backbone.")
         backbone = DEFAULT_BACKBONE
-    fields = {"freeze_backbone": arguments.freeze_backbone, **label_fields(labels)}
-    fields["fusion_config"] = fusion_config(arguments.fusion, arguments.fusion_config)
+    values = fusion_config(arguments.fusion, arguments.fusion_config)
+    fields = {"fusion_config": values, "freeze_backbone": arguments.freeze_backbone, **label_fields(labels)}
     model = model_class.from_backbone(backbone, adapters, arguments.fusion, **fields)
     if arguments.freeze_adapters:
         model.freeze_knowledge_adapters()
     else:
         model.unfreeze_knowledge_adapters()
     return model
-
-
-# Fields of an adapter's configuration that belong to its weights.
-NOT_SIZES = ("backbone_name_or_path", "backbone_fingerprint", "provenance")
 
 
 def parser(name: str) -> Parser:

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from kadapter_cli import _names
 from kadapter_cli._flags import LIMITS, check_least
+from kadapter_cli._source import flag
 
 from .corpora.files import write_json
 from .features import encode, load_tokenizer, most_tokens
@@ -48,17 +49,12 @@ class MultitaskArguments:
             "`kadapter pretrain --data` takes."
         }
     )
-    backbone: str = field(default=DEFAULT_BACKBONE, metadata={"help": "The backbone: a repository or folder."})
-    eval_size: float = field(
-        default=0.1, metadata={"help": "Fraction of the rows to hold out without an evaluation split."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "At most this many rows of each objective."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "At most this many held-out rows of each."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum number of tokens. Default: the backbone's."}
-    )
-
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the results of an earlier run."})
+    backbone: str = flag(DEFAULT_BACKBONE, "The backbone: a repository or folder.")
+    eval_size: float = flag(0.1, "Fraction of the rows to hold out without an evaluation split.")
+    max_train_samples: int | None = flag(None, "At most this many rows of each objective.")
+    max_eval_samples: int | None = flag(None, "At most this many held-out rows of each.")
+    max_length: int | None = flag(None, "Maximum number of tokens. Default: the backbone's.")
+    overwrite_output_dir: bool = flag(False, "Replace the results of an earlier run.")
 
     def __post_init__(self):
         for name, source in self.sources().items():

@@ -81,11 +81,8 @@ class PretrainingArguments:
         "Data type of the cached states: auto, which is that in which the backbone computes them; float32; or bfloat16, for "
         "half the disk space.",
     )
-    adapter_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "The backbone states that the adapter reads. Default: the first, middle and second-to-last."
-        },
+    adapter_layers: list[int] | None = flag(
+        None, "The backbone states that the adapter reads. Default: the first, middle and second-to-last."
     )
     adapter_hidden_size: int = flag(768, "Width of the adapter's transformer layers, or of its bottlenecks.")
     adapter_num_hidden_layers: int = flag(

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from kadapter_cli import _names
+from kadapter_cli._source import flag
 
 from . import finetuning, probing
 from .corpora.files import read_json
@@ -55,25 +56,17 @@ class ReproductionArguments:
         }
     )
     output_dir: str = field(metadata={"help": "The folder for the runs and their results."})
-    multitask: str | None = field(
-        default=None,
-        metadata={
-            "help": "A backbone that was trained on the adapters' tasks itself: the paper's RoBERTa + multitask."
-        },
+    multitask: str | None = flag(
+        None, "A backbone that was trained on the adapters' tasks itself: the paper's RoBERTa + multitask."
     )
-    models: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Compare only these: backbone, multitask, untrained, names of adapters, or names joined by +."
-        },
+    models: list[str] | None = flag(
+        None, "Compare only these: backbone, multitask, untrained, names of adapters, or names joined by +."
     )
     seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "A run for each of these seeds."})
-    probe_flags: str = field(
-        default="",
-        metadata={
-            "help": "The flags of `kadapter probe` for lama, as one argument, e.g. the paper's protocol: '--protocol new-head "
-            "--train_text wiki.train.raw'."
-        },
+    probe_flags: str = flag(
+        "",
+        "The flags of `kadapter probe` for lama, as one argument, e.g. the paper's protocol: '--protocol new-head "
+        "--train_text wiki.train.raw'.",
     )
 
     def sources(self) -> dict[str, str]:

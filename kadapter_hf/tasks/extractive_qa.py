@@ -5,7 +5,7 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +13,8 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from kadapter_cli._source import flag
 
 from ..corpora.schema import Row, Schema, is_list, text_problem
 from ..features import most_tokens
@@ -60,27 +62,18 @@ EXTRACTIVE_QA = Schema(
 
 @dataclass
 class ExtractiveQAOptions(Options):
-    stride: int = field(
-        default=64,
-        metadata={"help": "How many tokens two windows of a long text share; at most a quarter of max_length."},
+    stride: int = flag(64, "How many tokens two windows of a long text share; at most a quarter of max_length.")
+    max_answer_length: int = flag(30, "Maximum number of tokens of an answer.")
+    aggregation: Literal["best", "sum"] = flag(
+        "best",
+        "How a question is answered from several passages or windows: best (the span with the highest score) or "
+        "sum (the string whose occurrences have the highest sum of probabilities).",
     )
-    max_answer_length: int = field(default=30, metadata={"help": "Maximum number of tokens of an answer."})
-    aggregation: Literal["best", "sum"] = field(
-        default="best",
-        metadata={
-            "help": "How a question is answered from several passages or windows: best (the span with the highest score) or "
-            "sum (the string whose occurrences have the highest sum of probabilities)."
-        },
-    )
-    max_passages: int | None = field(
-        default=None, metadata={"help": "Use only the first passages of each question. Default: all."}
-    )
-    null_score_diff_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "For questions that may have no answer, as in SQuAD 2: the answer is empty if the score of the first token "
-            "exceeds that of the best span by more than this; 0 is a good start. Default: every question has an answer."
-        },
+    max_passages: int | None = flag(None, "Use only the first passages of each question. Default: all.")
+    null_score_diff_threshold: float | None = flag(
+        None,
+        "For questions that may have no answer, as in SQuAD 2: the answer is empty if the score of the first token "
+        "exceeds that of the best span by more than this; 0 is a good start. Default: every question has an answer.",
     )
 
     def __post_init__(self):

@@ -1,10 +1,12 @@
 """TACRED (paper, section 4.3; `examples/run_finetune_TACRED_adapter.py` in the original)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
+
+from kadapter_cli._source import flag
 
 from ..corpora.schema import MALFORMED, Row
 from ..corpora.tacred import records as tacred_records, row_of
@@ -30,11 +32,9 @@ LABELS = (
 
 @dataclass
 class TacredOptions(RelationOptions):
-    negative_sample: int = field(
-        default=45000,
-        metadata={
-            "help": "Train on fewer than this many rows with no_relation: the first ones, as the original does. 0 keeps all."
-        },
+    negative_sample: int = flag(
+        45000,
+        "Train on fewer than this many rows with no_relation: the first ones, as the original does. 0 keeps all.",
     )
 
 
