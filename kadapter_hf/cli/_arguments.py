@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Callable, Collection
-from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -15,10 +14,7 @@ from ._names import TASKS, did_you_mean, is_repo_id, one_line, output_problem
 from ._output import fail
 
 
-class Split(str, Enum):
-    train = "train"
-    validation = "validation"
-    test = "test"
+Split = Literal["train", "validation", "test"]
 
 
 def check_new(output: Path) -> None:
