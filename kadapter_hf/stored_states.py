@@ -47,11 +47,13 @@ class States:
 
 
 def places_of(counts: np.ndarray, block: int = 0) -> np.ndarray:
+    """The `places` of rows in a block, from the number of positions of each, `(rows,)`."""
     ends = np.cumsum(counts)
     return np.stack([np.full(len(counts), block), ends - counts, ends], axis=1)
 
 
 def by_row(places: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The `places` in the order of the rows, from those in the order in which the rows were computed."""
     arranged = np.empty_like(places)
     arranged[order] = places
     return arranged

@@ -60,17 +60,20 @@ class Report:
     labels: Counter[str] = field(default_factory=Counter)
 
     def keep(self, labels: str | Iterable[str]) -> None:
+        """Counts a row and its labels."""
         self.kept += 1
         for label in (labels,) if isinstance(labels, str) else labels:
             self.labels[label] += 1
 
     def drop(self, reason: str, name: str, count: int = 1) -> None:
+        """Counts dropped records; `name` is that of one of them."""
         self.dropped[reason] += count
         names = self.first_dropped.setdefault(reason, [])
         if len(names) < NAMES_PER_REASON:
             names.append(shortened(name))
 
     def add(self, other: "Report") -> None:
+        """Adds the numbers and names of another report."""
         self.kept += other.kept
         self.dropped.update(other.dropped)
         self.labels.update(other.labels)
@@ -95,6 +98,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
+        """Reads a report that `save` has written."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(content["kept"], Counter(content["dropped"]), content["first_dropped"], Counter(content["labels"]))
 
@@ -188,6 +192,7 @@ def dependency_problem(row: Row) -> str | None:
 
 
 def text_problem(row: Row, column: str = "text") -> str | None:
+    """The problem with a column that must hold text, or None."""
     text = row.get(column)
     if not isinstance(text, str):
         return f"{column} is not a string"
