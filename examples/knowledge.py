@@ -28,6 +28,7 @@ from knowledge_corpora import (
     DEFAULT_BACKBONE,
     Task,
     default_backbone,
+    flag,
     machine,
     read_corpora,
     run_script,
@@ -58,10 +59,6 @@ SETTINGS = {  # each with its adapters
     "both adapters": ["factual", "linguistic"],
 }
 console = Console()
-
-
-def flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
