@@ -1,6 +1,5 @@
 """Conversion of the original's checkpoints to a K-Adapter repository; the backbone's weights are optional."""
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.sha import sha_fileobj
 from transformers import AutoConfig, PreTrainedConfig
 
 from kadapter_cli._names import output_problem
@@ -249,7 +249,8 @@ def _describe(config: KAdapterConfig, parts: Parts, source: Source, weights: Sou
         own = {}
     config.backbone_fingerprint = fingerprint(own.values()) if own else named
     config.backbone_revision = None if named is None else commit_of(name)
-    sha256 = _sha256(source.path)
+    with source.path.open("rb") as file:
+        sha256 = sha_fileobj(file).hex()
     for adapter, adapter_config in (config.knowledge_adapters or {}).items():
         adapter_config.backbone_name_or_path = name
         # The adapters of a changed backbone may have been trained before or after the change.
@@ -283,14 +284,6 @@ def _add_new_fusion(parts: Parts) -> None:
         fusion.add(name)
         fusion.init_adapter(name, noise=0.0)  # the same input gives the same bytes
     parts.state = fusion.state_dict(prefix="fusion.") | parts.state
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write(model: Any, state: dict[str, torch.Tensor], path: Path, output: Path) -> None:

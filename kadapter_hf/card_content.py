@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from kadapter_cli._names import is_repo_id
+
 from .modeling.configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.pipelines_kadapter import PIPELINES
 
@@ -129,8 +131,6 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
     results = [result for adapter, provenance in told.items() for result in _results(adapter, provenance)]
     task, task_results = _task_results(config)
     backbone = config.backbone_name_or_path or ""
-    from kadapter_cli._names import is_repo_id  # imported here, as it imports typer
-
     on_hub = is_repo_id(backbone)
     shown = backbone if on_hub else Path(backbone).name
     name = repo_id or f"K-Adapter: {', '.join(adapters) or 'no adapter yet'}"

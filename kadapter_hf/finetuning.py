@@ -20,6 +20,7 @@ from kadapter_cli._source import flag
 
 from .activations import CachedStatesCollator
 from .corpora import names_beside
+from .corpora.schema import label_set
 from .features import load_tokenizer, most_tokens
 from .figures import warn_without_matplotlib
 from .messages import shortened
@@ -314,7 +315,7 @@ def _check_labels(task: Task, splits: DatasetDict) -> None:
     """Refuses rows with too few labels to learn from; warns of labels that can't be learned."""
     if not task.has_labels:
         return
-    known = task.label_set(splits["train"])
+    known = label_set(splits["train"], task.schema)
     if len(known) < task.fewest_labels:
         names = f": {', '.join(map(shortened, known))}" if known else ""
         raise ValueError(
@@ -322,7 +323,7 @@ def _check_labels(task: Task, splits: DatasetDict) -> None:
             f"{task.fewest_labels}."
         )
     for name, rows in splits.items():
-        unknown = sorted(task.label_set(rows) - known)
+        unknown = sorted(label_set(rows, task.schema) - known)
         if unknown:
             logger.warning(
                 f"{len(unknown)} of the labels for {name} do not occur in training and count as errors: "

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .corpora import names_beside
+from .corpora.schema import label_set
 from .features import load_tokenizer
 from .messages import shortened
 from .modeling.configuration_kadapter import KAdapterConfig
@@ -74,7 +75,7 @@ def evaluate(
     task = task_of(model, task)
     options, labels = options_of(model, task), labels_of(model, task)
     if labels and task.schema.labels in rows.column_names:
-        unknown = sorted(task.label_set(rows).difference(labels))
+        unknown = sorted(label_set(rows, task.schema).difference(labels))
         if unknown:
             raise ValueError(
                 f"the model does not know {len(unknown)} of the labels: {', '.join(map(shortened, unknown[:5]))}. It was "

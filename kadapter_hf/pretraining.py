@@ -25,13 +25,13 @@ from kadapter_cli._source import flag
 
 from . import precision
 from .activations import CachedStatesCollator
-from .corpora import Schema
+from .corpora.schema import Schema, as_labels, label_set
 from .features import encode, load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .messages import shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .objectives import OBJECTIVES, Objective
-from .objectives.objective import LARGE_WIDTH, label_set, row_labels
+from .objectives.objective import LARGE_WIDTH
 from .rows import load_rows
 from .runs import (
     Parser,
@@ -261,7 +261,7 @@ def known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:
     unknown = sorted(label_set(rows, schema) - known)
     if not unknown:
         return rows
-    kept = [number for number, labels in enumerate(row_labels(rows, schema)) if known.issuperset(labels)]
+    kept = [number for number, value in enumerate(rows[schema.labels][:]) if known.issuperset(as_labels(value))]
     logger.warning(
         f"{len(rows) - len(kept)} held-out rows are dropped, as their labels don't occur in training: "
         f"{', '.join(map(shortened, unknown[:5]))}"

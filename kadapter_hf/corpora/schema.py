@@ -242,6 +242,16 @@ DEPENDENCY = Schema(
 )
 
 
+def as_labels(value: str | Sequence[str]) -> Sequence[str]:
+    """The labels in the column of a row that holds one or several."""
+    return [value] if isinstance(value, str) else value
+
+
+def label_set(rows: Dataset, schema: Schema) -> set[str]:
+    """The labels that occur in rows."""
+    return {label for value in rows[schema.labels][:] for label in as_labels(value)}
+
+
 def check_columns(columns: Iterable[str], schema: Schema) -> None:
     """Raises a ValueError that lists missing columns of the schema."""
     columns = list(columns)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from kadapter_cli._names import did_you_mean
 
-from ..corpora.schema import Record, Report, Row, Schema, build
+from ..corpora.schema import Record, Report, Row, Schema, as_labels, build, label_set
 from ..features import encode
 from ..messages import shortened
 from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
@@ -165,7 +165,7 @@ class Task:
         elif row.get(self.schema.labels) is None:
             return name, f"no {self.schema.labels}; the columns are {shortened(', '.join(map(str, record)), 200)}"
         elif self.labels is not None:
-            unknown = next((label for label in self._labels_of(row) if label not in self.labels), None)
+            unknown = next((label for label in as_labels(row[self.schema.labels]) if label not in self.labels), None)
             if unknown is not None:
                 return name, f"the label '{shortened(unknown)}' is not one of the task's {len(self.labels)}"
         return name, row
@@ -201,22 +201,13 @@ class Task:
 
     # ---- Labels and features ----------------------------------------------------------------------------------------
 
-    def _labels_of(self, row: Row) -> Sequence[str]:
-        value = row[self.schema.labels]
-        return [value] if isinstance(value, str) else value
-
     def labels_in(self, splits: Mapping[str, Dataset]) -> list[str]:
         """The labels, in the order of the model's outputs: the task's, or those in the data, sorted."""
         if not self.has_labels:
             return []
         if self.labels is not None:
             return list(self.labels)
-        return sorted(set().union(*map(self.label_set, splits.values())))
-
-    def label_set(self, rows: Dataset) -> set[str]:
-        """The labels that occur in rows."""
-        column = self.schema.labels
-        return {label for value in rows[column][:] for label in self._labels_of({column: value})}
+        return sorted(set().union(*(label_set(rows, self.schema) for rows in splits.values())))
 
     def encode(
         self,
