@@ -288,7 +288,7 @@ class Computation:
         was_training, active = model.training, model.config.active_knowledge_adapters
         model.eval()
         if layers is not None:
-            model.config.active_knowledge_adapters = []  # which need not run
+            model.config.active_knowledge_adapters = []  # as they need not run
         try:
             yield found
         finally:

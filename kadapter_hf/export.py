@@ -241,7 +241,7 @@ def _quantize(source: Path, target: Path) -> None:
     with _quietly():
         quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
     for path in target.parent.glob(f"{target.name}*"):
-        path.chmod(source.stat().st_mode)  # the file beside it would be for its owner alone
+        path.chmod(source.stat().st_mode)  # its data file is readable by its owner only
 
 
 @contextlib.contextmanager

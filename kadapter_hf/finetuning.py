@@ -184,7 +184,7 @@ def finetune(
     check_report_to(training)
     warn_without_matplotlib("confusion_matrix.png")
     if training.device.type == "cpu":
-        training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
+        training.dataloader_pin_memory = False  # it is for copies to an accelerator; torch warns without one
     checkpoint = checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
     labels, splits = load_data(task, arguments, options, training.seed)

@@ -166,7 +166,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     warn_without_matplotlib("training.png")
     check_report_to(training)
     if training.device.type == "cpu":
-        training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
+        training.dataloader_pin_memory = False  # it is for copies to an accelerator; torch warns without one
     checkpoint = checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
     source = "', '".join(arguments.data)  # as quoted in errors

@@ -222,7 +222,7 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str]) -> Path:
     runs, output = planned(arguments, flags), Path(arguments.output_dir)
     for name, (source, _) in named_adapters(arguments.adapters).items():
         read_adapter(adapter_file(source, name))
-    published = published_names(arguments)  # which reads the adapters
+    published = published_names(arguments)  # also reads the adapters
     output.mkdir(parents=True, exist_ok=True)
     for run in {run.task: run for run in runs if not run.metrics.exists()}.values():  # one of each task
         run.read_data()

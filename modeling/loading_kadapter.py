@@ -75,7 +75,7 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
     config = model_class.config_class(
         backbone_name_or_path=name,
         backbone_revision=revision,
-        backbone_config=copy.deepcopy(loaded.base_model.config),  # the model resets the attention of its own
+        backbone_config=copy.deepcopy(loaded.base_model.config),  # the model resets the attention in its own
         fusion=fusion,
         attn_implementation=kwargs.get("attn_implementation"),
         **config_kwargs,

@@ -123,8 +123,8 @@ class KAdapterPreTrainedModel(ManagingMixin, FreezingMixin, EncodingMixin, Choos
                 module.init_adapter(name)
 
     def _initialize_weights(self, module: nn.Module, *args) -> None:
-        # In classes that are not its own, transformers skips a module without parameters of its own. Those of a fusion may
-        # all be in submodules.
+        # For classes of others, transformers skips modules without parameters of their own. A fusion may have all of its
+        # parameters in submodules.
         super()._initialize_weights(module, *(() if isinstance(module, KnowledgeFusion) else args))
 
     def get_input_embeddings(self) -> nn.Module:

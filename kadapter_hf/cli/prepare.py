@@ -78,7 +78,7 @@ def trex(
     """
     check_not_there(output, "train", overwrite)
     with running():
-        from kadapter_hf.corpora.trex import prepare_trex  # which needs packages of the extra `knowledge`
+        from kadapter_hf.corpora.trex import prepare_trex  # needs packages of the extra `knowledge`
 
         report = prepare_trex(
             folders,

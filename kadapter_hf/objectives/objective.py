@@ -11,7 +11,7 @@ from ..corpora.schema import Schema, label_set
 from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
-# From docs/knowledge.md. warmup_steps is a share of all steps.
+# See docs/knowledge.md. warmup_steps is a share of all steps.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "per_device_train_batch_size": 32,
