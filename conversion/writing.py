@@ -194,18 +194,14 @@ def _empty_model(
     parts: Parts, backbone: str | os.PathLike, task: Mapping[str, Any] | None, labels: Sequence[str] | None
 ) -> Any:
     """A model of the right class and configuration on the meta device."""
-    fields: dict[str, Any] = {} if parts.num_labels is None else {"num_labels": parts.num_labels}
-    if task is not None:
-        fields["task"] = dict(task)
-    if labels is not None and parts.num_labels is not None:
+    fields: dict[str, Any] = {} if task is None else {"task": dict(task)}
+    if parts.num_labels is not None and labels is not None:
         if len(labels) != parts.num_labels:
             raise KAdapterConfigError(f"the checkpoint has {parts.num_labels} labels, not {len(labels)}.")
-        fields = {
-            **fields,
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: number for number, label in enumerate(labels)},
-        }
-        del fields["num_labels"]
+        fields["id2label"] = dict(enumerate(labels))
+        fields["label2id"] = {label: number for number, label in enumerate(labels)}
+    elif parts.num_labels is not None:
+        fields["num_labels"] = parts.num_labels
     config = KAdapterConfig(
         backbone_name_or_path=backbone_place(backbone),
         backbone_config=_backbone_config(backbone),

@@ -107,8 +107,8 @@ def compare(
             start(model.fusion)
         model.freeze_knowledge_adapters()
         score = fit(model, rows, task.metrics(), args, seed)[task.metric]
-        told = {"task": task.name, "learning_rate": args.learning_rate, "setting": f"{fusion}: {names}"}
-        results.append(told | {"seed": seed, "score": score})
+        record = {"task": task.name, "learning_rate": args.learning_rate, "setting": f"{fusion}: {names}"}
+        results.append(record | {"seed": seed, "score": score})
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 

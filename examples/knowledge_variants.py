@@ -213,7 +213,7 @@ def run(args: Arguments) -> None:
             continue
         started = time.monotonic()
         place = folder / variant.replace(" ", "-").replace("'", "")
-        told: dict[str, Any] = {}
+        pretraining: dict[str, Any] = {}
         if variant == UNTRAINED:
             model = KAdapterForRelationClassification.from_backbone(args.backbone, {"factual": untrained})
         elif variant == BACKBONE:
@@ -224,9 +224,9 @@ def run(args: Arguments) -> None:
             model = KAdapterForRelationClassification.from_pretrained(
                 train_adapter(VARIANTS[variant], facts, args, place)
             )
-            told = model.config.knowledge_adapters["factual"].provenance["metrics"]
+            pretraining = model.config.knowledge_adapters["factual"].provenance["metrics"]
         minutes = (time.monotonic() - started) / 60
-        results[variant] = {"pretraining": told, "minutes": minutes, "probes": probes.measure(model)}
+        results[variant] = {"pretraining": pretraining, "minutes": minutes, "probes": probes.measure(model)}
         kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
         console.print(f"{variant}: {(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
     page = report(results, args)
