@@ -251,7 +251,7 @@ def _batches(items: list[tuple[int, int, int]], size: int) -> list[list[tuple[in
 
 
 def prediction_of(scores: torch.Tensor, query: Query) -> Prediction:
-    """From the score of each of the query's candidates, `(candidates,)`."""
+    """The prediction from the scores of the query's candidates, `(candidates,)`."""
     right = scores[query.answer]
     best = scores.topk(min(TOP, len(scores))).indices.tolist()
     # A score that is not a number is no better than any.

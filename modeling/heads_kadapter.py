@@ -70,7 +70,7 @@ def _classification_loss(
 
 @register_head("AutoModelForSequenceClassification")
 class KAdapterForSequenceClassification(HeadModel):
-    """Classification or regression of a text, from the fused state of its first token."""
+    """Classification or regression of a text, from the fused state of its first token. Logits: `(batch, num_labels)`."""
 
     @encodes_inputs
     def forward(
@@ -88,7 +88,7 @@ class KAdapterForSequenceClassification(HeadModel):
 
 @register_head("AutoModelForTokenClassification")
 class KAdapterForTokenClassification(HeadModel):
-    """A label for each token, from its fused state."""
+    """A label for each token, from its fused state. Logits: `(batch, length, num_labels)`."""
 
     @encodes_inputs
     def forward(
@@ -105,7 +105,7 @@ class KAdapterForTokenClassification(HeadModel):
 
 @register_head("AutoModelForQuestionAnswering")
 class KAdapterForQuestionAnswering(HeadModel):
-    """The start and end of an answer in a text."""
+    """The start and end of an answer in a text. Logits: `(batch, length)` each."""
 
     def add_head(self, config: KAdapterConfig, width: int) -> None:
         self.qa_outputs = nn.Linear(width, 2)
@@ -139,7 +139,7 @@ class KAdapterForQuestionAnswering(HeadModel):
 @register_head("AutoModelForMultipleChoice")
 class KAdapterForMultipleChoice(HeadModel):
     """
-    Choice among several continuations, each scored from the fused state of its first token.
+    Choice among several continuations, each scored from the fused state of its first token. Logits: `(batch, choices)`.
 
     Source: `COSMOSQAModel` in the original's `examples/run_finetune_cosmosqa_adapter.py`.
     """
@@ -188,7 +188,8 @@ class KAdapterForMultipleChoice(HeadModel):
 @register_head("AutoModelForSequenceClassification")
 class KAdapterForEntityTyping(HeadModel):
     """
-    The types of one marked entity, of which several may hold: `out_proj(dropout(dense(f_entity)))`, no activation.
+    The types of one marked entity, which may have several: `out_proj(dropout(dense(f_entity)))`, no activation. Logits:
+    `(batch, num_labels)`.
 
     Source: paper, section 4.1; `ETModel` in the original's `examples/run_finetune_openentity_adapter.py`.
     """
@@ -221,7 +222,8 @@ class KAdapterForEntityTyping(HeadModel):
 @register_head("AutoModelForSequenceClassification")
 class KAdapterForRelationClassification(HeadModel):
     """
-    The relation between two marked entities: `out_proj(dropout(dense([f_subject; f_object])))`, no activation.
+    The relation between two marked entities: `out_proj(dropout(dense([f_subject; f_object])))`, no activation. Logits:
+    `(batch, num_labels)`.
 
     Source: paper, section 4.3; `TACREDModel` in the original's `examples/run_finetune_TACRED_adapter.py`.
     """
@@ -279,7 +281,7 @@ class _StatesGiven(nn.Module):
 class KAdapterForMaskedLM(KAdapterPreTrainedModel):
     """
     The backbone's own masked-language-model head on the fused states. Its weights come from the backbone's repository, and
-    are tied to the backbone's embeddings if the backbone's own class ties them.
+    are tied to the backbone's embeddings if the backbone's own class ties them. Logits: `(batch, length, vocab_size)`.
     """
 
     needs_lm_head = True

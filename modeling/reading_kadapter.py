@@ -37,7 +37,7 @@ _MAX_JSON_BYTES = 64 * 2**20
 
 
 def read_json(path: Path) -> Any:
-    """Raises `KAdapterLoadError` if the file is missing, unreadable, larger than 64 MB, or not JSON."""
+    """The content of a JSON file. Raises `KAdapterLoadError` if it is missing, unreadable, larger than 64 MB, or not JSON."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_JSON_BYTES + 1)
