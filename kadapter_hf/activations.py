@@ -59,7 +59,7 @@ class CachedStates(TorchDataset):
         return [self._with_states(*of_row) for of_row in zip(rows, self.rows.__getitems__(rows), strict=True)]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows in order, which is faster than by number; `group_by_length` reads their lengths so."""
+        """The rows in order, which is faster than by number; `group_by_length` reads their lengths this way."""
         return itertools.starmap(self._with_states, enumerate(self.rows))
 
     def _with_states(self, row: int, features: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class CachedStates(TorchDataset):
 
 
 class CachedStatesCollator:
-    """Wraps a collator, and adds the states of rows of `CachedStates`, padded like the batch. Rows without states are fine."""
+    """Wraps a collator, and adds the states of rows of `CachedStates`, padded like the batch. Other rows stay as they are."""
 
     def __init__(self, collator: Collator):
         self.collator = collator
