@@ -20,7 +20,7 @@ from ..corpora.schema import Row, Schema, is_list, text_problem
 from ..features import most_tokens
 from ..messages import shortened
 from ..modeling.heads_kadapter import KAdapterForQuestionAnswering
-from .records import Named, RowProblem, find, needed, parsed, records
+from .records import Records, RowProblem, find, needed, parsed, records
 from .task import Options, Task, register_task
 
 
@@ -199,7 +199,7 @@ class ExtractiveQATask(Task):
         "max_length": 384,
     }
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         if path.suffix.lower() == ".json":
             try:
                 content = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -345,7 +345,7 @@ def aggregated(candidates: Sequence[tuple[float, str, int | None]], aggregation:
     return candidates[best][1], sums[keys[best]] / total, candidates[best][2]
 
 
-def _squad(articles: Sequence[Any]) -> Named:
+def _squad(articles: Sequence[Any]) -> Records:
     for number, article in enumerate(articles, start=1):
         try:
             for paragraph in article["paragraphs"]:

@@ -13,7 +13,7 @@ from ..corpora.files import read_text
 from ..corpora.schema import Row, Schema, is_list, is_name
 from ..features import index_of, most_tokens, special_tokens, tokenize
 from ..modeling.heads_kadapter import KAdapterForTokenClassification
-from .records import TABLES, Named, find, needed, parsed, records
+from .records import TABLES, Records, find, needed, parsed, records
 from .task import Options, Task, register_task
 
 
@@ -115,7 +115,7 @@ class NERTask(Task):
         "max_length": 256,
     }
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         return records(path) if path.suffix.lower() in TABLES else _conll(path)
 
     def row(self, record: dict[str, Any]) -> Row:
@@ -161,7 +161,7 @@ class NERTask(Task):
         }
 
 
-def _conll(path: Path) -> Named:
+def _conll(path: Path) -> Records:
     words: list[list[str]] = []
     for number, line in enumerate([*read_text(path).splitlines(), ""], start=1):
         if line.strip() and not line.startswith("-DOCSTART-"):

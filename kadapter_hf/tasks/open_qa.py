@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..corpora.schema import Row
 from .extractive_qa import NOWHERE, ExtractiveQATask
-from .records import Named, RowProblem, find, needed
+from .records import Records, RowProblem, find, needed
 from .task import register_task
 
 
@@ -33,7 +33,7 @@ class SearchQA(ExtractiveQATask):
     }
     published: ClassVar[Mapping[str, float]] = {"": 65.62, "multitask": 66.67, "F": 67.17, "L": 66.82, "F+L": 67.31}
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         beside = path.with_suffix(".json")
         if not beside.is_file():
             raise ValueError(f"'{path}' has no passages beside it: '{beside.name}' is missing.")

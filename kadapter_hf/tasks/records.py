@@ -17,14 +17,14 @@ from ..messages import shortened
 # Endings of the files that `records` reads.
 TABLES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 # The name of each record for messages, and its content or what is wrong with it.
-Named = Iterator[tuple[str, dict[str, Any] | str]]
+Records = Iterator[tuple[str, dict[str, Any] | str]]
 
 
 class RowProblem(ValueError):
     """What is wrong with a row, in words for the user."""
 
 
-def records(path: Path) -> Named:
+def records(path: Path) -> Records:
     """The rows of a table."""
     ending = path.suffix.lower()
     if ending == ".parquet":
@@ -37,7 +37,7 @@ def records(path: Path) -> Named:
     return json_records(path)
 
 
-def dataset_records(rows: Dataset) -> Named:
+def dataset_records(rows: Dataset) -> Records:
     """The rows of a data set; classes are replaced by their names."""
     classes = {}
     for name, feature in rows.features.items():

@@ -11,7 +11,7 @@ from kadapter_cli._source import flag
 from ..corpora.schema import MALFORMED, Row
 from ..corpora.tacred import records as tacred_records, row_of
 from ..metrics import tacred_metrics
-from .records import Named, RowProblem
+from .records import Records, RowProblem
 from .relation import RelationOptions, RelationTask
 from .task import register_task
 
@@ -56,7 +56,7 @@ class Tacred(RelationTask):
     published = {"": 71.25, "multitask": 71.62, "F": 71.89, "L": 71.96, "F+L": 72.04}
     reproduced = {"F": "69.9", "L": "70.0", "F+L": "68.8 to 69.8"}
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         for name, example in tacred_records(path):
             yield name, example if isinstance(example, dict) else "not a JSON object"
 

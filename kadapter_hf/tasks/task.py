@@ -18,7 +18,7 @@ from ..features import encode
 from ..messages import shortened
 from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 from ..rows import find_splits
-from .records import TABLES, Named, RowProblem, dataset_records, records
+from .records import TABLES, Records, RowProblem, dataset_records, records
 
 
 logger = logging.get_logger(__name__)
@@ -108,7 +108,7 @@ class Task:
 
     # ---- Reading ----------------------------------------------------------------------------------------------------
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         """Yields the name and the content of each record of a file, or what is wrong with it; by default rows of a table."""
         return records(path)
 
@@ -136,11 +136,11 @@ class Task:
         """
         return self._built(source, self._records_of(source), labelled, skip_bad_rows)
 
-    def _records_of(self, source: str | Path | Dataset) -> Named:
+    def _records_of(self, source: str | Path | Dataset) -> Records:
         return dataset_records(source) if isinstance(source, Dataset) else self.records(Path(source))
 
     def _built(
-        self, source: str | Path | Dataset, found: Named, labelled: bool, skip_bad_rows: bool
+        self, source: str | Path | Dataset, found: Records, labelled: bool, skip_bad_rows: bool
     ) -> tuple[Dataset, Report]:
         schema = self.schema if labelled else self.schema.without_labels()
         checked = (self._checked(*record, labelled) for record in found)
