@@ -23,7 +23,8 @@ from kadapter_cli._source import flag
 from . import finetuning, probing
 from .corpora.files import read_json
 from .figures import new_figure, warn_without_matplotlib
-from .finetuning import FinetuningArguments, combination, finetune, load_data, new_model
+from .finetuning import FinetuningArguments, combination, finetune, new_model
+from .finetuning_data import load_data
 from .lama import PUBLISHED
 from .modeling.heads_kadapter import KAdapterForMaskedLM
 from .modeling.reading_kadapter import read_adapter
