@@ -300,10 +300,10 @@ def _predicted(model: KAdapterPreTrainedModel, outputs: Tensors) -> list[torch.T
     return [values.argmax(-1) for values in logits if values.shape[-1] > 1]
 
 
-def _milliseconds(run: Run, batch: Tensors, times: int = 5) -> float:
-    """The median of several runs, after one that is not counted."""
+def _milliseconds(run: Run, batch: Tensors) -> float:
+    """The median of five runs, after one that is not counted."""
     taken = []
-    for _ in range(times + 1):
+    for _ in range(6):
         started = time.perf_counter()
         run(batch)
         taken.append(1000 * (time.perf_counter() - started))

@@ -43,9 +43,12 @@ def _splits(task: Task, arguments: "FinetuningArguments", seed: int) -> DatasetD
         files = {"train": source, "validation": arguments.validation_file, "test": arguments.test_file}
         splits = DatasetDict()
         for name, file in files.items():
-            if file is not None:
-                splits[name], report = task.read(_existing(file), skip_bad_rows=arguments.skip_bad_rows)
-                warn_of_dropped(file, report)
+            if file is None:
+                continue
+            if not Path(file).is_file():
+                raise ValueError(f"there is no file '{file}'.")
+            splits[name], report = task.read(file, skip_bad_rows=arguments.skip_bad_rows)
+            warn_of_dropped(file, report)
     if "train" not in splits:
         raise ValueError(f"'{source}' has no split named train; it has {', '.join(splits)}.")
     if "validation" not in splits:
@@ -87,9 +90,3 @@ def _check_labels(task: Task, splits: DatasetDict) -> None:
                 f"{len(unknown)} of the labels for {name} do not occur in training and count as errors: "
                 f"{', '.join(map(shortened, unknown[:5]))}{', …' if len(unknown) > 5 else ''}"
             )
-
-
-def _existing(file: str) -> str:
-    if not Path(file).is_file():
-        raise ValueError(f"there is no file '{file}'.")
-    return file

@@ -72,13 +72,8 @@ def read_config(folder: Path, source: Any = None) -> KAdapterConfig:
     try:
         return KAdapterConfig.from_dict(config)
     except KAdapterConfigError as error:
-        raise bad_config(folder, error) from error
-
-
-def bad_config(folder: Path, error: Exception) -> SavedConfigError:
-    return SavedConfigError(
-        f"'{locate(folder, CONFIG_NAME)}': {error} Download or save the model again, or correct the field."
-    )
+        path = locate(folder, CONFIG_NAME)
+        raise SavedConfigError(f"'{path}': {error} Download or save the model again, or correct the field.") from error
 
 
 def read_index(folder: Path) -> tuple[dict[str, list[str]], dict[str, str]]:

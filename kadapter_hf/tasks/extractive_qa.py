@@ -228,7 +228,7 @@ class ExtractiveQATask(Task):
             rows = rows.select(kept)
         if training:
             pairs = list(zip(rows["id"][:], rows["answers"][:], strict=True))
-            found = {name for name, answers in pairs if _is_there(answers)}
+            found = {name for name, answers in pairs if any(start != NOWHERE for start in answers["answer_start"])}
             nothing = {name for name, answers in pairs if not answers["text"]}
             if options.null_score_diff_threshold is not None:
                 found |= nothing
@@ -379,7 +379,3 @@ def _answers(record: Mapping[str, Any], context: str) -> dict[str, list] | None:
         texts.append(text)
         starts.append(place)
     return {"text": texts, "answer_start": starts}
-
-
-def _is_there(answers: Mapping[str, Sequence[Any]]) -> bool:
-    return any(start != NOWHERE for start in answers["answer_start"])
