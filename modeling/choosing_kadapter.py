@@ -35,6 +35,9 @@ class ChoosingMixin(nn.Module):
         """
         Activates exactly these adapters. Without any, the model's output is the backbone's. To activate others for a while,
         or in one of several threads, use `using_knowledge_adapters`; within it, this takes effect afterwards.
+
+        Raises:
+            KAdapterConfigError: there is no adapter of this name.
         """
         names = self._checked_names(names or [])
         thaw = not self._is_frozen_from_outside()

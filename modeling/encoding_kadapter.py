@@ -164,6 +164,10 @@ class EncodingMixin(nn.Module):
                 positions that the head reads, i.e. the backbone's last hidden state and the output of each active adapter.
                 Only the fusion and the head then run. Without the outputs of the adapters, these run on
                 `backbone_states`, which then lack the last hidden state.
+
+        Raises:
+            KAdapterConfigError: there is no adapter of a name, or the backbone lacks what the adapters or PEFT need.
+            ValueError: states that were computed before have another shape, or lack some that the adapters read.
         """
         names, groups = self._names_by_row(kwargs.pop("knowledge_adapters", None))
         given, fusion_states = kwargs.pop("backbone_states", None), kwargs.pop("fusion_states", None)

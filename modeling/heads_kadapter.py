@@ -165,6 +165,9 @@ class KAdapterForMultipleChoice(HeadModel):
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, choices, length)`.
             inputs_embeds: `(batch, choices, length, hidden_size)`.
             labels: `(batch,)` index of the right choice.
+
+        Raises:
+            ValueError: the inputs have another shape.
         """
         first = input_ids if input_ids is not None else inputs_embeds
         if first is None or first.dim() < 3:
@@ -212,6 +215,9 @@ class KAdapterForEntityTyping(HeadModel):
         Args:
             entity_start: `(batch,)`, the position of the marker before the entity.
             labels: `(batch, num_labels)` of 0.0 and 1.0.
+
+        Raises:
+            ValueError: `entity_start` is missing, has another shape, or is outside the text.
         """
         fused = self.fused(encoded, checked_positions("entity_start", entity_start, encoded))
         logits = self.out_proj(self.dropout(self.dense(fused)))
@@ -245,6 +251,9 @@ class KAdapterForRelationClassification(HeadModel):
         Args:
             subject_start, object_start: `(batch,)`, the positions of the markers before the two entities.
             labels: `(batch,)` class indices.
+
+        Raises:
+            ValueError: a position is missing, has another shape, or is outside the text.
         """
         markers = (
             checked_positions("subject_start", subject_start, encoded),

@@ -118,6 +118,10 @@ class ManagingMixin(nn.Module):
         """
         Saves one adapter to `path`, or to `adapters/<name>.safetensors` in it if it does not end in `.safetensors`. Returns
         the file, whose bytes don't depend on the model class.
+
+        Raises:
+            OSError: the file can't be written.
+            KAdapterConfigError: there is no adapter of this name.
         """
         self._checked_names(name)
         path = Path(path) if Path(path).suffix == ".safetensors" else Path(path, adapter_path(name))
@@ -129,7 +133,12 @@ class ManagingMixin(nn.Module):
         return path
 
     def delete_knowledge_adapter(self, name: str) -> None:
-        """Removes an adapter and its part of the fusion. The weights of the others don't change."""
+        """
+        Removes an adapter and its part of the fusion. The weights of the others don't change.
+
+        Raises:
+            KAdapterConfigError: there is no adapter of this name.
+        """
         self._checked_names(name)
         del self.adapters[name], self.config.knowledge_adapters[name]
         self.fusion.remove(name)

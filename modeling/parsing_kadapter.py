@@ -42,6 +42,9 @@ def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[in
 
     Returns:
         The head of each word: 0 for the root, else the number of the word, starting at 1.
+
+    Raises:
+        ValueError: a score is not a number.
     """
     scores = torch.as_tensor(arc_scores).detach().to(device="cpu", dtype=torch.float64, copy=True)
     if scores.isnan().any():
@@ -177,6 +180,9 @@ class KAdapterForDependencyParsing(HeadModel):
 
         Returns:
             `arc_logits`, and `relation_logits` except in training with labels; `decode` returns the trees.
+
+        Raises:
+            ValueError: an argument is missing, has another shape, or names a position outside the text.
         """
         word_starts = checked_positions("word_starts", word_starts, encoded, per_row="words")
         if can_be_checked(word_starts) and ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
@@ -224,6 +230,9 @@ class KAdapterForDependencyParsing(HeadModel):
         Returns:
             For each row, the head of each word (0 for the root, else the number of the word, starting at 1), and the name
             of the relation to it.
+
+        Raises:
+            ValueError: the output has no `relation_logits`.
         """
         if output.relation_logits is None:
             raise ValueError("the output has no relation_logits: call the model without labels or in evaluation mode.")

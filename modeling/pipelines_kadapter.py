@@ -165,6 +165,9 @@ class EntityTypingPipeline(MarkedEntityPipeline):
         top_k: return at most this many.
         max_length: maximum number of tokens; by default that of the fine-tuning.
         knowledge_adapters: the adapters to use, by default the active ones; an input may have others under this key.
+
+    Raises:
+        ValueError: an input is not as described, or its entities don't fit into `max_length`.
     """
 
     one, several, positions = ("entity",), "entities", ("entity_start",)
@@ -192,6 +195,9 @@ class RelationClassificationPipeline(MarkedEntityPipeline):
         threshold: leave out relations with a probability that is not higher.
         max_length: maximum number of tokens; by default that of the fine-tuning.
         knowledge_adapters: the adapters to use, by default the active ones; an input may have others under this key.
+
+    Raises:
+        ValueError: an input is not as described, or its entities don't fit into `max_length`.
     """
 
     one, several, positions = ("subject", "object"), "pairs", ("subject_start", "object_start")
