@@ -218,8 +218,7 @@ class EncodingMixin(nn.Module):
         if rows is not None:
             states = {layer: _rows_of(states[layer], rows) for layer in self.backbone_states_read(names)}
             attention_mask = _rows_of(attention_mask, rows)
-        adapters: Any = {name: self.adapters[name] for name in names}
-        return run_adapters(adapters, states, attention_mask, positions)
+        return run_adapters({name: self.adapters[name] for name in names}, states, attention_mask, positions)
 
     def _given_states(self, given: torch.Tensor, names: Sequence[str], last: bool = True) -> dict[int, torch.Tensor]:
         """The given states by index; the backbone's last has the index -1."""
