@@ -1,6 +1,5 @@
 """Conversion of the original's checkpoints to a K-Adapter repository; the backbone's weights are optional."""
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.sha import sha_fileobj
 from transformers import AutoConfig, PreTrainedConfig
+
+from kadapter_cli._names import output_problem
 
 from ..modeling.backbone_kadapter import load_quietly
 from ..modeling.compat_kadapter import without_initialization
@@ -24,6 +26,7 @@ from ..modeling.format_kadapter import (
     part_of,
 )
 from ..modeling.fusion_kadapter import ConcatFusion
+from ..modeling.loading_kadapter import backbone_place
 from ..modeling.reading_kadapter import check_tensors, read_tensors
 from ..modeling.saving_kadapter import write_repository
 from ..modeling.sources_kadapter import commit_of
@@ -70,9 +73,10 @@ class Conversion:
 
 
 def check_new(output: Path) -> None:
-    """Raises `KAdapterLoadError` if `output` is a file, or a folder that is not empty."""
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise KAdapterLoadError(f"'{output}' exists and is not empty; choose another folder.")
+    """Raises `KAdapterLoadError` unless `output` is an empty folder, or can be created."""
+    problem = output_problem(output)
+    if problem is not None:
+        raise KAdapterLoadError(problem)
 
 
 def convert(
@@ -105,7 +109,7 @@ def convert(
             (roberta-large's is built in); if the weights are available locally, their fingerprint is recorded too.
         with_head: keep the relation head of a pre-trained factual adapter.
         backbone_weights: the changed backbone that was saved with a fine-tuned model.
-        task: what `KAdapterConfig.task` says of a fine-tuned model: the name of its task and the markers of its input.
+        task: `KAdapterConfig.task` of a fine-tuned model: the name of its task, the markers and maximum length of its input.
         labels: the labels of a fine-tuned model, in the order of its outputs.
 
     Raises:
@@ -190,20 +194,16 @@ def _empty_model(
     parts: Parts, backbone: str | os.PathLike, task: Mapping[str, Any] | None, labels: Sequence[str] | None
 ) -> Any:
     """A model of the right class and configuration on the meta device."""
-    fields: dict[str, Any] = {} if parts.num_labels is None else {"num_labels": parts.num_labels}
-    if task is not None:
-        fields["task"] = dict(task)
-    if labels is not None and parts.num_labels is not None:
+    fields: dict[str, Any] = {} if task is None else {"task": dict(task)}
+    if parts.num_labels is not None and labels is not None:
         if len(labels) != parts.num_labels:
             raise KAdapterConfigError(f"the checkpoint has {parts.num_labels} labels, not {len(labels)}.")
-        fields = {
-            **fields,
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: number for number, label in enumerate(labels)},
-        }
-        del fields["num_labels"]
+        fields["id2label"] = dict(enumerate(labels))
+        fields["label2id"] = {label: number for number, label in enumerate(labels)}
+    elif parts.num_labels is not None:
+        fields["num_labels"] = parts.num_labels
     config = KAdapterConfig(
-        backbone_name_or_path=os.path.abspath(backbone) if os.path.isdir(backbone) else os.fspath(backbone),
+        backbone_name_or_path=backbone_place(backbone),
         backbone_config=_backbone_config(backbone),
         knowledge_adapters=parts.configs,
         frozen_knowledge_adapters=list(parts.configs),
@@ -245,7 +245,8 @@ def _describe(config: KAdapterConfig, parts: Parts, source: Source, weights: Sou
         own = {}
     config.backbone_fingerprint = fingerprint(own.values()) if own else named
     config.backbone_revision = None if named is None else commit_of(name)
-    sha256 = _sha256(source.path)
+    with source.path.open("rb") as file:
+        sha256 = sha_fileobj(file).hex()
     for adapter, adapter_config in (config.knowledge_adapters or {}).items():
         adapter_config.backbone_name_or_path = name
         # The adapters of a changed backbone may have been trained before or after the change.
@@ -270,7 +271,7 @@ def _backbone_at_hand(config: KAdapterConfig) -> dict[str, torch.Tensor] | None:
 
 
 def _add_new_fusion(parts: Parts) -> None:
-    """Initialises fusion weights that the checkpoint lacks to pass the backbone's state through."""
+    """Initialises the fusion weights that the checkpoint lacks, so that the fusion passes the backbone's state through."""
     if parts.fusion != ConcatFusion.kind:
         return
     fusion = ConcatFusion(parts.width, start=0.0).to(next(iter(parts.state.values())).dtype)
@@ -279,14 +280,6 @@ def _add_new_fusion(parts: Parts) -> None:
         fusion.add(name)
         fusion.init_adapter(name, noise=0.0)  # the same input gives the same bytes
     parts.state = fusion.state_dict(prefix="fusion.") | parts.state
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write(model: Any, state: dict[str, torch.Tensor], path: Path, output: Path) -> None:

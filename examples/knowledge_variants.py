@@ -25,6 +25,7 @@ from knowledge_corpora import (
     DEFAULT_BACKBONE,
     Task,
     default_backbone,
+    flag,
     machine,
     read_corpora,
     run_script,
@@ -72,18 +73,12 @@ console = Console()
 @dataclass
 class Arguments:
     data: str = field(metadata={"help": "The folder with the corpora."})
-    backbone: str | None = field(
-        default=None, metadata={"help": f"A repository or folder. Default: {DEFAULT_BACKBONE}."}
-    )
-    output_dir: str = field(
-        default="knowledge-output/variants", metadata={"help": "Output folder for adapters and results."}
-    )
-    variants: list[str] | None = field(default=None, metadata={"help": "Names of the variants to run. Default: all."})
-    few: int = field(default=600, metadata={"help": "Number of examples in the settings with few examples."})
-    draws: int = field(default=3, metadata={"help": "Number of samples of few examples."})
-    max_rows: int | None = field(
-        default=None, metadata={"help": "Maximum number of rows of each corpus, for a quick run."}
-    )
+    backbone: str | None = flag(None, f"A repository or folder. Default: {DEFAULT_BACKBONE}.")
+    output_dir: str = flag("knowledge-output/variants", "Output folder for adapters and results.")
+    variants: list[str] | None = flag(None, "Names of the variants to run. Default: all.")
+    few: int = flag(600, "Number of examples in the settings with few examples.")
+    draws: int = flag(3, "Number of samples of few examples.")
+    max_rows: int | None = flag(None, "Maximum number of rows of each corpus, for a quick run.")
 
 
 def rows_to_learn(folder: Path, facts: Path, data: str, which: Any) -> str:
@@ -218,7 +213,7 @@ def run(args: Arguments) -> None:
             continue
         started = time.monotonic()
         place = folder / variant.replace(" ", "-").replace("'", "")
-        told: dict[str, Any] = {}
+        pretraining: dict[str, Any] = {}
         if variant == UNTRAINED:
             model = KAdapterForRelationClassification.from_backbone(args.backbone, {"factual": untrained})
         elif variant == BACKBONE:
@@ -229,9 +224,9 @@ def run(args: Arguments) -> None:
             model = KAdapterForRelationClassification.from_pretrained(
                 train_adapter(VARIANTS[variant], facts, args, place)
             )
-            told = model.config.knowledge_adapters["factual"].provenance["metrics"]
+            pretraining = model.config.knowledge_adapters["factual"].provenance["metrics"]
         minutes = (time.monotonic() - started) / 60
-        results[variant] = {"pretraining": told, "minutes": minutes, "probes": probes.measure(model)}
+        results[variant] = {"pretraining": pretraining, "minutes": minutes, "probes": probes.measure(model)}
         kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
         console.print(f"{variant}: {(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
     page = report(results, args)

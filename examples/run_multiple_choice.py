@@ -42,7 +42,7 @@ def main() -> dict[str, float]:
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     rows = {split: task.read(file)[0] for split, file in files.items() if file is not None}
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    data = {split: task.encode(of_one, tokenizer, [], args.max_length) for split, of_one in rows.items()}
+    data = {split: task.encode(split_rows, tokenizer, [], args.max_length) for split, split_rows in rows.items()}
     model = KAdapterForMultipleChoice.from_backbone(
         args.model_name_or_path,
         args.adapters,

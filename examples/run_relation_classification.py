@@ -44,7 +44,7 @@ def main() -> dict[str, float]:
     rows["train"] = task.used_rows(rows["train"], task.options(), training=True)
     labels = task.labels_in(rows)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    data = {split: task.encode(of_one, tokenizer, labels, args.max_length) for split, of_one in rows.items()}
+    data = {split: task.encode(split_rows, tokenizer, labels, args.max_length) for split, split_rows in rows.items()}
     model = KAdapterForRelationClassification.from_backbone(
         args.model_name_or_path,
         args.adapters,

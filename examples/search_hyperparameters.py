@@ -51,7 +51,7 @@ def main() -> dict[str, float]:
     }
     labels = task.labels_in(rows)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    data = {split: task.encode(of_one, tokenizer, labels, args.max_length) for split, of_one in rows.items()}
+    data = {split: task.encode(split_rows, tokenizer, labels, args.max_length) for split, split_rows in rows.items()}
     names = (
         {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}} if labels else {}
     )

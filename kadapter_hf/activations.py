@@ -1,5 +1,5 @@
 """
-What the frozen parts of a model compute for a data set: computed once, and read in every epoch and run.
+The states that the frozen parts of a model compute for a data set: computed once, and read in every epoch and run.
 
 Without a graph and without dropout, the states of an example depend on its features and the frozen weights only. In a folder,
 they are kept under a hash of these, so a different backbone, adapter, tokenizer or text never uses outdated states.
@@ -40,7 +40,7 @@ KINDS = ("backbone_states", "fusion_states")
 
 class CachedStates(TorchDataset):
     """
-    The rows of a data set with what the frozen parts of a model compute for them, as `CachedStatesCollator` takes them.
+    A data set with the states that the frozen parts of a model compute for its rows; `CachedStatesCollator` makes batches.
 
     A row has the columns that the model takes, and tensors of shape `(positions, states, width)`: `fusion_states`, and if
     adapters train, `backbone_states`.
@@ -59,7 +59,7 @@ class CachedStates(TorchDataset):
         return [self._with_states(*of_row) for of_row in zip(rows, self.rows.__getitems__(rows), strict=True)]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """In order, which is faster than by number; `group_by_length` does so for the lengths."""
+        """The rows in order, which is faster than by number; `group_by_length` reads their lengths this way."""
         return itertools.starmap(self._with_states, enumerate(self.rows))
 
     def _with_states(self, row: int, features: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class CachedStates(TorchDataset):
 
 
 class CachedStatesCollator:
-    """Wraps a collator, and adds the states of the rows of `CachedStates`, padded like the batch. Other rows have none."""
+    """Wraps a collator, and adds the states of rows of `CachedStates`, padded like the batch. Other rows stay as they are."""
 
     def __init__(self, collator: Collator):
         self.collator = collator
@@ -87,15 +87,15 @@ def _rows_of(batch: Mapping[str, Any]) -> torch.Tensor:
 
 def _padded(states: list[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
     """
-    `(rows, states, positions, width)`. States at all tokens are where these are in `real`, of shape `(rows, length)`; others
-    are at the start of their row, as are those at all tokens of rows that are padded on the right.
+    Pads states to `(rows, states, positions, width)`. If a row has a state for every token, these are where `real`, of shape
+    `(rows, length)`, is true; otherwise they come first.
     """
     counts = [len(of_row) for of_row in states]
     at_all_tokens = counts == real.view(len(states), -1).sum(1).tolist()
     if at_all_tokens and not (counts == real.sum(1).tolist() and max(counts) == real.shape[1] and real[:, 0].all()):
         padded = states[0].new_zeros(*real.shape, *states[0].shape[1:])
         padded[real] = torch.cat(states)
-    else:
+    else:  # also for rows that are padded on the right, where both are the same
         padded = pad_sequence(states, batch_first=True).view(len(real), -1, *states[0].shape[1:])
     return padded.transpose(1, 2)
 
@@ -110,23 +110,27 @@ def cached_states(
     batch_size: int = 32,
 ) -> CachedStates:
     """
-    The rows of `dataset` with what the frozen parts of `model` compute for them, so that these need not run again:
+    The rows of `dataset` with the states that the frozen parts of `model` compute for them, so that these run only once:
 
         collator = CachedStatesCollator(DataCollatorWithPadding(tokenizer))
         train = cached_states(model, features, collator)
         arguments = TrainingArguments("out", remove_unused_columns=False)
         Trainer(model, arguments, train_dataset=train, data_collator=collator).train()
 
-    If the active adapters are frozen, it is what the fusion reads at the positions that the head reads, and a step costs
-    fusion and head only. If they train, it is the states that they read, and the backbone's last where the head reads it.
-    A head must call `self.fusion(state, knowledge)` once, as those with `self.fused` do. At padding, the states are zero: the
-    loss of `KAdapterForQuestionAnswering`, which counts it, is not the same.
+    If the active adapters are frozen, the states are the inputs of the fusion at the positions that the head reads, and a
+    step runs the fusion and the head only. If adapters train, they are the hidden states that the adapters read, and the
+    backbone's last hidden state at the positions that the head reads. Use them with models of the same class and the same
+    frozen weights: only another number of positions is noticed.
+
+    A head must call `self.fusion(state, knowledge)` once per forward pass, as `self.fused` does. The states of padding are
+    zero, so the loss of `KAdapterForQuestionAnswering`, which includes padding, differs.
 
     Args:
         collator: makes batches, with an `attention_mask`, of rows with the columns that the model takes.
-        folder: keeps the states there, for other runs with the same frozen weights and rows. If the computation is
-            interrupted, the next call continues it. By default, they are in memory.
-        dtype: of the states; by default that in which they are computed, which gives the same training as without a cache.
+        folder: where to keep the states for other runs with the same frozen weights and rows. If the computation is
+            interrupted, the next call continues it. By default, they are kept in memory.
+        dtype: the dtype of the states; by default the one that they are computed in, so that training is the same as without
+            a cache.
         batch_size: batch size for the computation.
 
     Raises:
@@ -231,7 +235,10 @@ class _Recorded(Exception):
 
 @dataclass
 class Computation:
-    """The states of all rows by batches of similar length, the longest first; `layers` are those that adapters train on."""
+    """
+    Computes the states of all rows, in batches of similar length, the longest first. `layers` are the hidden states that
+    adapters read, or None if the adapters are frozen.
+    """
 
     model: KAdapterPreTrainedModel
     rows: Dataset
@@ -281,7 +288,7 @@ class Computation:
         was_training, active = model.training, model.config.active_knowledge_adapters
         model.eval()
         if layers is not None:
-            model.config.active_knowledge_adapters = []  # which need not run
+            model.config.active_knowledge_adapters = []  # as they need not run
         try:
             yield found
         finally:
@@ -299,7 +306,7 @@ class Computation:
         return np.full(rows, len(block) // rows), block
 
     def size(self, batch: Mapping[str, Block], done: int) -> int:
-        """The bytes of all states but of the first `done` rows, from those of the batch that is computed next."""
+        """The bytes of all states except for those of the first `done` rows, estimated from the batch computed next."""
         total = 0
         lengths = self.lengths[self.order[done:]]
         for counts, block in batch.values():

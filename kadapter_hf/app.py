@@ -44,7 +44,7 @@ class View:
         example: a sentence to begin with; entities are in brackets, `{mask}` is the mask token.
         entities: the names of the marked entities in the pipeline's input.
         help: what to type.
-        predict: from the pipeline and its input to what `output` shows.
+        predict: a function from the pipeline and its input to the value that `output` shows.
         output: the component that shows a prediction.
     """
 
@@ -214,7 +214,7 @@ def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
     active = gr.CheckboxGroup(names, value=model.active_knowledge_adapters, label="Knowledge adapters")
     button = gr.Button("Predict", variant="primary")
     with gr.Column() if view.output is gr.HTML else gr.Row():  # a tree needs the whole width
-        titled = {"show_label": True, "container": True}  # which gr.HTML isn't by default
+        titled = {"show_label": True, "container": True}  # gr.HTML has neither by default
         chosen = view.output(label=f"{view.title}: with these adapters", **titled)
         alone = view.output(label=f"{view.title}: backbone alone", **titled)
     gr.Markdown("The head was trained with the adapters, so it is at a disadvantage without them.")
@@ -248,7 +248,7 @@ def _tab(model: KAdapterPreTrainedModel, tokenizer: Any) -> None:
     outputs = [chosen, alone, table, plot]
     events = [button.click, text.submit, active.change]
     done = gr.on(events, predict, [text, active], outputs)
-    done.failure(lambda: [None] * len(outputs), outputs=outputs)  # what is shown would seem to be the answer
+    done.failure(lambda: [None] * len(outputs), outputs=outputs)  # what was shown before would seem to be the answer
 
 
 COLUMNS = ["adapter", "norm", "backbone's norm", "change", "fusion weight"]

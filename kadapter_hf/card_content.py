@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from kadapter_cli._names import is_repo_id
+
 from .modeling.configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .modeling.pipelines_kadapter import PIPELINES
 
@@ -125,12 +127,10 @@ Cao, Guihong and Jiang, Daxin and Zhou, Ming",
 def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool) -> str:
     """The generated card, without a user's edits."""
     adapters = config.knowledge_adapters or {}
-    told = {adapter: _provenance(adapter_config) for adapter, adapter_config in adapters.items()}
-    results = [result for adapter, provenance in told.items() for result in _results(adapter, provenance)]
+    provenances = {adapter: _provenance(adapter_config) for adapter, adapter_config in adapters.items()}
+    results = [result for adapter, provenance in provenances.items() for result in _results(adapter, provenance)]
     task, task_results = _task_results(config)
     backbone = config.backbone_name_or_path or ""
-    from kadapter_cli._names import is_repo_id  # imported here, as it imports typer
-
     on_hub = is_repo_id(backbone)
     shown = backbone if on_hub else Path(backbone).name
     name = repo_id or f"K-Adapter: {', '.join(adapters) or 'no adapter yet'}"
@@ -140,9 +140,9 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
         base_model_relation=("finetune" if backbone_stored else "adapter") if on_hub else None,
         library_name="transformers",
         tags=["k-adapter", "knowledge-adapter", *(f"{adapter}-knowledge" for adapter in adapters)],
-        language=_all_of(told, "language"),
-        license=_only_of(told, "license"),
-        datasets=_all_of(told, "dataset"),
+        language=_all_of(provenances, "language"),
+        license=_only_of(provenances, "license"),
+        datasets=_all_of(provenances, "dataset"),
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=name if results or task_results else None,
         eval_results=[*results, *_eval_results(task, config, task_results)] or None,
@@ -160,8 +160,8 @@ def make_card(config: KAdapterConfig, repo_id: str | None, backbone_stored: bool
         backbone_link=f"[{backbone}](https://huggingface.co/{backbone})" if on_hub else f"`{shown}`",
         backbone_stored=backbone_stored,
         snippet=snippet,
-        facts={adapter: _facts(provenance) for adapter, provenance in told.items()},
-        epochs={adapter: _epochs(provenance) for adapter, provenance in told.items()},
+        facts={adapter: _facts(provenance) for adapter, provenance in provenances.items()},
+        epochs={adapter: _epochs(provenance) for adapter, provenance in provenances.items()},
         results=results,
         task=task,
         task_results=task_results,
@@ -291,15 +291,15 @@ def _eval_results(task: str, config: KAdapterConfig, results: list[tuple[str, st
     ]
 
 
-def _all_of(told: Mapping[str, dict[str, Any]], key: str) -> list[str] | None:
+def _all_of(provenances: Mapping[str, dict[str, Any]], key: str) -> list[str] | None:
     """The distinct values of all adapters for this key of their provenance."""
-    values = [value for provenance in told.values() for value in _listed(provenance.get(key))]
+    values = [value for provenance in provenances.values() for value in _listed(provenance.get(key))]
     return list(dict.fromkeys(values)) or None
 
 
-def _only_of(told: Mapping[str, dict[str, Any]], key: str) -> str | None:
+def _only_of(provenances: Mapping[str, dict[str, Any]], key: str) -> str | None:
     """The value for this key, if all adapters agree."""
-    values = {str(provenance.get(key)) for provenance in told.values() if provenance.get(key)}
+    values = {str(provenance.get(key)) for provenance in provenances.values() if provenance.get(key)}
     return values.pop() if len(values) == 1 else None
 
 

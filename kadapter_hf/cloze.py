@@ -19,15 +19,15 @@ from .modeling.heads_kadapter import KAdapterForMaskedLM
 from .progress import progress
 
 
-TOP = 10  # of the best candidates that a prediction holds
+TOP = 10  # the number of best candidates in a prediction
 
 
-# ---- What there is to choose among ----------------------------------------------------------------------------------
+# ---- Candidates -----------------------------------------------------------------------------------------------------
 
 
 class Candidates:
     """
-    Answers, of which the model is to prefer the right one.
+    The answers that a model ranks.
 
     Attributes:
         words: the answers as text.
@@ -37,10 +37,10 @@ class Candidates:
 
     def __init__(self, words: Sequence[str], ids: Sequence[Sequence[int]]):
         self.words = list(words)
-        self.index = {tuple(of_one): number for number, of_one in enumerate(ids)}
+        self.index = {tuple(tokens): number for number, tokens in enumerate(ids)}
         grouped = defaultdict(list)
-        for number, of_one in enumerate(ids):
-            grouped[len(of_one)].append(number)
+        for number, tokens in enumerate(ids):
+            grouped[len(tokens)].append(number)
         self.by_length = {
             length: (torch.tensor(numbers), torch.tensor([list(ids[number]) for number in numbers]))
             for length, numbers in grouped.items()
@@ -114,7 +114,7 @@ class Query:
 class Prediction:
     """
     Attributes:
-        rank: of the right answer among the candidates, from 1. Equal scores count as better than it.
+        rank: the rank of the right answer among the candidates, starting at 1, after all candidates with the same score.
         score: its log-probability; for several tokens, their mean.
         top: the best candidates, best first.
     """
@@ -137,10 +137,10 @@ def queries_of(
     Args:
         vocabulary: words of one token; without it, the candidates of a fact are all objects of its relation.
         most: maximum number of tokens.
-        report: gets those that can't.
+        report: records the facts that can't be scored.
 
     Raises:
-        ValueError: none can.
+        ValueError: no fact can be scored.
     """
     facts = list(facts)
     answers = token_ids([fact.object for fact in facts], tokenizer)
@@ -178,7 +178,7 @@ def _objects_by_relation(kept: list[tuple[Fact, tuple[int, ...], list[int]]]) ->
     objects: dict[tuple[str, str], dict[tuple[int, ...], str]] = defaultdict(dict)
     for fact, answer, _ in kept:
         objects[fact.part, fact.relation].setdefault(answer, fact.object)
-    return {relation: Candidates(list(of_one.values()), list(of_one)) for relation, of_one in objects.items()}
+    return {relation: Candidates(list(answers.values()), list(answers)) for relation, answers in objects.items()}
 
 
 @torch.inference_mode()
@@ -225,7 +225,7 @@ def predict(
 
 def logits_at(model: KAdapterForMaskedLM, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
-    What `forward` computes, at these positions only, as most of the time goes into the output layer.
+    The logits at these positions only, as the output layer takes most of the time.
 
     Args:
         input_ids: `(batch, length)`, without padding.
@@ -251,7 +251,7 @@ def _batches(items: list[tuple[int, int, int]], size: int) -> list[list[tuple[in
 
 
 def prediction_of(scores: torch.Tensor, query: Query) -> Prediction:
-    """From the score of each of the query's candidates, `(candidates,)`."""
+    """The prediction from the scores of the query's candidates, `(candidates,)`."""
     right = scores[query.answer]
     best = scores.topk(min(TOP, len(scores))).indices.tolist()
     # A score that is not a number is no better than any.

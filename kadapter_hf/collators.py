@@ -7,7 +7,7 @@ from transformers import DataCollatorForMultipleChoice, DataCollatorWithPadding,
 
 
 class DataCollatorForDependencyParsing:
-    """Pads token ids to the most tokens of a row, and `word_starts` (with -1) and both labels (with -100) to the most words."""
+    """Pads token ids to the most tokens of a row, `word_starts` (with -1) and the labels (with -100) to the most words."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.pad = DataCollatorWithPadding(tokenizer)
@@ -24,7 +24,7 @@ class DataCollatorForDependencyParsing:
 
 
 class DataCollatorForChoices:
-    """As `DataCollatorForMultipleChoice` of transformers, also for rows without labels, which are to be predicted."""
+    """As `DataCollatorForMultipleChoice` of transformers, but rows may lack labels, as for predictions."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.pad = DataCollatorForMultipleChoice(tokenizer)

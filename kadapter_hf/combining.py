@@ -1,6 +1,5 @@
 """Combination of separately trained adapters in one K-Adapter."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from .modeling.configuration_kadapter import KAdapterConfig
 from .modeling.format_kadapter import KAdapterLoadError
 from .modeling.fusion_kadapter import check_fusion
 from .modeling.heads_kadapter import KAdapterModel
+from .modeling.loading_kadapter import backbone_place
 from .modeling.sources_kadapter import commit_of
 from .named_adapters import named_adapters
 
@@ -70,7 +70,7 @@ def on_backbone(backbone: str, fingerprint: str | None, **fields: Any) -> KAdapt
     with torch.device("meta"):
         encoder = new_backbone(backbone_config)
     config = KAdapterConfig(
-        backbone_name_or_path=os.path.abspath(backbone) if os.path.isdir(backbone) else backbone,
+        backbone_name_or_path=backbone_place(backbone),
         backbone_revision=commit_of(backbone),
         backbone_fingerprint=fingerprint,
         backbone_config=backbone_config,

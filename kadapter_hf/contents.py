@@ -140,13 +140,13 @@ def on_hub(api: HfApi, repo: str, file: RepoSibling, commit: str | None) -> Adap
     """The header of an adapter file on the Hub, checked as for loading; the values of its tensors are not checked."""
     try:
         header = api.parse_safetensors_file_metadata(repo, file.rfilename, revision=commit)
-        name, config, told = read_adapter_metadata(header.metadata, f"{repo}: {file.rfilename}")
+        name, config, recorded = read_adapter_metadata(header.metadata, f"{repo}: {file.rfilename}")
         tensors = {
             key: (str(DTYPES.get(of.dtype, of.dtype)), tuple(map(int, of.shape))) for key, of in header.tensors.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
         raise KAdapterLoadError(f"'{repo}': the header of '{file.rfilename}' is damaged ({error}).") from error
-    return Adapter(name, config, told, tensors, file.lfs.sha256 if file.lfs else None)
+    return Adapter(name, config, recorded, tensors, file.lfs.sha256 if file.lfs else None)
 
 
 def summary(

@@ -29,7 +29,7 @@ ONNX_FILE, QUANTIZED_FILE = "model.onnx", "model_quantized.onnx"
 TOLERANCE = 1e-4
 # Protocol buffers have at most 2 GiB; the weights of a larger model are in a file of their own.
 LARGEST_FILE = 2**31 - 2**24
-# The heads' inputs beside those of the backbone, which are positions in the text.
+# The inputs of heads that the backbone does not take: positions in the text.
 POSITIONS = ("entity_start", "subject_start", "object_start", "word_starts")
 # Rows, tokens and padding of what is exported, compared and timed; lengths are limited to the model's.
 EXPORTED = (2, 12, 3)
@@ -57,12 +57,12 @@ def export_onnx(
         model: of a class of this package, or of your own with the same inputs. Its weights are exported in float32.
         output: the folder, which must be new or empty.
         quantize: also write a file with 8-bit weights, and measure how much its outputs differ.
-        batches: what to measure that on: inputs of the model; by default random tokens.
+        batches: inputs of the model to measure that on; by default random tokens.
 
     Returns:
-        `output`, `opset`, the names of the `inputs` and the `outputs`, and `files`. These have, by name, and for the model
-        itself under `torch`: the `bytes`; the `milliseconds` of a batch by its shape; and, compared with the model, the
-        `largest_difference` of an output and the `same_predictions`, a share, None for a model that predicts no classes.
+        `output`, `opset`, the names of the `inputs` and the `outputs`, and `files`: for each file by name, and for the model
+        itself as `torch`, its `bytes`, and the `milliseconds` per batch by shape. Files also have the `largest_difference`
+        between their outputs and the model's, and the share of `same_predictions`, None if the model predicts no classes.
 
     Raises:
         ImportError: one of the libraries of the extra `export` is missing.
@@ -160,7 +160,7 @@ class RandomBatches:
     Random inputs of a model.
 
     Attributes:
-        names: the inputs: of those that its tokenizer returns, the ones that the backbone takes; and the head's positions.
+        names: the inputs: what the tokenizer returns and the backbone takes, then the positions that the head takes.
     """
 
     def __init__(self, model: KAdapterPreTrainedModel, tokenizer: PreTrainedTokenizerBase):
@@ -241,7 +241,7 @@ def _quantize(source: Path, target: Path) -> None:
     with _quietly():
         quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
     for path in target.parent.glob(f"{target.name}*"):
-        path.chmod(source.stat().st_mode)  # the file beside it would be for its owner alone
+        path.chmod(source.stat().st_mode)  # its data file is readable by its owner only
 
 
 @contextlib.contextmanager
@@ -300,10 +300,10 @@ def _predicted(model: KAdapterPreTrainedModel, outputs: Tensors) -> list[torch.T
     return [values.argmax(-1) for values in logits if values.shape[-1] > 1]
 
 
-def _milliseconds(run: Run, batch: Tensors, times: int = 5) -> float:
-    """The median of several runs, after one that is not counted."""
+def _milliseconds(run: Run, batch: Tensors) -> float:
+    """The median of five runs, after one that is not counted."""
     taken = []
-    for _ in range(times + 1):
+    for _ in range(6):
         started = time.perf_counter()
         run(batch)
         taken.append(1000 * (time.perf_counter() - started))

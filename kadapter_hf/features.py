@@ -31,7 +31,7 @@ def load_tokenizer(backbone: str) -> PreTrainedTokenizerBase:
     The tokenizer of a backbone or a model.
 
     Raises:
-        OSError: there is none. `AutoTokenizer` returns one without a vocabulary for some of such folders.
+        OSError: there is none. For some folders without one, `AutoTokenizer` returns a tokenizer without a vocabulary.
         ValueError: transformers has no tokenizer for this kind of model.
     """
     missing = f"'{backbone}' has no tokenizer: save one there, with its save_pretrained."
@@ -57,8 +57,8 @@ def encode(
     """
     Applies `features(batch, tokenizer, **kwargs)` to all rows and removes the columns of the corpus.
 
-    Rows that don't fit into the tokenizer's maximum or `max_length` are dropped; a warning counts and lists them. So does
-    one for rows whose text is truncated, if `features` returns that as a column `truncated`.
+    Rows that don't fit into the tokenizer's maximum or `max_length` are dropped; a warning counts and lists them. Another
+    counts truncated rows, if `features` returns a column `truncated`.
 
     Args:
         keep_numbers: keep the column `row`, the number of the row that the features belong to.
@@ -247,7 +247,7 @@ def dependency_features(
 
 
 def index_of(labels: Sequence[str], label: str, kind: str) -> int:
-    """The index of a label. Raises a ValueError that names it if it is unknown; `kind` says of what it is a label."""
+    """The index of a label. Raises a `ValueError` if it is unknown, in which `kind` is what the label is called."""
     try:
         return labels.index(label)
     except ValueError:

@@ -6,11 +6,11 @@ A task defines how its files are read, its features, head and metrics; see `kada
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -22,7 +22,7 @@ from .activations import CachedStatesCollator
 from .corpora import names_beside
 from .features import load_tokenizer, most_tokens
 from .figures import warn_without_matplotlib
-from .messages import shortened
+from .finetuning_data import load_data
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterLoadError
 from .modeling.heads_kadapter import KAdapterForQuestionAnswering, KAdapterPreTrainedModel
@@ -31,27 +31,27 @@ from .modeling.sources_kadapter import adapter_file
 from .named_adapters import fusion_config, named_adapters
 from .predicting import label_names, predict_with
 from .reports import mean_fusion_weights, write_report
-from .rows import held_out, whole_questions
 from .runs import (
     Parser,
     StopOnInterrupt,
     check_report_to,
     checkpoint_to_resume,
     label_fields,
-    sample,
     save_and_push,
     show_progress,
     train,
     use_cached_states,
 )
 from .tasks import Options, Task
-from .tasks.task import find_task, warn_of_dropped
+from .tasks.task import find_task
 
 
 logger = logging.get_logger(__name__)
 
 # The letters by which the paper names adapters, by objective.
 LETTERS = {"factual": "F", "linguistic": "L"}
+# Fields of an adapter's configuration that belong to its weights.
+NOT_SIZES = ("backbone_name_or_path", "backbone_fingerprint", "provenance")
 
 
 @dataclass
@@ -66,12 +66,10 @@ class FinetuningArguments:
     train_file: str | None = flag(None, "Instead of --data: the file with the rows to train on.")
     validation_file: str | None = flag(None, "With --train_file: the rows to choose the best checkpoint by.")
     test_file: str | None = flag(None, "With --train_file: the rows for the final evaluation.")
-    adapters: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Trained knowledge adapters: repositories, folders or files. NAME=SOURCE renames an adapter, or chooses "
-            "one of several, which are all used without. Default: none, which fine-tunes the backbone alone."
-        },
+    adapters: list[str] | None = flag(
+        None,
+        "Trained knowledge adapters: repositories, folders or files. NAME=SOURCE renames an adapter, or chooses "
+        "one of several, which are all used without. Default: none, which fine-tunes the backbone alone.",
     )
     untrained_adapters: int = flag(
         0, "Use this many new adapters with random weights instead, which the paper calls K-Adapter without knowledge."
@@ -127,7 +125,7 @@ class FinetuningArguments:
         if not 0 < self.eval_size < 1:
             raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
         check_least(self, {"untrained_adapters": 0, **LIMITS})
-        json_object(self.fusion_config)
+        json_object(self.fusion_config)  # which `kadapter` checks before it imports this package, unlike the next line
         fusion_config(self.fusion, self.fusion_config)
 
 
@@ -158,8 +156,8 @@ def defaults(task: Task, adapters: Sequence[str], freeze_backbone: bool) -> dict
 
 class OrderedTrainer(Trainer):
     """
-    Trainer that evaluates rows in their order, by which predictions are matched with them. With `group_by_length`, that of
-    transformers puts rows in another order for the evaluation, too.
+    A Trainer that evaluates rows in their order, as predictions are matched with rows by position. With `group_by_length`,
+    transformers' Trainer reorders the rows of the evaluation, too.
     """
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler | None:
@@ -183,7 +181,7 @@ def finetune(
     check_report_to(training)
     warn_without_matplotlib("confusion_matrix.png")
     if training.device.type == "cpu":
-        training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
+        training.dataloader_pin_memory = False  # it is for copies to an accelerator; torch warns without one
     checkpoint = checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
     labels, splits = load_data(task, arguments, options, training.seed)
@@ -228,7 +226,7 @@ def finetune(
 
 
 def _inputs(trainer: Trainer, data: dict[str, Dataset], arguments: FinetuningArguments) -> dict[str, Any]:
-    """The rows of each split, with the states that the frozen parts compute for them, where these depend on the row only."""
+    """The rows of each split, with the states that the frozen parts compute for them, if these only depend on the row."""
     model: Any = trainer.model
     folder = arguments.cache_activations
     reads_padding = isinstance(model, KAdapterForQuestionAnswering) or any(
@@ -261,85 +259,10 @@ def _warn_of_warmup(training: TrainingArguments, rows: int) -> None:
         )
 
 
-def load_data(
-    task: Task, arguments: FinetuningArguments, options: Options, seed: int
-) -> tuple[list[str], dict[str, Dataset]]:
-    """
-    The labels in the order of the model's outputs, and the rows of each split to train or to evaluate on.
-
-    Raises:
-        ValueError: the data does not fit the task.
-    """
-    splits = _splits(task, arguments, seed)
-    _check_labels(task, splits)
-    return task.labels_in(splits), _used(task, splits, arguments, options, seed)
-
-
-def _splits(task: Task, arguments: FinetuningArguments, seed: int) -> DatasetDict:
-    if arguments.data is not None:
-        source = arguments.data
-        splits = task.read_splits(source, skip_bad_rows=arguments.skip_bad_rows)
-    else:
-        source = str(arguments.train_file)
-        files = {"train": source, "validation": arguments.validation_file, "test": arguments.test_file}
-        splits = DatasetDict()
-        for name, file in files.items():
-            if file is not None:
-                splits[name], report = task.read(_existing(file), skip_bad_rows=arguments.skip_bad_rows)
-                warn_of_dropped(file, report)
-    if "train" not in splits:
-        raise ValueError(f"'{source}' has no split named train; it has {', '.join(splits)}.")
-    if "validation" not in splits:
-        splits["train"], splits["validation"] = held_out(splits["train"], arguments.eval_size, task.group, seed)
-    return splits
-
-
-def _used(
-    task: Task, splits: DatasetDict, arguments: FinetuningArguments, options: Options, seed: int
-) -> dict[str, Dataset]:
-    """The rows of each split that are trained or evaluated on."""
-    used = {}
-    for name, rows in splits.items():
-        rows = task.used_rows(rows, options, training=name == "train")
-        most = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
-        if task.group == "id" and most is not None:
-            rows = whole_questions(rows, most, seed)
-        used[name] = sample(rows, seed, most)
-        if not len(used[name]):
-            raise ValueError(f"no row is left for {name}.")
-    return used
-
-
-def _check_labels(task: Task, splits: DatasetDict) -> None:
-    """Refuses rows with too few labels to learn from; warns of labels that can't be learned."""
-    if not task.has_labels:
-        return
-    known = task.label_set(splits["train"])
-    if len(known) < task.fewest_labels:
-        names = f": {', '.join(map(shortened, known))}" if known else ""
-        raise ValueError(
-            f"the rows to train on have {len(known)} different labels{names}; the task needs at least "
-            f"{task.fewest_labels}."
-        )
-    for name, rows in splits.items():
-        unknown = sorted(task.label_set(rows) - known)
-        if unknown:
-            logger.warning(
-                f"{len(unknown)} of the labels for {name} do not occur in training and count as errors: "
-                f"{', '.join(map(shortened, unknown[:5]))}{', …' if len(unknown) > 5 else ''}"
-            )
-
-
-def _existing(file: str) -> str:
-    if not Path(file).is_file():
-        raise ValueError(f"there is no file '{file}'.")
-    return file
-
-
 def new_model(
     model_class: type[KAdapterPreTrainedModel], arguments: FinetuningArguments, labels: Sequence[str] = ()
 ) -> KAdapterPreTrainedModel:
-    """A model with the backbone, the adapters and the fusion that the arguments name, of which they say what is frozen."""
+    """The model that the arguments describe: its backbone, adapters and fusion, and which of them are frozen."""
     sources = named_adapters(arguments.adapters or [])
     adapters: dict[str, Any] = {name: source for name, (source, _) in sources.items()}
     recorded = [config.backbone_name_or_path for _, config in sources.values()]
@@ -355,18 +278,14 @@ def new_model(
         if sources:
             raise KAdapterLoadError(f"'{', '.join(sources)}' does not name its backbone: specify it with --backbone.")
         backbone = DEFAULT_BACKBONE
-    fields = {"freeze_backbone": arguments.freeze_backbone, **label_fields(labels)}
-    fields["fusion_config"] = fusion_config(arguments.fusion, arguments.fusion_config)
+    values = fusion_config(arguments.fusion, arguments.fusion_config)
+    fields = {"fusion_config": values, "freeze_backbone": arguments.freeze_backbone, **label_fields(labels)}
     model = model_class.from_backbone(backbone, adapters, arguments.fusion, **fields)
     if arguments.freeze_adapters:
         model.freeze_knowledge_adapters()
     else:
         model.unfreeze_knowledge_adapters()
     return model
-
-
-# Fields of an adapter's configuration that belong to its weights.
-NOT_SIZES = ("backbone_name_or_path", "backbone_fingerprint", "provenance")
 
 
 def parser(name: str) -> Parser:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME, logging
 
@@ -250,7 +250,7 @@ def push_folder(
         there = {file.rfilename for file in head.siblings or ()}
         if adapter is not None:
             _check_is_only(adapter, repo_id, there, head.sha, token)
-        remote = _downloaded(CARD_FILE, repo_id, head.sha, token) if CARD_FILE in there else None
+        remote = downloaded(repo_id, CARD_FILE, head.sha, token) if CARD_FILE in there else None
         card = card_text(
             config,
             repo_id,
@@ -302,7 +302,7 @@ def _check_is_only(adapter: str, repo_id: str, there: set[str], revision: str | 
     """
     if CONFIG_NAME not in there:
         return
-    config = read_json(_downloaded(CONFIG_NAME, repo_id, revision, token))
+    config = read_json(downloaded(repo_id, CONFIG_NAME, revision, token))
     found = config if isinstance(config, dict) else {}
     others = set(found.get("knowledge_adapters") or ()) - {adapter}
     more = {HEAD_FILE, BACKBONE_FILE, *PEFT_FILES} & there
@@ -316,5 +316,11 @@ def _check_is_only(adapter: str, repo_id: str, there: set[str], revision: str | 
         )
 
 
-def _downloaded(file: str, repo_id: str, revision: str | None, token: Any) -> Path:
-    return Path(patiently(hf_hub_download, repo_id, file, revision=revision, token=token))
+def downloaded(repo_id: str, file: str, revision: str | None, token: bool | str | None) -> Path:
+    """The path in the Hub's cache of one file. Raises `KAdapterLoadError` if the repository does not have it."""
+    try:
+        return Path(patiently(hf_hub_download, repo_id, file, revision=revision, token=token))
+    except RemoteEntryNotFoundError:
+        raise KAdapterLoadError(
+            f"'{repo_id}' has no {file}. If it is a K-Adapter, `kadapter info {repo_id}` shows its contents."
+        ) from None

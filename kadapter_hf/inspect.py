@@ -45,8 +45,8 @@ def collect_states(
 
     Raises:
         KeyError: a batch has no such column.
-        ValueError: the column has not one position in the text for each row, a batch is not padded or has no inputs, the
-            model has virtual tokens of PEFT's, or it is no K-Adapter.
+        ValueError: the column does not have one position in the text for each row, a batch is not padded or has no inputs,
+            the model has virtual tokens of PEFT's, or it is not a K-Adapter.
     """
     found: dict[str, list[torch.Tensor]] = {}
     with _evaluating(model):
@@ -65,9 +65,9 @@ def collect_states(
 def contributions(model: KAdapterPreTrainedModel, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     What each active adapter contributes to the state that the head reads: the norm of the change if the adapter is left out
-    of the fusion, relative to the norm of the fused state. `fusion_weights`, which some fusions have, say what the fusion
-    makes of an adapter; this also counts how far the adapter's output is from the backbone's state. In a fusion that needs
-    the adapter, such as a gate with `top_k`, its output is zero instead.
+    of the fusion, relative to the norm of the fused state. Unlike `fusion_weights`, which only some fusions have, it also
+    depends on how far the adapter's output is from the backbone's state. In a fusion that needs the adapter, such as a gate
+    with `top_k`, its output is set to zero instead.
 
     Returns:
         For each adapter `(batch, length)`, in float32; NaN at padding.
@@ -137,8 +137,7 @@ def probe(states: States, labels: Sequence[Any] | np.ndarray, folds: int = 5) ->
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: a label is missing, a class has fewer rows than there are folds, or the number of labels is another than
-            that of rows.
+        ValueError: a label is missing, a class has fewer rows than there are folds, or there are not as many labels as rows.
     """
     if not is_sklearn_available():
         raise ImportError(needs("probe", "scikit-learn", "knowledge"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .corpora import Report
+from .corpora.files import text_lines
 from .messages import shortened
 
 
@@ -112,7 +113,7 @@ def read_exclusions(path: str | Path) -> set[str | Pair]:
         ValueError: a line is of another format, or there is none.
     """
     excluded: set[str | Pair] = set()
-    for place, line in _lines(Path(path)):
+    for place, line in text_lines(path):
         if line.startswith("{"):
             record = _parsed(line, place)
             names = [name for name in ("sub_label", "obj_label", "uuid") if name in record]
@@ -140,7 +141,7 @@ def _read_file(file: Path, excluded: set[str | Pair]) -> Iterator[tuple[Fact, st
     relation = part if file.stem == "test" else file.stem.removesuffix("_test")
     template = _templates(file).get(relation) or GOOGLE_RE.get(relation)
     seen = set()
-    for number, (place, line) in enumerate(_lines(file), start=1):
+    for number, (place, line) in enumerate(text_lines(file), start=1):
         record = _parsed(line, place)
         answer = _text(record, "obj_label", place)
         subject = _text(
@@ -181,9 +182,9 @@ def _sentence(record: dict[str, Any], template: str | None, subject: str, relati
 def _judged_wrong(record: dict[str, Any], place: str) -> bool:
     """Whether more raters said no than yes, as in LAMA's `filter_samples`."""
     judgments = record.get("judgments", [])
-    if not isinstance(judgments, list) or not all(isinstance(of_one, dict) for of_one in judgments):
+    if not isinstance(judgments, list) or not all(isinstance(judgment, dict) for judgment in judgments):
         raise ValueError(f"{place}: 'judgments' is not a list of objects.")
-    yes = sum(of_one.get("judgment") == "yes" for of_one in judgments)
+    yes = sum(judgment.get("judgment") == "yes" for judgment in judgments)
     return len(judgments) - yes > yes
 
 
@@ -197,24 +198,12 @@ def _templates(file: Path) -> dict[str, str]:
 
 
 def _read_templates(path: Path) -> Iterator[tuple[str, str]]:
-    for place, line in _lines(path):
+    for place, line in text_lines(path):
         record = _parsed(line, place)
         relation, template = _text(record, "relation", place), _text(record, "template", place)
         if SUBJECT not in template or template.count(OBJECT) != 1:
             raise ValueError(f"{place}: 'template' needs {SUBJECT} and one {OBJECT}, not '{shortened(template)}'.")
         yield relation, template
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines that are not blank, each with its place for errors. A byte order mark and Windows' line ends are dropped."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        place = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise ValueError(f"{place} is not UTF-8.") from None
-        if text:
-            yield place, text
 
 
 def _parsed(line: str, place: str) -> dict[str, Any]:

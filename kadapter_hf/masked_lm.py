@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from .corpora.files import text_lines
 from .features import encode
 from .modeling.backbone_kadapter import masked_lm_class
 from .modeling.compat_kadapter import without_load_report
@@ -34,7 +35,7 @@ Model = KAdapterForMaskedLM
 
 def backbone_of(model: str, backbone: str | None = None) -> tuple[str, str | None, bool]:
     """
-    The backbone of a K-Adapter, or the model itself if it is none.
+    The backbone of a K-Adapter, or the model itself if it is not a K-Adapter.
 
     Args:
         model, backbone: repositories or folders. `backbone` replaces the one that the K-Adapter names.
@@ -75,7 +76,7 @@ def load_backbone_model(name: str, revision: str | None = None, new_head: bool =
         new_head: accept a model that has no masked-language-model head.
 
     Raises:
-        ValueError: it has none, or transformers has none for this type of model.
+        ValueError: it has no such head, or transformers has none for this type of model.
     """
     masked_lm_class(AutoConfig.from_pretrained(name, revision=revision))
     with without_load_report():
@@ -123,7 +124,7 @@ def freeze_all_but(model: Model, head: bool, seed: int = 0) -> int:
         The number of parameters that train.
 
     Raises:
-        ValueError: there are none, as the fusion has no weights.
+        ValueError: no parameter trains, as the fusion has no weights.
     """
     model.freeze_backbone()
     model.freeze_knowledge_adapters()
@@ -153,16 +154,12 @@ def read_texts(path: str | Path) -> list[str]:
     Raises:
         ValueError: it is not UTF-8, a line is not of this format, or there is no text.
     """
-    path, texts = Path(path), []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    texts = []
+    for place, line in text_lines(path):
         try:
-            text = line.decode("utf-8-sig").strip()
-            if text and path.suffix == ".jsonl":
-                text = json.loads(text)["text"].strip()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}, line {number} is not UTF-8.") from None
+            text = json.loads(line)["text"].strip() if Path(path).suffix == ".jsonl" else line
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}, line {number} is not a JSON object with a field 'text' that is text.") from None
+            raise ValueError(f"{place} is not a JSON object with a field 'text' that is text.") from None
         if text:
             texts.append(text)
     if not texts:
@@ -182,9 +179,8 @@ def _text_features(batch, tokenizer, *, max_length: int) -> dict[str, Any]:
 
 class LossAtMasks(nn.Module):
     """
-    The loss of a masked-language model, of which the output layer is computed at the masked positions only.
-
-    They are 15 % of all, and the logits are most of the memory and the time.
+    The loss of a masked-language model, whose output layer runs at the masked positions only: these are 15 % of all, and
+    the logits take most of the memory and the time.
     """
 
     def __init__(self, model: Model):
@@ -260,7 +256,7 @@ def models_of(
     with_backbone: bool = True,
 ) -> Iterator[tuple[str, Model]]:
     """
-    The untouched backbone (`backbone`), then the K-Adapter (`kadapter`) if `model` is one; each loaded in its turn.
+    Yields the untouched backbone (`backbone`), then the K-Adapter (`kadapter`) if `model` is one; each is loaded when needed.
 
     Args:
         with_backbone: whether a K-Adapter's backbone is included.

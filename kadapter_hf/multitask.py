@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from kadapter_cli import _names
 from kadapter_cli._flags import LIMITS, check_least
+from kadapter_cli._source import flag
 
 from .corpora.files import write_json
 from .features import encode, load_tokenizer, most_tokens
@@ -48,17 +49,12 @@ class MultitaskArguments:
             "`kadapter pretrain --data` takes."
         }
     )
-    backbone: str = field(default=DEFAULT_BACKBONE, metadata={"help": "The backbone: a repository or folder."})
-    eval_size: float = field(
-        default=0.1, metadata={"help": "Fraction of the rows to hold out without an evaluation split."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "At most this many rows of each objective."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "At most this many held-out rows of each."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum number of tokens. Default: the backbone's."}
-    )
-
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the results of an earlier run."})
+    backbone: str = flag(DEFAULT_BACKBONE, "The backbone: a repository or folder.")
+    eval_size: float = flag(0.1, "Fraction of the rows to hold out without an evaluation split.")
+    max_train_samples: int | None = flag(None, "At most this many rows of each objective.")
+    max_eval_samples: int | None = flag(None, "At most this many held-out rows of each.")
+    max_length: int | None = flag(None, "Maximum number of tokens. Default: the backbone's.")
+    overwrite_output_dir: bool = flag(False, "Replace the results of an earlier run.")
 
     def __post_init__(self):
         for name, source in self.sources().items():
@@ -80,7 +76,7 @@ class MultitaskArguments:
 
 class MultitaskModel(nn.Module):
     """
-    One backbone with several heads; a batch is for the head that its `objective` names.
+    One backbone with several heads. `objective` names the head that a batch is for.
 
     Args:
         models: the models by objective. They have the same backbone and no adapters.
@@ -128,7 +124,7 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
     Trains a backbone on several objectives at once and saves it, without the heads, in `training.output_dir`: a backbone for
     `kadapter finetune --backbone`.
 
-    Each step is for one objective; how often each has its turn depends on its number of rows. Runs in one process.
+    Each step is for one objective, and the number of steps is proportional to the number of rows. Runs in one process.
 
     Returns:
         The metrics on the held-out rows by objective.
@@ -157,8 +153,8 @@ def train_backbone(arguments: MultitaskArguments, training: TrainingArguments) -
         features = partial(objective.features, labels=labels[name]) if labels[name] else objective.features
         most = most_tokens(tokenizer, arguments.max_length, backbone.config)
         limits = {"train": arguments.max_train_samples, "eval": arguments.max_eval_samples}
-        for split, of_one in rows.items():
-            chosen = sample(of_one, training.seed, limits[split])
+        for split, part in rows.items():
+            chosen = sample(part, training.seed, limits[split])
             data[split][name] = encode(chosen, features, tokenizer, max_length=most)
     groups = Groups(data["train"], training.per_device_train_batch_size, training.seed)
     training.per_device_train_batch_size = 1  # group

@@ -27,7 +27,7 @@ def named_adapters(arguments: Sequence[str]) -> dict[str, tuple[str, KnowledgeAd
         name, source = split_name(argument)
         for chosen in [name] if name else _names_in(source):
             path = adapter_file(source, chosen)
-            _, metadata = read_tensors(path)  # which are mapped, and not read
+            _, metadata = read_tensors(path)  # the tensors are memory-mapped, and not read
             saved, config, _ = read_adapter_metadata(metadata, path)
             name = chosen or saved
             if name in found:

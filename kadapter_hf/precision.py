@@ -13,7 +13,7 @@ logger = logging.get_logger(__name__)
 
 
 def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """The data type in which a device multiplies fastest at the range of float32, and how that is known."""
+    """The data type with the range of float32 in which a device multiplies fastest, and the reason in words."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"{torch.cuda.get_device_name(device)} multiplies it faster"

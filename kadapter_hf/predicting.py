@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .corpora import names_beside
+from .corpora.schema import label_set
 from .features import load_tokenizer
 from .messages import shortened
 from .modeling.configuration_kadapter import KAdapterConfig
@@ -23,12 +24,11 @@ from .tasks.task import find_task
 
 def load_finetuned(source: str, task: Task | None = None) -> tuple[KAdapterPreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A saved model, of the class that it was saved from, and its tokenizer; from a folder or a repository. A relations.json in
-    the folder names the labels.
+    Loads a saved model, as the class that it was saved from, and its tokenizer, from a folder or a repository. Names of labels
+    are read from a relations.json in the folder.
 
     Raises:
-        ValueError: it is not a K-Adapter, of none of this package's classes, or was fine-tuned on another kind of task than
-            `task`.
+        ValueError: it is not a K-Adapter, its class is unknown, or it was fine-tuned on another kind of task than `task`.
         OSError: it can't be loaded.
     """
     try:
@@ -75,7 +75,7 @@ def evaluate(
     task = task_of(model, task)
     options, labels = options_of(model, task), labels_of(model, task)
     if labels and task.schema.labels in rows.column_names:
-        unknown = sorted(task.label_set(rows).difference(labels))
+        unknown = sorted(label_set(rows, task.schema).difference(labels))
         if unknown:
             raise ValueError(
                 f"the model does not know {len(unknown)} of the labels: {', '.join(map(shortened, unknown[:5]))}. It was "
@@ -136,7 +136,7 @@ def task_of(model: KAdapterPreTrainedModel, task: Task | None = None) -> Task:
 
 
 def options_of(model: KAdapterPreTrainedModel, task: Task) -> Options:
-    """The task's options as the model records them; the task's defaults for those that it does not."""
+    """The task's options as recorded in the model; those that are not recorded have their defaults."""
     names = asdict(task.options()).keys()
     return task.options(**{name: value for name, value in (model.config.task or {}).items() if name in names})
 

@@ -25,13 +25,13 @@ from kadapter_cli._source import flag
 
 from . import precision
 from .activations import CachedStatesCollator
-from .corpora import Schema
+from .corpora.schema import Schema, as_labels, label_set
 from .features import encode, load_tokenizer, most_tokens
 from .figures import new_figure, warn_without_matplotlib
 from .messages import shortened
 from .modeling.configuration_kadapter import DEFAULT_BACKBONE, KAdapterConfig, KnowledgeAdapterConfig
 from .objectives import OBJECTIVES, Objective
-from .objectives.objective import LARGE_WIDTH, label_set, row_labels
+from .objectives.objective import LARGE_WIDTH
 from .rows import load_rows
 from .runs import (
     Parser,
@@ -81,11 +81,8 @@ class PretrainingArguments:
         "Data type of the cached states: auto, which is that in which the backbone computes them; float32; or bfloat16, for "
         "half the disk space.",
     )
-    adapter_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "The backbone states that the adapter reads. Default: the first, middle and second-to-last."
-        },
+    adapter_layers: list[int] | None = flag(
+        None, "The backbone states that the adapter reads. Default: the first, middle and second-to-last."
     )
     adapter_hidden_size: int = flag(768, "Width of the adapter's transformer layers, or of its bottlenecks.")
     adapter_num_hidden_layers: int = flag(
@@ -169,7 +166,7 @@ def pretrain(objective: str, arguments: PretrainingArguments, training: Training
     warn_without_matplotlib("training.png")
     check_report_to(training)
     if training.device.type == "cpu":
-        training.dataloader_pin_memory = False  # which is for copies to an accelerator; torch warns without one
+        training.dataloader_pin_memory = False  # it is for copies to an accelerator; torch warns without one
     checkpoint = checkpoint_to_resume(training, arguments.overwrite_output_dir)
     set_seed(training.seed)
     source = "', '".join(arguments.data)  # as quoted in errors
@@ -245,9 +242,9 @@ def split_rows(objective: Objective, sources: Sequence[str], eval_size: float, s
     """The rows of all sources, joined, to train (`train`) and to evaluate (`eval`) on."""
     loaded = [load_rows(data, objective.schema) for data in sources]
     splits = {
-        name: concatenate_datasets([of_one[name] for of_one in loaded if name in of_one])
+        name: concatenate_datasets([source[name] for source in loaded if name in source])
         for name in ("train", "validation", "test")
-        if any(name in of_one for of_one in loaded)
+        if any(name in source for source in loaded)
     }
     for name in ("validation", "test"):
         if name in splits:
@@ -264,7 +261,7 @@ def known_labels(rows: Dataset, schema: Schema, known: set[str]) -> Dataset:
     unknown = sorted(label_set(rows, schema) - known)
     if not unknown:
         return rows
-    kept = [number for number, labels in enumerate(row_labels(rows, schema)) if known.issuperset(labels)]
+    kept = [number for number, value in enumerate(rows[schema.labels][:]) if known.issuperset(as_labels(value))]
     logger.warning(
         f"{len(rows) - len(kept)} held-out rows are dropped, as their labels don't occur in training: "
         f"{', '.join(map(shortened, unknown[:5]))}"

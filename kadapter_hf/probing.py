@@ -100,8 +100,8 @@ def rank_metrics(ranks: Sequence[int]) -> dict[str, float]:
 
 
 def macro_mean(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over relations, whatever their numbers of facts."""
-    return {name: sum(of_one[name] for of_one in metrics) / len(metrics) for name in metrics[0]}
+    """The mean of each metric over relations, which count equally, regardless of their numbers of facts."""
+    return {name: sum(row[name] for row in metrics) / len(metrics) for name in metrics[0]}
 
 
 def by_relation(facts: Sequence[Fact], ranks: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def by_relation(facts: Sequence[Fact], ranks: Mapping[str, Sequence[int]]) -> li
 
 
 def by_part(relations: Sequence[dict[str, Any]], names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """From the metrics of relations those of LAMA's parts: for each model, the macro mean over the part's relations."""
+    """The metrics of LAMA's parts: for each model, the macro mean over the metrics of the part's relations."""
     names = list(names)
     parts: dict[str, dict[str, Any]] = {}
     for part in dict.fromkeys(row["part"] for row in relations):
@@ -244,7 +244,7 @@ def load_data(
     arguments: ProbingArguments,
 ) -> tuple[tuple[list[Fact], Report], set[Pair] | None, list[str] | None]:
     """
-    What `read_lama` returns, the pairs of the corpus, and the texts to train on, the last two None if none are named.
+    The facts and the report that `read_lama` returns; the pairs of the corpus and the texts to train on, None without one.
 
     Raises:
         ValueError: a file is not in its format.
@@ -265,7 +265,7 @@ def _vocabulary(arguments: ProbingArguments, tokenizer: PreTrainedTokenizerBase)
 
 
 def _without_facts(facts: Iterable[Fact], scored: Iterable[Fact]) -> list[str]:
-    """The relations of which no fact can be scored."""
+    """The relations without a fact that can be scored."""
     left = {(fact.part, fact.relation) for fact in scored}
     return [
         f"{part}, {name}"

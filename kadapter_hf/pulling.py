@@ -8,15 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub import snapshot_download
 from transformers.utils import CONFIG_NAME
 
 import kadapter_hf
 
 from .contents import read_saved
-from .hub import PICKLES, checked_files
-from .modeling.format_kadapter import BACKBONE_FILE, KAdapterLoadError, adapter_path, check_adapter_name
+from .hub import PICKLES, checked_files, downloaded
+from .modeling.format_kadapter import BACKBONE_FILE, adapter_path, check_adapter_name
 from .modeling.reading_kadapter import read_adapter, read_config
 from .modeling.sources_kadapter import check_downloads, patiently
 
@@ -64,7 +63,7 @@ def pull_repository(repo: str, output: Path | None, revision: str | None, token:
 
 
 def pull_adapter(repo: str, name: str, output: Path | None, revision: str | None, token: str | None) -> dict[str, Any]:
-    """As `pull_repository`, of one adapter's file."""
+    """As `pull_repository`, for the file of one adapter."""
     file = adapter_path(check_adapter_name(name))
     path = cached = downloaded(repo, file, revision, token)
     snapshot = cached.parents[1]
@@ -82,15 +81,6 @@ def pull_adapter(repo: str, name: str, output: Path | None, revision: str | None
         "backbone": {"name": config.backbone_name_or_path, "revision": None, "included": False},
         "load": f"model.load_knowledge_adapter({str(path)!r})",
     }
-
-
-def downloaded(repo: str, file: str, revision: str | None, token: str | None) -> Path:
-    try:
-        return Path(patiently(hf_hub_download, repo, file, revision=revision, token=token))
-    except RemoteEntryNotFoundError:
-        raise KAdapterLoadError(
-            f"'{repo}' has no {file}. If it is a K-Adapter, `kadapter info {repo}` shows its contents."
-        ) from None
 
 
 @contextmanager

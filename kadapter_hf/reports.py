@@ -1,4 +1,4 @@
-"""The results of a task: predictions beside their input, a table by class, a confusion matrix, and the weights of adapters."""
+"""The results of a task: predictions with their rows, a table by class, a confusion matrix, and the weights of adapters."""
 
 import csv
 import json

@@ -18,11 +18,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from kadapter_cli import _names
+from kadapter_cli._source import flag
 
 from . import finetuning, probing
 from .corpora.files import read_json
 from .figures import new_figure, warn_without_matplotlib
-from .finetuning import FinetuningArguments, combination, finetune, load_data, new_model
+from .finetuning import FinetuningArguments, combination, finetune, new_model
+from .finetuning_data import load_data
 from .lama import PUBLISHED
 from .modeling.heads_kadapter import KAdapterForMaskedLM
 from .modeling.reading_kadapter import read_adapter
@@ -41,7 +43,7 @@ LAMA = "lama"
 
 @dataclass
 class ReproductionArguments:
-    """What is compared. All other flags are those of `kadapter finetune` and hold for every run but those of lama."""
+    """The comparison. All other flags are those of `kadapter finetune`, and apply to every run except for lama's."""
 
     data: list[str] = field(
         metadata={
@@ -55,25 +57,17 @@ class ReproductionArguments:
         }
     )
     output_dir: str = field(metadata={"help": "The folder for the runs and their results."})
-    multitask: str | None = field(
-        default=None,
-        metadata={
-            "help": "A backbone that was trained on the adapters' tasks itself: the paper's RoBERTa + multitask."
-        },
+    multitask: str | None = flag(
+        None, "A backbone that was trained on the adapters' tasks itself: the paper's RoBERTa + multitask."
     )
-    models: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Compare only these: backbone, multitask, untrained, names of adapters, or names joined by +."
-        },
+    models: list[str] | None = flag(
+        None, "Compare only these: backbone, multitask, untrained, names of adapters, or names joined by +."
     )
     seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "A run for each of these seeds."})
-    probe_flags: str = field(
-        default="",
-        metadata={
-            "help": "The flags of `kadapter probe` for lama, as one argument, e.g. the paper's protocol: '--protocol new-head "
-            "--train_text wiki.train.raw'."
-        },
+    probe_flags: str = flag(
+        "",
+        "The flags of `kadapter probe` for lama, as one argument, e.g. the paper's protocol: '--protocol new-head "
+        "--train_text wiki.train.raw'.",
     )
 
     def sources(self) -> dict[str, str]:
@@ -168,7 +162,7 @@ class LamaRun(Run):
 
 
 def published_of(row: str) -> tuple[str, Mapping[str, float], Mapping[str, str]]:
-    """For a row of the table its metric, and the figures of the paper and of others by combination of adapters."""
+    """The metric of a row of the table, and the figures of the paper and of others by combination of adapters."""
     if row in TASKS:
         return TASKS[row].metric, TASKS[row].published, TASKS[row].reproduced
     return "P@1", PUBLISHED.get(row.removeprefix(f"{LAMA} "), {}), {}
@@ -220,7 +214,7 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str]) -> Path:
     Does all runs that are not done yet, and writes `results.md`, `results.csv` and `results.png` after each of them.
 
     The adapters and the data of each task are read before the first run, so that a bad file is reported now and not after
-    hours. A run that was stopped goes on from its last checkpoint. Of a finished run, the checkpoints and weights are deleted.
+    hours. A run that was stopped is resumed from its last checkpoint. The weights of a finished run are deleted.
 
     Returns:
         The path of `results.md`.
@@ -229,7 +223,7 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str]) -> Path:
     runs, output = planned(arguments, flags), Path(arguments.output_dir)
     for name, (source, _) in named_adapters(arguments.adapters).items():
         read_adapter(adapter_file(source, name))
-    published = published_names(arguments)  # which reads the adapters
+    published = published_names(arguments)  # also reads the adapters
     output.mkdir(parents=True, exist_ok=True)
     for run in {run.task: run for run in runs if not run.metrics.exists()}.values():  # one of each task
         run.read_data()
@@ -243,7 +237,7 @@ def reproduce(arguments: ReproductionArguments, flags: Sequence[str]) -> Path:
 
 
 def _remove_weights(folder: Path) -> None:
-    """Dozens of models would fill a disk, and are not needed for the comparison."""
+    """Removes checkpoints and weights: dozens of models would fill a disk, and the comparison does not need them."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -305,7 +299,7 @@ def write_tables(runs: Sequence[Run], published: dict[str, str], output: Path) -
 
 
 def published_names(arguments: ReproductionArguments) -> dict[str, str]:
-    """The key of each model in `Task.published`; one that the paper does not have has none."""
+    """The key of each model in `Task.published`, which has no figures for models that are not in the paper."""
     configs = {name: config for name, (_, config) in named_adapters(arguments.adapters).items()}
     names = {BACKBONE: "", MULTITASK: MULTITASK, UNTRAINED: UNTRAINED}
     for model in flags_by_model(arguments):
@@ -326,9 +320,9 @@ def draw(tasks: Sequence[str], models: Sequence[str], found: dict[tuple[str, str
         values = [found[tasks[place], model] for place in places]
         axes.bar(
             [place + (number - (len(models) - 1) / 2) * width for place in places],
-            [statistics.fmean(of_one) for of_one in values],
+            [statistics.fmean(runs) for runs in values],
             width,
-            yerr=[statistics.stdev(of_one) if len(of_one) > 1 else 0 for of_one in values],
+            yerr=[statistics.stdev(runs) if len(runs) > 1 else 0 for runs in values],
             label=model,
         )
     axes.set_xticks(range(len(tasks)), tasks)

@@ -139,7 +139,7 @@ def held_out(rows: Dataset, share: float, group: str | None, seed: int) -> tuple
 
 
 def whole_questions(rows: Dataset, most: int, seed: int) -> Dataset:
-    """The passages of as many random questions as have at most this many passages together, but of one at least."""
+    """The passages of random questions, as many as have at most `most` passages in total, but at least one question."""
     passages = Counter(rows["id"][:])
     names = sorted(passages)
     np.random.default_rng(seed).shuffle(names)

@@ -47,11 +47,13 @@ class States:
 
 
 def places_of(counts: np.ndarray, block: int = 0) -> np.ndarray:
+    """The `places` of rows in a block, from the number of positions of each, `(rows,)`."""
     ends = np.cumsum(counts)
     return np.stack([np.full(len(counts), block), ends - counts, ends], axis=1)
 
 
 def by_row(places: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The `places` in the order of the rows, from those in the order in which the rows were computed."""
     arranged = np.empty_like(places)
     arranged[order] = places
     return arranged
@@ -60,7 +62,7 @@ def by_row(places: np.ndarray, order: np.ndarray) -> np.ndarray:
 @dataclass
 class Index:
     """
-    What a folder has.
+    The content of a folder.
 
     Args:
         rows: the number of complete rows.
@@ -72,7 +74,7 @@ class Index:
 
     @classmethod
     def read(cls, place: Path) -> "Index | None":
-        """None without an index that can be read, or if files are shorter than it says, which is written after them."""
+        """The index of a folder; None if it can't be read, or if a file is shorter than it says."""
         try:
             index = cls(**read_json(place / INDEX, dict))
             sizes = index.sizes(place)
@@ -100,7 +102,7 @@ def is_complete(place: Path, rows: int) -> bool:
 
 
 def read_states(place: Path, order: np.ndarray) -> dict[str, States]:
-    """The states by kind, which are read from the disk where they are used. `order` is that of the computation."""
+    """The states by kind, memory-mapped. `order` is the order in which the rows were computed."""
     found = {}
     for kind, (number, width, dtype) in Index(**read_json(place / INDEX, dict)).kinds.items():
         states, counts = _files(place, kind)
@@ -112,7 +114,7 @@ def read_states(place: Path, order: np.ndarray) -> dict[str, States]:
 
 
 def _resume(place: Path) -> Index:
-    """The complete rows of an earlier run; removes what is behind them."""
+    """The index of an earlier run, if there is one; truncates the files to the rows that it says are complete."""
     index = Index.read(place)
     if index is None:
         if (place / INDEX).exists():
@@ -125,7 +127,7 @@ def _resume(place: Path) -> Index:
 
 
 def write_states(computed: "Computation", place: Path) -> None:
-    """Computes the states that the folder lacks, and writes them there; what is complete is kept if it is stopped."""
+    """Computes and writes the states that the folder lacks. If it is interrupted, the complete batches are kept."""
     index, total = _resume(place), len(computed.rows)
     mode: Literal["ab", "wb"] = "ab" if index.rows else "wb"
     files: dict[Path, BinaryIO] = {}

@@ -24,8 +24,8 @@ class DependencyParsingPipeline(Pipeline):
         knowledge_adapters: the adapters to use, by default the active ones.
 
     Returns:
-        For each word its number from 1, its text, the number of its head (0 for the root), the relation to it, and its place in
-        the text.
+        For each word its number, starting at 1, its text, the number of its head (0 for the root), the relation to the head,
+        and its span in the text.
 
     Raises:
         ValueError: the text has no words, or more tokens than the model takes.

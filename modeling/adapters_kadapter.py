@@ -37,13 +37,13 @@ class KnowledgeAdapterLayer(nn.Module):
     ) -> torch.Tensor:
         """
         Maps `(batch, length, backbone width)` to the same shape or, with `positions` of shape `(batch, number)`, to
-        `(batch, number, backbone width)`. `attention_mask` is what the attention implementation takes.
+        `(batch, number, backbone width)`. `attention_mask` is in the format of the attention implementation.
         """
         projected = self.down_project(hidden_states)
         checkpointing = self.training and any(layer.gradient_checkpointing for layer in self.encoder.layer)
         if checkpointing and torch.is_grad_enabled() and not projected.requires_grad:
             # With use_reentrant=True, a checkpointed layer has no gradients unless an input requires them. If PEFT trains
-            # the layer and not the projection, none does.
+            # the layer but not the projection, no input does.
             projected.requires_grad_()
         read = hidden_states if positions is None else states_at(hidden_states, positions)
         return read + self.up_project(self.encoder(projected, attention_mask, positions))
@@ -72,7 +72,8 @@ class KnowledgeAdapter(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states: the backbone's by index, `(batch, length, width)` each; at least those that it reads.
+            hidden_states: the backbone's hidden states by index, `(batch, length, width)` each; at least those that the adapter
+                reads.
             attention_mask: `(batch, length)`, 1 at real tokens. Ignored with `attend_to_padding`.
             positions: `(batch,)` or `(batch, number)`: compute the output at these positions only.
 
@@ -85,7 +86,7 @@ class KnowledgeAdapter(nn.Module):
             attention_mask = None
         elif attention_mask is not None:
             attention_mask = attention_mask.to(states[0].device)
-        if self.config.num_hidden_layers:  # made once for all layers, as it waits for a GPU
+        if self.config.num_hidden_layers:  # made once for all layers, as it synchronises with a GPU
             attention_mask = create_bidirectional_mask(self.attention, states[0], attention_mask)
         *lower, last = self.layers
         state = states[0]

@@ -35,8 +35,8 @@ def averaged(model: Any, weights: Any) -> tuple[KnowledgeAdapterConfig, dict[str
     config = copy.deepcopy(next(iter(configs.values())))
     config.provenance = {
         "average_of": {name: float(weight) for name, weight in weights.items()},
-        "fingerprints": {name: fingerprint(of_one.values()) for name, of_one in tensors.items()},
-        "sources": {name: of_one.provenance for name, of_one in configs.items()},
+        "fingerprints": {name: fingerprint(adapter.values()) for name, adapter in tensors.items()},
+        "sources": {name: adapter.provenance for name, adapter in configs.items()},
     }
     return config, mean
 
@@ -78,7 +78,7 @@ def _check_comparable(configs: Mapping[str, KnowledgeAdapterConfig]) -> None:
 
 
 def _seeds(provenance: Any) -> set[str]:
-    """The seed of an adapter, or those of what it is the average of, as far as they are recorded."""
+    """The recorded seeds of an adapter: its own or, for an average, those of the adapters it was made from."""
     if not isinstance(provenance, Mapping):
         return set()
     own = {str(provenance["seed"])} if provenance.get("seed") is not None else set()

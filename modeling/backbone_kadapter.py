@@ -36,7 +36,7 @@ from .sources_kadapter import HUB_ARGUMENTS, check_downloads, hub_arguments, sna
 
 logger = logging.get_logger(__name__)
 
-# The fields that are equal in configurations of the same kind of backbone.
+# Fields that are equal in the configurations of backbones of the same kind.
 KIND = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
@@ -125,7 +125,7 @@ def load_backbone(
     if expected is not None:
         check_same_kind(config, expected, name)
         for field in own_fields(config) & own_fields(expected):
-            if getattr(config, field, None) != getattr(expected, field, None):  # as `from_backbone` was asked for
+            if getattr(config, field, None) != getattr(expected, field, None):  # as set in `from_backbone`
                 setattr(config, field, getattr(expected, field))
     take_fields(config, kwargs)
     try:
@@ -161,7 +161,7 @@ def load_backbone(
 
 
 def take_fields(config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
-    """Moves arguments that are fields of the backbone's configuration there."""
+    """Moves the arguments that are fields of the backbone's configuration from `kwargs` to `config`."""
     for field in kwargs.keys() & own_fields(config):
         value = kwargs.pop(field)
         if field in KIND and value != getattr(config, field):

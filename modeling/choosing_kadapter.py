@@ -1,4 +1,4 @@
-"""Which knowledge adapters run: the active ones, or others for a while, a call or a row."""
+"""Which knowledge adapters run: the active ones, or others within a `with` statement, for a call or for a row."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ class ChoosingMixin(nn.Module):
 
     config: KAdapterConfig
     adapters: nn.ModuleDict
-    # The number of open `using_knowledge_adapters` of all threads. Without any, `_CHOSEN` is not read: torch.compile can't.
+    # The number of open `using_knowledge_adapters` in all threads. At 0, `_CHOSEN` is not read, as torch.compile can't.
     _choices = 0
 
     @property
@@ -35,6 +35,9 @@ class ChoosingMixin(nn.Module):
         """
         Activates exactly these adapters. Without any, the model's output is the backbone's. To activate others for a while,
         or in one of several threads, use `using_knowledge_adapters`; within it, this takes effect afterwards.
+
+        Raises:
+            KAdapterConfigError: there is no adapter of this name.
         """
         names = self._checked_names(names or [])
         thaw = not self._is_frozen_from_outside()
@@ -67,8 +70,8 @@ class ChoosingMixin(nn.Module):
 
     def _names_by_row(self, given: Any) -> tuple[list[str], dict[tuple[str, ...], list[int]] | None]:
         """
-        The adapters of a call with `knowledge_adapters=given`; and if `given` is a list of names for each row, the rows that
-        have the same.
+        The adapters that run in a call with `knowledge_adapters=given`; and if `given` is a list of names for each row, the
+        rows by their names.
         """
         if given is None:
             return self.active_knowledge_adapters, None

@@ -25,14 +25,14 @@ ROBERTA_LARGE |= {
     "type_vocab_size": 1,
     "layer_norm_eps": 1e-5,
 }
-# An argument that `from_dict` adds: unknown fields are then those of a newer version.
+# An argument that `from_dict` adds, so that unknown fields are accepted as those of a newer version.
 _FROM_FILE = "_from_file"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # PEFT's prompt methods look these up in the dict of a model's configuration. In config.json, only backbone_config has them.
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 # Fields of the backbone's configuration that tools look for in a model's own.
 _OF_THE_BACKBONE = {*_SIZES, "vocab_size", "max_position_embeddings", "tie_word_embeddings"}
-# Far more than any model has; configurations make lists of these lengths.
+# Limits that no model reaches, as configurations make lists of these lengths.
 _MOST = {"num_labels": 10**7, "num_hidden_layers": 10**4}
 
 

@@ -37,8 +37,8 @@ class Encoded:
             that the caller passes don't count them.
         at_positions (`bool`): whether `backbone_state` is `(batch, number, hidden_size)`, at the positions that the head
             reads, as `fusion_states` were passed.
-        parts (`list`): if rows have different adapters, the indices of the rows with the same ones, and what these read.
-            `knowledge` then has zeros in the rows that don't have an adapter: only `fuse` gives each row its own.
+        parts (`list`): if rows have different adapters, the indices and the `Encoded` of each group of rows with the same
+            adapters. `knowledge` then is zero in the rows without an adapter; `fuse` fuses each row with its own adapters.
         fusion_weights (`dict[str, torch.FloatTensor]`, *optional*): the weight of each adapter, `(batch, positions read)`, if
             requested and as soon as the states are fused.
     """
@@ -88,21 +88,22 @@ class Encoded:
 
 def _at_given(state: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
     """
-    A state that was given at the positions, `(batch, number, width)`; `(batch, width)` for one position of each row. It may
-    have more at the end, where the rows that it was computed with had more positions, such as words.
+    The state at `positions`, `(batch,)` or `(batch, number)`, from one that was computed at these positions only. That may
+    have more positions at the end if the rows of its batch had more, such as words.
 
     Raises:
-        ValueError: it has fewer.
+        ValueError: it was computed at other positions, as for another head.
     """
     if positions is None:
         return state
-    if positions.dim() == 1:
-        return state[:, 0]
-    if state.shape[1] < positions.shape[1]:
+    single = positions.dim() == 1
+    wanted = 1 if single else positions.shape[1]
+    if state.shape[1] < wanted or (single and state.shape[1] > 1):
         raise ValueError(
-            f"fusion_states have {state.shape[1]} positions, and the head reads {positions.shape[1]} of each row."
+            f"fusion_states have {state.shape[1]} positions, and the head reads {wanted} of each row: they were computed for "
+            "another head."
         )
-    return state[:, : positions.shape[1]]
+    return state[:, 0] if single else state[:, :wanted]
 
 
 def _rows_of(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
@@ -115,13 +116,13 @@ def _select_outputs(
     rows: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """Adapters' outputs that were given, in the place of running the adapters."""
+    """The given outputs of adapters, which then don't run."""
     selected = {name: outputs[name] if rows is None else outputs[name][rows] for name in names}
     return {name: _at_given(output, positions) for name, output in selected.items()}
 
 
 def _in_rows(parts: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], batch: int) -> dict[str, torch.Tensor]:
-    """Tensors of parts of a batch by name, put together; zeros where a part has none of this name."""
+    """Joins the tensors by name of parts of a batch; rows of parts that lack a name are zero."""
     whole: dict[str, torch.Tensor] = {}
     for rows, tensors in parts:
         for name, tensor in tensors.items():
@@ -154,15 +155,19 @@ class EncodingMixin(nn.Module):
             inputs_embeds: `(batch, length, hidden_size)`, instead of `input_ids`.
             past_key_values: keys and values of a prefix for each layer of the backbone, as PEFT's prefix tuning passes them;
                 `attention_mask` then covers the prefix too.
-            kwargs: `output_hidden_states` (a list of indices leaves out the other states), `output_attentions`;
+            kwargs: `output_attentions` and `output_hidden_states` (a list of indices returns only these states);
                 `knowledge_adapters`, names of adapters to use instead of the active ones, or a list of names for each row;
-                `output_fusion_weights`; and states that were computed before, so that the frozen parts need not run again:
-                `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read` and the backbone's
-                last. The backbone then does not run.
-                `fusion_states`, `(batch, 1 or 1 + adapters, number, hidden_size)`: what the fusion reads at the positions
-                that the head reads, the backbone's last state and the output of each active adapter. With all of them,
-                nothing but the fusion and the head runs; with the first alone, the adapters run on `backbone_states`,
-                which then lack the last.
+                `output_fusion_weights`; and states that were computed before, so that frozen parts need not run again:
+                `backbone_states`, `(batch, states, length, hidden_size)`: the `backbone_states_read`, then the backbone's
+                last hidden state. The backbone then does not run.
+                `fusion_states`, `(batch, 1 or 1 + adapters, number, hidden_size)`: the inputs of the fusion at the
+                positions that the head reads, i.e. the backbone's last hidden state and the output of each active adapter.
+                Only the fusion and the head then run. Without the outputs of the adapters, these run on
+                `backbone_states`, which then lack the last hidden state.
+
+        Raises:
+            KAdapterConfigError: there is no adapter of a name, or the backbone lacks what the adapters or PEFT need.
+            ValueError: states that were computed before have another shape, or lack some that the adapters read.
         """
         names, groups = self._names_by_row(kwargs.pop("knowledge_adapters", None))
         given, fusion_states = kwargs.pop("backbone_states", None), kwargs.pop("fusion_states", None)

@@ -53,7 +53,7 @@ class BackboneMismatchError(KAdapterLoadError):
 
 
 def damaged(path: Any, problem: str, advice: str | None = None) -> KAdapterLoadError:
-    """The error about a file that does not hold what was saved."""
+    """The error for a file whose content is not what was saved."""
     return KAdapterLoadError(f"'{path}' {problem.rstrip('.')}. {advice or 'Download or save it again.'}")
 
 
@@ -165,9 +165,9 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     """
-    Identifies these tensors by name, within a process: SHA-256 over their dtypes, shapes, and the sums of their bits, taken as
-    a matrix of whole numbers, over each row and each column. It takes a fifth of the time of SHA-256 over all values, and no
-    copy from a GPU.
+    Identifies named tensors within a process: SHA-256 over their names, dtypes and shapes, and over the sums of the rows and
+    columns of their bytes, which are read as a matrix of 64-bit integers. It takes a fifth of the time of SHA-256 over all
+    values, and copies no weights from a GPU.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -30,14 +30,24 @@ class FreezingMixin(nn.Module):
         self._update_trainable()
 
     def freeze_knowledge_adapters(self, names: str | Iterable[str] | None = None) -> None:
-        """Freezes these adapters, by default all."""
+        """
+        Freezes these adapters, by default all.
+
+        Raises:
+            KAdapterConfigError: there is no adapter of this name.
+        """
         names = self._checked_names(self.adapters if names is None else names)
         frozen = self.config.frozen_knowledge_adapters
         self.config.frozen_knowledge_adapters = [name for name in frozen if name not in names] + names
         self._update_trainable(thaw=False)
 
     def unfreeze_knowledge_adapters(self, names: str | Iterable[str] | None = None) -> None:
-        """Trains these adapters, by default all, if they are active."""
+        """
+        Trains these adapters, by default all, if they are active.
+
+        Raises:
+            KAdapterConfigError: there is no adapter of this name.
+        """
         names = self._checked_names(self.adapters if names is None else names)
         frozen = self.config.frozen_knowledge_adapters
         self.config.frozen_knowledge_adapters = [name for name in frozen if name not in names]
@@ -60,6 +70,9 @@ class FreezingMixin(nn.Module):
         Args:
             train_head: also train the fusion and the task head, as pre-training does, which discards them afterwards
                 (paper, section 3.3).
+
+        Raises:
+            KAdapterConfigError: there is no adapter of this name.
         """
         self._checked_names(name)
         if name not in self.config.active_knowledge_adapters:

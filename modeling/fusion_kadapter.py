@@ -13,8 +13,8 @@ from .format_kadapter import KAdapterConfigError, nearest
 
 
 FUSIONS: dict[str, type["KnowledgeFusion"]] = {}
-# The weight of all adapters together in a new fusion: close to the backbone, and yet every adapter reaches the head from the
-# first step. Measured in docs/fusions.md.
+# The total weight of the adapters in a new fusion: small, so that it starts close to the backbone, but not 0, so that every
+# adapter reaches the head from the first step. See the measurements in docs/fusions.md.
 START = 0.1
 
 
@@ -66,7 +66,7 @@ def to_layer(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 
 def direction(states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """States of length 1, as input of a layer that computes weights: how large a backbone's states are must not matter."""
+    """States of norm 1, for layers that compute weights, which must not depend on the norm of a backbone's states."""
     return nn.functional.normalize(to_layer(states, layer), dim=-1)
 
 
@@ -208,7 +208,7 @@ class ConcatFusion(KnowledgeFusion):
         del self.states[name], self.mix[name]
 
     def init_adapter(self, name: str, noise: float = 2e-4) -> None:
-        """As the class says, with noise of this standard deviation in the matrix."""
+        """Initialises `W_k` as the class describes, plus noise of this standard deviation, and `M_k` as half the identity."""
         state, mix = self.states[name], self.mix[name]
         weight = torch.zeros_like(state.weight).fill_diagonal_(1)
         weight[:, self.width :].fill_diagonal_(self.start)
@@ -246,9 +246,9 @@ class GateFusion(KnowledgeFusion):
     Args:
         activation (`str`): `"sigmoid"`: each gate is open or closed by itself. `"softmax"`: the gates compete, and add up to
             less than 1; the rest is for no adapter. With one adapter, both are the same.
-        top_k (`int`, *optional*): at each position, close all gates but this number of the widest, as in mixtures of
-            adapters (Wang et al., AdaMix, EMNLP 2022). There must be as many active adapters.
-        start (`float`): what all gates together start at, whatever the number of adapters.
+        top_k (`int`, *optional*): at each position, only the `top_k` largest gates are open, as in mixtures of adapters (Wang
+            et al., AdaMix, EMNLP 2022). At least as many adapters must be active.
+        start (`float`): the initial sum of the gates, for any number of adapters.
     """
 
     def __init__(
@@ -313,15 +313,15 @@ class GateFusion(KnowledgeFusion):
 class AttentionFusion(KnowledgeFusion):
     """
     Attention at each position over the backbone's own state and the adapters' outputs: the query is computed from the
-    direction of `H`, keys from those of `H, y_1, …`, and values from these states, as which they start. The result is the
-    weighted sum of the values. A key has one more number, which is added to its score.
+    direction of `H`, the keys from the directions of `H, y_1, …`, and the values from these states, with which they are
+    initially identical. The result is the weighted sum of the values. The last number of a key is a bias of its score.
 
     Source: AdapterFusion (Pfeiffer et al., EACL 2021, section 3.2), which shares the matrices for keys and values among its
     adapters. Here each adapter has its own.
 
     Args:
         key_size (`int`, defaults to 64): the width of queries and keys.
-        start (`float`): the weight that all adapters together start with, whatever their number.
+        start (`float`): the initial sum of the adapters' weights, for any number of adapters.
     """
 
     def __init__(self, width: int, key_size: int = 64, start: float = START):

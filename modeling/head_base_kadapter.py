@@ -23,7 +23,7 @@ def loss_of(total: torch.Tensor, count: int | torch.Tensor, num_items_in_batch: 
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: ItemCount = None) -> torch.Tensor:
-    """Of `(…, classes)` logits and `(…)` labels; labels of -100 are ignored."""
+    """The mean over `(…, classes)` logits and `(…)` labels, see `loss_of`; labels of -100 are ignored."""
     labels = labels.reshape(-1).to(logits.device)
     total = F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), labels, reduction="sum")
     return loss_of(total, (labels != -100).sum(), num_items_in_batch)
@@ -36,7 +36,7 @@ def first_position(encoded: Encoded) -> torch.Tensor:
 
 
 def can_be_checked(tensor: torch.Tensor) -> bool:
-    """Reading values on a GPU would wait for it."""
+    """Whether values can be read without waiting for a GPU."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -30,6 +30,7 @@ from .fusion_kadapter import KnowledgeFusion, register_fusion
 from .head_base_kadapter import HeadModel, ItemCount, checked_positions, cross_entropy, first_position, loss_of
 from .layers_kadapter import TransformerLayer
 from .loading_kadapter import load_repository
+from .managing_kadapter import ManagingMixin
 from .marking_kadapter import encode_marked
 from .modeling_kadapter import KAdapterModel, KAdapterModelOutput, KAdapterPreTrainedModel
 from .origins_kadapter import Origins
@@ -69,7 +70,7 @@ def _classification_loss(
 
 @register_head("AutoModelForSequenceClassification")
 class KAdapterForSequenceClassification(HeadModel):
-    """Classification or regression of a text, from the fused state of its first token."""
+    """Classification or regression of a text, from the fused state of its first token. Logits: `(batch, num_labels)`."""
 
     @encodes_inputs
     def forward(
@@ -87,7 +88,7 @@ class KAdapterForSequenceClassification(HeadModel):
 
 @register_head("AutoModelForTokenClassification")
 class KAdapterForTokenClassification(HeadModel):
-    """A label for each token, from its fused state."""
+    """A label for each token, from its fused state. Logits: `(batch, length, num_labels)`."""
 
     @encodes_inputs
     def forward(
@@ -104,7 +105,7 @@ class KAdapterForTokenClassification(HeadModel):
 
 @register_head("AutoModelForQuestionAnswering")
 class KAdapterForQuestionAnswering(HeadModel):
-    """The start and end of an answer in a text."""
+    """The start and end of an answer in a text. Logits: `(batch, length)` each."""
 
     def add_head(self, config: KAdapterConfig, width: int) -> None:
         self.qa_outputs = nn.Linear(width, 2)
@@ -138,7 +139,7 @@ class KAdapterForQuestionAnswering(HeadModel):
 @register_head("AutoModelForMultipleChoice")
 class KAdapterForMultipleChoice(HeadModel):
     """
-    Choice among several continuations, each scored from the fused state of its first token.
+    Choice among several continuations, each scored from the fused state of its first token. Logits: `(batch, choices)`.
 
     Source: `COSMOSQAModel` in the original's `examples/run_finetune_cosmosqa_adapter.py`.
     """
@@ -164,6 +165,9 @@ class KAdapterForMultipleChoice(HeadModel):
             input_ids, attention_mask, token_type_ids, position_ids: `(batch, choices, length)`.
             inputs_embeds: `(batch, choices, length, hidden_size)`.
             labels: `(batch,)` index of the right choice.
+
+        Raises:
+            ValueError: the inputs have another shape.
         """
         first = input_ids if input_ids is not None else inputs_embeds
         if first is None or first.dim() < 3:
@@ -187,7 +191,8 @@ class KAdapterForMultipleChoice(HeadModel):
 @register_head("AutoModelForSequenceClassification")
 class KAdapterForEntityTyping(HeadModel):
     """
-    The types of one marked entity, of which several may hold: `out_proj(dropout(dense(f_entity)))`, no activation.
+    The types of one marked entity, which may have several: `out_proj(dropout(dense(f_entity)))`, no activation. Logits:
+    `(batch, num_labels)`.
 
     Source: paper, section 4.1; `ETModel` in the original's `examples/run_finetune_openentity_adapter.py`.
     """
@@ -210,6 +215,9 @@ class KAdapterForEntityTyping(HeadModel):
         Args:
             entity_start: `(batch,)`, the position of the marker before the entity.
             labels: `(batch, num_labels)` of 0.0 and 1.0.
+
+        Raises:
+            ValueError: `entity_start` is missing, has another shape, or is outside the text.
         """
         fused = self.fused(encoded, checked_positions("entity_start", entity_start, encoded))
         logits = self.out_proj(self.dropout(self.dense(fused)))
@@ -220,7 +228,8 @@ class KAdapterForEntityTyping(HeadModel):
 @register_head("AutoModelForSequenceClassification")
 class KAdapterForRelationClassification(HeadModel):
     """
-    The relation between two marked entities: `out_proj(dropout(dense([f_subject; f_object])))`, no activation.
+    The relation between two marked entities: `out_proj(dropout(dense([f_subject; f_object])))`, no activation. Logits:
+    `(batch, num_labels)`.
 
     Source: paper, section 4.3; `TACREDModel` in the original's `examples/run_finetune_TACRED_adapter.py`.
     """
@@ -242,6 +251,9 @@ class KAdapterForRelationClassification(HeadModel):
         Args:
             subject_start, object_start: `(batch,)`, the positions of the markers before the two entities.
             labels: `(batch,)` class indices.
+
+        Raises:
+            ValueError: a position is missing, has another shape, or is outside the text.
         """
         markers = (
             checked_positions("subject_start", subject_start, encoded),
@@ -278,7 +290,7 @@ class _StatesGiven(nn.Module):
 class KAdapterForMaskedLM(KAdapterPreTrainedModel):
     """
     The backbone's own masked-language-model head on the fused states. Its weights come from the backbone's repository, and
-    are tied to the backbone's embeddings if the backbone's own class ties them.
+    are tied to the backbone's embeddings if the backbone's own class ties them. Logits: `(batch, length, vocab_size)`.
     """
 
     needs_lm_head = True

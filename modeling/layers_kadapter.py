@@ -111,7 +111,7 @@ class TransformerLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """
         Maps `(batch, length, hidden_size)` to the same shape or, with `positions` of shape `(batch, number)`, to
-        `(batch, number, hidden_size)`. `attention_mask` is what the attention implementation takes.
+        `(batch, number, hidden_size)`. `attention_mask` is in the format of the attention implementation.
         """
         read = states if positions is None else states_at(states, positions)
         if positions is not None and attention_mask is not None:
@@ -136,7 +136,7 @@ class TransformerEncoder(nn.Module):
     ) -> torch.Tensor:
         """
         Maps `(batch, length, hidden_size)` to the same shape or, with `positions` of shape `(batch, number)`, to
-        `(batch, number, hidden_size)`. `attention_mask` is what the attention implementation takes.
+        `(batch, number, hidden_size)`. `attention_mask` is in the format of the attention implementation.
         """
         if self.activation is not None:
             return self.activation(states if positions is None else states_at(states, positions))

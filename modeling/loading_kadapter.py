@@ -54,7 +54,7 @@ logger = logging.get_logger(__name__)
 
 
 def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str, kwargs: dict[str, Any]) -> Any:
-    """What `KAdapterPreTrainedModel.from_backbone` does."""
+    """Implements `KAdapterPreTrainedModel.from_backbone`."""
     fields = KAdapterConfig.known_fields() - {"dtype", "attn_implementation"}
     config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in fields}
     hub_kwargs = hub_arguments(kwargs)
@@ -65,17 +65,17 @@ def load_on_backbone(model_class: Any, backbone: Any, adapters: Any, fusion: str
         check_is_encoder(backbone.config, type(backbone.base_model))
         drop_pooler(backbone)
         source = backbone.config.name_or_path
-        name, revision, as_stored = _place(source) if source else None, None, False
+        name, revision, as_stored = backbone_place(source) if source else None, None, False
         loaded = add_lm_head(backbone, name) if model_class.needs_lm_head else backbone
     else:
-        name = _place(backbone)
+        name = backbone_place(backbone)
         loaded = load_backbone(name, with_lm_head=model_class.needs_lm_head, **kwargs)
         revision = commit_of(name, **hub_kwargs)
         as_stored = kwargs.get("dtype") in (None, "auto") and not kwargs.keys() & {"quantization_config", "device_map"}
     config = model_class.config_class(
         backbone_name_or_path=name,
         backbone_revision=revision,
-        backbone_config=copy.deepcopy(loaded.base_model.config),  # the model resets the attention of its own
+        backbone_config=copy.deepcopy(loaded.base_model.config),  # the model resets the attention in its own
         fusion=fusion,
         attn_implementation=kwargs.get("attn_implementation"),
         **config_kwargs,
@@ -112,8 +112,8 @@ def _named_sources(adapters: Any) -> list[tuple[str | None, Any]]:
     return [(None, source) for source in adapters]
 
 
-def _place(backbone: Any) -> str:
-    """A repository id, or the whole path of a folder."""
+def backbone_place(backbone: Any) -> str:
+    """What a configuration records as `backbone_name_or_path`: a repository id, or the absolute path of a folder."""
     if type(backbone).__module__.startswith("peft."):
         raise KAdapterConfigError(
             "a model that PEFT has wrapped can't be a backbone. Pass the result of its merge_and_unload(), which contains "
@@ -149,7 +149,7 @@ def load_repository(
     ignore_mismatched_sizes: bool,
     kwargs: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """What `KAdapterPreTrainedModel.from_pretrained` does; also returns the loading info of transformers."""
+    """Implements `KAdapterPreTrainedModel.from_pretrained`; also returns the loading info of transformers."""
     hub_kwargs = hub_arguments(kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
     _check_arguments(kwargs)
@@ -207,7 +207,7 @@ def load_repository(
 def _find(
     source: str | os.PathLike, peft_source: Any, hub_kwargs: dict[str, Any]
 ) -> tuple[str | os.PathLike, Path, str | os.PathLike | None]:
-    """The K-Adapter to load, its folder and, if `source` holds a PEFT adapter, the place of that."""
+    """The K-Adapter to load, its folder, and the source of the PEFT adapter to load into it, if there is one."""
     folder = repository_folder(source, **hub_kwargs)
     if peft_source is not None or not (folder / PEFT_CONFIG).is_file():
         return source, folder, peft_source
@@ -280,7 +280,7 @@ def _load_its_backbone(
         )
     else:
         if given is not None:
-            config.backbone_name_or_path, config.backbone_revision = _place(given), None
+            config.backbone_name_or_path, config.backbone_revision = backbone_place(given), None
         options = {
             "expected": config.backbone_config,
             "with_lm_head": with_lm_head,

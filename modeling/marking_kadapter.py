@@ -68,7 +68,7 @@ def tokenize(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
     """The ids of each piece, without special tokens; pieces may be empty or longer than the model's maximum."""
     distinct = list(dict.fromkeys(pieces))
     if tokenizer.is_fast:
-        # As the tokenizer's own call, but without what that also makes for each piece, which takes longer than the ids.
+        # The tokenizer's own call computes more than the ids of each piece, which takes longer than the ids.
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()

@@ -13,31 +13,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .adapters_kadapter import KnowledgeAdapter, KnowledgeAdapterLayer
-from .averaging_kadapter import averaged
-from .backbone_kadapter import check_trained_on, drop_pooler, new_backbone
+from .backbone_kadapter import drop_pooler, new_backbone
 from .choosing_kadapter import ChoosingMixin
 from .compat_kadapter import LOADING, mark_initialized, no_split_modules, parameters_of
 from .configuration_kadapter import KAdapterConfig, KnowledgeAdapterConfig
 from .encoding_kadapter import Encoded, EncodingMixin, encodes_inputs
-from .format_kadapter import (
-    CARD_FILE,
-    HEAD_FILE,
-    KAdapterConfigError,
-    adapter_metadata,
-    adapter_path,
-    check_adapter_name,
-    file_of,
-    part_of,
-)
+from .format_kadapter import CARD_FILE, HEAD_FILE, file_of
 from .freezing_kadapter import FreezingMixin
 from .fusion_kadapter import FUSIONS, KnowledgeFusion
-from .loading_kadapter import fill_adapter, load_on_backbone, load_repository
+from .loading_kadapter import load_on_backbone, load_repository
+from .managing_kadapter import ManagingMixin
 from .origins_kadapter import Origins
-from .peft_kadapter import check_says_of_peft, load_peft_adapter, plain_state_dict, warn_of_peft_in
-from .reading_kadapter import read_adapter
-from .replacing_kadapter import write_tensors
+from .peft_kadapter import check_restores_peft, load_peft_adapter, plain_state_dict
 from .saving_kadapter import save_repository
-from .sources_kadapter import adapter_file
 
 
 Model = TypeVar("Model", bound="KAdapterPreTrainedModel")
@@ -60,7 +48,7 @@ class KAdapterModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, ChoosingMixin, PreTrainedModel):
+class KAdapterPreTrainedModel(ManagingMixin, FreezingMixin, EncodingMixin, ChoosingMixin, PreTrainedModel):
     """
     Base class of all K-Adapter models. Each has `backbone`, `adapters` and `fusion`, so that a repository that was saved
     from one class loads into any other.
@@ -135,8 +123,8 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, ChoosingMixin, PreTr
                 module.init_adapter(name)
 
     def _initialize_weights(self, module: nn.Module, *args) -> None:
-        # In classes that are not its own, transformers skips a module without parameters of its own. Those of a fusion may
-        # all be in submodules.
+        # For classes of others, transformers skips modules without parameters of their own. A fusion may have all of its
+        # parameters in submodules.
         super()._initialize_weights(module, *(() if isinstance(module, KnowledgeFusion) else args))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -276,141 +264,12 @@ class KAdapterPreTrainedModel(FreezingMixin, EncodingMixin, ChoosingMixin, PreTr
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs) -> Any:
         """As `nn.Module.load_state_dict`; also refuses a checkpoint that can't restore this model's PEFT adapter."""
-        check_says_of_peft(self, state_dict)
+        check_restores_peft(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
-
-    # ---- Knowledge adapters by name ---------------------------------------------------------------------------------
-
-    def add_knowledge_adapter(self, name: str, config: KnowledgeAdapterConfig | dict[str, Any] | None = None) -> None:
-        """
-        Adds a new, untrained knowledge adapter and activates it; `config` may be a dict of fields.
-
-        Raises:
-            KAdapterConfigError: the name is taken or impossible, or the configuration does not fit the backbone.
-        """
-        if isinstance(config, dict):
-            config = KnowledgeAdapterConfig(**config)
-        config = self.config.adapter_config(name, config)
-        config.backbone_name_or_path = self.config.backbone_name_or_path
-        config.backbone_fingerprint = self.backbone_fingerprint()
-        adapter = self._new_adapter(config).to(self.own_device(), self.own_dtype())
-        self._insert_adapter(name, config, adapter)
-        adapter.apply(self._init_weights)
-        self.origins.note_weights(plain_state_dict(self), f"adapters.{name}")
-
-    def load_knowledge_adapter(
-        self,
-        source: str | os.PathLike,
-        name: str | None = None,
-        *,
-        trainable: bool = False,
-        ignore_backbone_mismatch: bool = False,
-        **hub_kwargs,
-    ) -> str:
-        """
-        Loads a trained knowledge adapter and activates it.
-
-        Args:
-            source: a K-Adapter repository or folder, or the `.safetensors` file of an adapter.
-            name: one of several adapters in the source; or, if it has a single one, its name in this model (by default the
-                name that it was saved with).
-            trainable: whether it trains; by default it is frozen.
-            ignore_backbone_mismatch: load it even if it was trained on another backbone of the same width.
-            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`.
-
-        Returns:
-            The name.
-
-        Raises:
-            KAdapterLoadError: the source is missing, damaged, or not a knowledge adapter.
-            BackboneMismatchError: the adapter was trained on another backbone.
-            KAdapterConfigError: the name is taken.
-        """
-        path = adapter_file(source, name, **hub_kwargs)
-        saved = read_adapter(path)
-        name = saved.name if name is None else name
-        trained_on = (saved.config.backbone_name_or_path, saved.config.backbone_fingerprint)
-        here = (self.config.backbone_name_or_path, self.backbone_fingerprint())
-        check_trained_on(f"the knowledge adapter in '{path}'", trained_on, here, ignore_backbone_mismatch)
-        config = saved.config.for_backbone(self.backbone.config, check_adapter_name(name))
-        with torch.device("meta"):
-            adapter = self._new_adapter(config)
-        fill_adapter(adapter, saved, path)
-        self._insert_adapter(name, config, adapter.to(self.own_device()))
-        self.origins.sources[f"adapters.{name}"] = os.fspath(source)
-        self.origins.note_weights(plain_state_dict(self), f"adapters.{name}")
-        self.config.frozen_knowledge_adapters += [] if trainable else [name]
-        self._update_trainable()
-        return name
-
-    def average_knowledge_adapters(self, weights: Mapping[str, float], into: str) -> None:
-        """
-        Adds the weighted mean of trained adapters as an adapter `into`, which is frozen, and activates it. Its provenance
-        says of what it is the mean.
-
-        The adapters must be of one shape, and trained on one backbone. They should also have started from the same weights,
-        as those of model soups (Wortsman et al., ICML 2022): others have nothing in common that a mean would keep.
-
-        Args:
-            weights: the weight of each adapter by name; the sum must be 1.
-
-        Raises:
-            KAdapterConfigError: the weights or the name are impossible, there is no such adapter, or the adapters are of
-                different shapes, backbones or seeds.
-        """
-        config, tensors = averaged(self, weights)
-        backbone = config.backbone_name_or_path, config.backbone_fingerprint
-        self.add_knowledge_adapter(into, config)
-        self.adapters[into].load_state_dict(tensors)
-        config = self.config.knowledge_adapters[into]
-        config.backbone_name_or_path, config.backbone_fingerprint = backbone
-        self.origins.note_weights(plain_state_dict(self), f"adapters.{into}")
-        self.freeze_knowledge_adapters(into)
-
-    def save_knowledge_adapter(self, path: str | os.PathLike, name: str) -> Path:
-        """
-        Saves one adapter to `path`, or to `adapters/<name>.safetensors` in it if it does not end in `.safetensors`. Returns
-        the file, whose bytes don't depend on the model class.
-        """
-        self._checked_names(name)
-        path = Path(path) if Path(path).suffix == ".safetensors" else Path(path, adapter_path(name))
-        warn_of_peft_in(self, f"adapters.{name}")
-        state = plain_state_dict(self)
-        self.origins.update_adapters(self, state)
-        tensors = part_of(state, f"adapters.{name}")
-        write_tensors(path, tensors, adapter_metadata(name, self.config.knowledge_adapters[name].to_dict(), tensors))
-        return path
-
-    def delete_knowledge_adapter(self, name: str) -> None:
-        """Removes an adapter and its part of the fusion. The weights of the others don't change."""
-        self._checked_names(name)
-        del self.adapters[name], self.config.knowledge_adapters[name]
-        self.fusion.remove(name)
-        for names in (self.config.active_knowledge_adapters, self.config.frozen_knowledge_adapters):
-            if name in names:
-                names.remove(name)
-        for known in (self.origins.sources, self.origins.fingerprints):
-            known.pop(f"adapters.{name}", None)
-        self._update_trainable(thaw=False)
 
     def backbone_fingerprint(self) -> str:
         """Identifies the backbone's stored weights; see `fingerprint` in `format_kadapter.py`."""
         return self.origins.backbone_fingerprint(self, plain_state_dict(self))
-
-    def _insert_adapter(self, name: str, config: KnowledgeAdapterConfig, adapter: KnowledgeAdapter) -> None:
-        taken = [known for known in self.adapters if known.casefold() == name.casefold()]
-        if taken:
-            raise KAdapterConfigError(
-                f"there is a knowledge adapter '{taken[0]}' already; delete it first, or choose another name than '{name}'."
-            )
-        self.adapters[name] = adapter.train(self.training)
-        dtype = self.own_dtype()
-        self.fusion.add(name)
-        self.fusion.to(self.own_device(), dtype)
-        self.fusion.init_adapter(name)
-        self.config.knowledge_adapters[name] = config
-        self.config.active_knowledge_adapters.append(name)
-        self._update_trainable()
 
     # ---- The task head and the other parts beside the backbone ------------------------------------------------------
 

@@ -31,7 +31,7 @@ class Origins:
     def __init__(self):
         self.sources: dict[str, Any] = {}
         self.fingerprints: dict[str, str] = {}
-        # Identifies a comparison with the named backbone, and the fingerprint of that if both are the same.
+        # The last comparison with the named backbone: what was compared, and the fingerprint if both were the same.
         self._as_named: tuple[Any, str | None] | None = None
         self.backbone_trained = False
         self.backbone_stored = False

@@ -42,6 +42,9 @@ def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[in
 
     Returns:
         The head of each word: 0 for the root, else the number of the word, starting at 1.
+
+    Raises:
+        ValueError: a score is not a number.
     """
     scores = torch.as_tensor(arc_scores).detach().to(device="cpu", dtype=torch.float64, copy=True)
     if scores.isnan().any():
@@ -49,7 +52,7 @@ def decode_tree(arc_scores: torch.Tensor | Sequence[Sequence[float]]) -> list[in
     words = scores.shape[0]
     scores[:, 1:].fill_diagonal_(-torch.inf)
     heads = scores.argmax(-1).tolist() if words else []
-    if not words or (heads.count(0) == 1 and not _cycle([0, *heads])):
+    if not words or (heads.count(0) == 1 and not find_cycle([0, *heads])):
         return heads
     # Each further word on the root costs more than all other choices can gain.
     possible = scores[scores.isfinite()]
@@ -65,7 +68,7 @@ def _best_heads(scores: torch.Tensor) -> list[int]:
     Source: Chu and Liu (1965), Edmonds (1967), as in McDonald et al. (HLT 2005, figure 3).
     """
     heads = [0, *scores[1:].argmax(-1).tolist()]
-    cycle = _cycle(heads)
+    cycle = find_cycle(heads)
     if not cycle:
         return heads
     # The cycle is contracted to one node, the last. An arc into it replaces the arc within it to the same word.
@@ -84,8 +87,8 @@ def _best_heads(scores: torch.Tensor) -> list[int]:
     return heads
 
 
-def _cycle(heads: list[int]) -> list[int]:
-    """The nodes of a cycle, if there is one; node 0 is the root."""
+def find_cycle(heads: Sequence[int]) -> list[int]:
+    """The nodes of a cycle among the heads of nodes, if there is one. Node 0 is the root, whose head is not read."""
     done = {0}
     for node in range(1, len(heads)):
         path: list[int] = []
@@ -177,6 +180,9 @@ class KAdapterForDependencyParsing(HeadModel):
 
         Returns:
             `arc_logits`, and `relation_logits` except in training with labels; `decode` returns the trees.
+
+        Raises:
+            ValueError: an argument is missing, has another shape, or names a position outside the text.
         """
         word_starts = checked_positions("word_starts", word_starts, encoded, per_row="words")
         if can_be_checked(word_starts) and ((word_starts[:, :-1] < 0) & (word_starts[:, 1:] >= 0)).any():
@@ -224,6 +230,9 @@ class KAdapterForDependencyParsing(HeadModel):
         Returns:
             For each row, the head of each word (0 for the root, else the number of the word, starting at 1), and the name
             of the relation to it.
+
+        Raises:
+            ValueError: the output has no `relation_logits`.
         """
         if output.relation_logits is None:
             raise ValueError("the output has no relation_logits: call the model without labels or in evaluation mode.")

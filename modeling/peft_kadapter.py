@@ -181,7 +181,7 @@ def save_peft_adapter(model: Any, folder: Path, state_dict: Mapping[str, torch.T
         write_json(folder / PEFT_CONFIG, config)
 
 
-def check_says_of_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+def check_restores_peft(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Refuses a state dict from before PEFT changed the model: the PEFT adapter would silently keep its weights."""
     if not _wrappers(model):
         return

@@ -97,7 +97,7 @@ class MarkedEntityPipeline(ChunkPipeline):
             start = encoded["starts"][number] if count else [0] * len(self.positions)
             row = encoded["input_ids"][number] if count else self.tokenizer.encode("", add_special_tokens=True)
             chunk |= {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
-            chunk["knowledge_adapters"] = names  # a tuple, as those of a batch are in a list
+            chunk["knowledge_adapters"] = names  # a tuple, as a batch is a list of these
             yield chunk | {name: torch.tensor([at]) for name, at in zip(self.positions, start, strict=True)}
 
     def _of_one(self, inputs: Mapping[str, Any]) -> Any:
@@ -136,7 +136,7 @@ class MarkedEntityPipeline(ChunkPipeline):
 
     def postprocess(self, model_outputs: list[dict[str, Any]], top_k: Any = "default", threshold: float | None = None):
         results = []
-        # Of labels that are ids, e.g. Wikidata's relations.
+        # The names of labels that are ids, such as Wikidata's relations.
         names = (self.model.config.task or {}).get("label_names", {})
         for output in model_outputs:
             scores = self.scores(output["logits"][0].float())
@@ -160,11 +160,14 @@ class EntityTypingPipeline(MarkedEntityPipeline):
 
     Args:
         inputs: a dict with `text` and `entity` (a span `[start, end]` of characters), or with `text` and `entities` (several);
-            or a list or a generator of them. Several have a list of results.
+            or a list or a generator of them. For several, the result is a list of results.
         threshold: return types with a higher probability than this instead of 0.5.
         top_k: return at most this many.
         max_length: maximum number of tokens; by default that of the fine-tuning.
-        knowledge_adapters: the adapters to use, by default the active ones; an input with this key has its own.
+        knowledge_adapters: the adapters to use, by default the active ones; an input may have others under this key.
+
+    Raises:
+        ValueError: an input is not as described, or its entities don't fit into `max_length`.
     """
 
     one, several, positions = ("entity",), "entities", ("entity_start",)
@@ -187,11 +190,14 @@ class RelationClassificationPipeline(MarkedEntityPipeline):
 
     Args:
         inputs: a dict with `text`, `subject` and `object` (spans `[start, end]` of characters), or with `text` and `pairs`
-            (several `[subject, object]`); or a list or a generator of them. Several have a list of results.
+            (several `[subject, object]`); or a list or a generator of them. For several, the result is a list of results.
         top_k: return this many relations, the most probable first, instead of one; `None` for all.
         threshold: leave out relations with a probability that is not higher.
         max_length: maximum number of tokens; by default that of the fine-tuning.
-        knowledge_adapters: the adapters to use, by default the active ones; an input with this key has its own.
+        knowledge_adapters: the adapters to use, by default the active ones; an input may have others under this key.
+
+    Raises:
+        ValueError: an input is not as described, or its entities don't fit into `max_length`.
     """
 
     one, several, positions = ("subject", "object"), "pairs", ("subject_start", "object_start")

@@ -37,7 +37,7 @@ _MAX_JSON_BYTES = 64 * 2**20
 
 
 def read_json(path: Path) -> Any:
-    """Raises `KAdapterLoadError` if the file is missing, unreadable, larger than 64 MB, or not JSON."""
+    """The content of a JSON file. Raises `KAdapterLoadError` if it is missing, unreadable, larger than 64 MB, or not JSON."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_JSON_BYTES + 1)
@@ -72,13 +72,8 @@ def read_config(folder: Path, source: Any = None) -> KAdapterConfig:
     try:
         return KAdapterConfig.from_dict(config)
     except KAdapterConfigError as error:
-        raise bad_config(folder, error) from error
-
-
-def bad_config(folder: Path, error: Exception) -> SavedConfigError:
-    return SavedConfigError(
-        f"'{locate(folder, CONFIG_NAME)}': {error} Download or save the model again, or correct the field."
-    )
+        path = locate(folder, CONFIG_NAME)
+        raise SavedConfigError(f"'{path}': {error} Download or save the model again, or correct the field.") from error
 
 
 def read_index(folder: Path) -> tuple[dict[str, list[str]], dict[str, str]]:

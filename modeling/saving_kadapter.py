@@ -39,14 +39,14 @@ logger = logging.get_logger(__name__)
 
 
 def save_repository(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """What `KAdapterPreTrainedModel.save_pretrained` does, except for pushing to the Hub."""
+    """Implements `KAdapterPreTrainedModel.save_pretrained`, without pushing to the Hub."""
     check_peft_is_saved(model)
     _check_target(folder, model.config.backbone_name_or_path)
     config, origins = model.config, model.origins
     state = plain_state_dict(model, state_dict)
     tied = set(model.all_tied_weights_keys)
     backbone = part_of(state, "backbone")
-    # A backbone that trains is stored even if no step has changed it yet, as Trainer may load the checkpoint after more.
+    # A backbone that trains is stored even if no step has changed it yet, as Trainer may load the checkpoint after later steps.
     named = None if origins.backbone_trained else origins.fingerprint_if_as_named(model.backbone, state, config)
     quantised = getattr(model.backbone.config, "quantization_config", None) is not None
     if quantised and (named is None or origins.backbone_stored):
@@ -131,7 +131,7 @@ def _copy_code(model: Any, folder: Path, config: Any) -> None:
     if type(model).is_remote_code() and not is_own_class(type(model)):
         for path in map(Path, custom_object_save(model, folder, config=config) or ()):
             _copy_own(path, path)
-    # The name is there even while that module is being imported, if the head's is the same.
+    # A module that defines the head too is still being imported when this line runs: `__name__` exists even then.
     importing, own = "from .{} import __name__ as own_fusion  # noqa: E402, F401\n", _own_fusion(type(model.fusion))
     if own is not None:
         _copy_own(own, folder / own.name)

@@ -70,7 +70,7 @@ def adapter_file(source: str | os.PathLike, name: str | None, **hub_kwargs) -> P
 
 
 def patiently(call: Callable[..., T], *args, **kwargs) -> T:
-    """Calls a function of the Hub's client, which only retries transfers, again if there were too many requests."""
+    """Calls a function of the Hub's client, again if there were too many requests: the client only retries transfers."""
     for attempt in range(1, ATTEMPTS):
         try:
             return call(*args, **kwargs)

@@ -1,36 +1,27 @@
 """Arguments that several commands have, and their checks."""
 
-import os
 import re
 from collections.abc import Callable, Collection
-from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
 from ._flags import quick_parser
-from ._names import TASKS, did_you_mean, is_repo_id, one_line
+from ._names import TASKS, did_you_mean, is_repo_id, one_line, output_problem
 from ._output import fail
 
 
-class Split(str, Enum):
-    train = "train"
-    validation = "validation"
-    test = "test"
+Split = Literal["train", "validation", "test"]
 
 
 def check_new(output: Path) -> None:
-    """Exits if `output` is a folder that is not empty, or can't be made one."""
-    existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir():
-        fail(f"'{existing}' is a file; choose another folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        fail(f"'{existing}' can't be written to; choose another folder.")
-    if existing == output and any(output.iterdir()):
-        fail(f"'{output}' exists and is not empty; choose another folder.")
+    """Exits unless `output` is an empty folder, or can be created."""
+    problem = output_problem(output)
+    if problem is not None:
+        fail(problem)
 
 
 def check_name(name: str, known: Collection[str], argument: str | None = None) -> None:
@@ -43,7 +34,7 @@ def check_name(name: str, known: Collection[str], argument: str | None = None) -
 
 
 def not_empty(source: str) -> str:
-    """The value of an argument, which without this check would be the current folder if a shell variable is not set."""
+    """Refuses an empty value, as of a shell variable that is not set, which would be taken for the current folder."""
     if not source:
         raise typer.BadParameter("it is empty.")
     return source

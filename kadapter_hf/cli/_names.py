@@ -1,11 +1,13 @@
 """
-Names, and whether they can be right: what the commands check before they import anything large. A test compares the lists with
-the registries of `kadapter_hf`.
+Names, and whether they can be right: what the commands check before they import anything large, and the package checks too. A
+test compares the lists with the registries of `kadapter_hf`.
 """
 
 import difflib
 import json
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -38,7 +40,7 @@ def one_line(value: Any) -> str:
 
 
 def parsed_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text is; None if it is none."""
+    """The JSON object in a text; None if it is not one."""
     try:
         values = json.loads(text)
     except ValueError:
@@ -50,6 +52,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The suggestion of a similar name, to append to a message; empty if there is none."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def output_problem(output: Path) -> str | None:
+    """Why a command can't write to `output`, which must be an empty folder or not exist yet; None if it can."""
+    existing = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
+    if not existing.is_dir():
+        return f"'{existing}' is a file; choose another folder."
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"'{existing}' can't be written to; choose another folder."
+    if existing == output and any(output.iterdir()):
+        return f"'{output}' exists and is not empty; choose another folder."
+    return None
 
 
 def is_repo_id(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the commands print: errors, logs and progress, as --quiet, --verbose and --log_file say."""
+"""Output of the commands: results, errors, logs and progress, according to --quiet, --verbose and --log_file."""
 
 import json
 import logging
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
+
+from ._names import one_line
 
 
 if TYPE_CHECKING:
@@ -68,8 +70,6 @@ def print_rows(console: "Console", title: str, rows: Mapping[str, str | None]) -
     """Prints a table of labels and values; the rows without a value are left out."""
     from rich.table import Table
     from rich.text import Text
-
-    from kadapter_hf.messages import one_line
 
     table = Table("", "", title=Text(one_line(title)), title_justify="left", show_header=False)
     table.columns[1].overflow = "fold"
@@ -132,8 +132,8 @@ def _is_fault(error: Exception) -> bool:
 @contextmanager
 def running(repo: str | None = None) -> Iterator[None]:
     """
-    What a command does its work in: errors are sentences (see `plain_errors`), Ctrl-C ends with code 130, and logs and
-    progress bars are as the options say.
+    The context in which a command does its work: errors are sentences (see `plain_errors`), Ctrl-C exits with code 130, and
+    logs and progress bars follow the options.
     """
     try:
         with plain_errors(repo), _logs():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._arguments import AsJson, checked_task, starting
+from ._arguments import AsJson, check_new, checked_task, starting
 from ._names import TASKS
 from ._output import conclude, print_json, print_table, running, say
 
@@ -76,6 +76,7 @@ def convert(
     --output tacred-model`
     """
     numbers = layer_numbers(layers)
+    check_new(output)
     from kadapter_hf.conversion import convert as run, verify as compare
 
     with running():
@@ -104,7 +105,7 @@ def convert(
 
 
 def recorded(name: str | None) -> dict[str, Any]:
-    """The arguments of the conversion that say what the task is."""
+    """The arguments of the conversion for a task: what is recorded of it, and its labels."""
     if name is None:
         return {}
     from kadapter_hf.tasks.task import find_task

@@ -62,7 +62,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def requirements(extra: str = "") -> list["Requirement"]:
-    """What the package's metadata requires on this machine: always, or for an extra."""
+    """The requirements in the package's metadata that apply to this machine: those of an extra, or the general ones."""
     from packaging.requirements import Requirement
 
     return [
@@ -163,7 +163,7 @@ def caches() -> list[dict[str, Any]]:
 
 
 def size_of(folder: Path) -> int:
-    """The bytes of all files; links, of which the Hub's cache has many, don't count."""
+    """The bytes of all files. Links, which the Hub's cache is full of, are not followed."""
     return sum(os.lstat(os.path.join(root, file)).st_size for root, _, files in os.walk(folder) for file in files)
 
 

@@ -37,7 +37,7 @@ def evaluate(
             callback=not_empty, help="A file; or a folder or a data set on the Hub, of which --split is evaluated."
         ),
     ],
-    split: Annotated[Split, typer.Option(help="Files by themselves are used as a whole.")] = Split.test,
+    split: Annotated[Split, typer.Option(help="Files by themselves are used as a whole.")] = "test",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -63,7 +63,7 @@ def evaluate(
     of_task = find_task(task)
     with running():
         splits = of_task.read_splits(data, skip_bad_rows=skip_bad_rows)
-        name = "train" if Path(data).is_file() else split.value
+        name = "train" if Path(data).is_file() else split
         if name not in splits:
             raise ValueError(f"'{data}' has no split named {name}; it has {', '.join(splits)}.")
         rows = splits[name]
@@ -71,7 +71,7 @@ def evaluate(
         found, metrics = run(loaded, tokenizer, rows, of_task, batch_size)
         if output is not None:
             write_report(output, of_task, rows, found, labels_of(loaded, of_task), label_names(loaded))
-            write_json(output / "metrics.json", {split.value: metrics})
+            write_json(output / "metrics.json", {split: metrics})
         if as_json:
             print_json(metrics)
             return

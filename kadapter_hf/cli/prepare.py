@@ -4,9 +4,8 @@ import json
 import os
 import shlex
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -48,17 +47,6 @@ prepare = typer.Typer(
 )
 
 
-class Unit(str, Enum):
-    document = "document"
-    example = "example"
-
-
-class Executor(str, Enum):
-    local = "local"
-    slurm = "slurm"
-    ray = "ray"
-
-
 @prepare.command()
 def trex(
     folders: Annotated[
@@ -67,10 +55,12 @@ def trex(
     ],
     output: Output,
     min_examples: Annotated[int, typer.Option(min=1, help="Drop relations with fewer examples.")] = 50,
-    split: Annotated[Unit, typer.Option(help="The unit to split into train and test.")] = Unit.document,
+    split: Annotated[
+        Literal["document", "example"], typer.Option(help="The unit to split into train and test.")
+    ] = "document",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
     names: Names = None,
-    executor: Annotated[Executor, typer.Option(help="Where to run.")] = Executor.local,
+    executor: Annotated[Literal["local", "slurm", "ray"], typer.Option(help="Where to run.")] = "local",
     workers: Annotated[
         int, typer.Option(min=1, help="Files to read in parallel, each held in memory.", show_default="number of CPUs")
     ] = os.cpu_count() or 1,
@@ -86,19 +76,19 @@ def trex(
 
     Example: `kadapter prepare trex re-nlg/ --output data/trex --workers 8`
     """
-    check_not_there(output, Split.train, overwrite)
+    check_not_there(output, "train", overwrite)
     with running():
-        from kadapter_hf.corpora.trex import prepare_trex  # which needs packages of the extra `knowledge`
+        from kadapter_hf.corpora.trex import prepare_trex  # needs packages of the extra `knowledge`
 
         report = prepare_trex(
             folders,
             output,
             min_examples=min_examples,
-            split=split.value,
+            split=split,
             seed=seed,
             names=names,
             strict=strict,
-            executor=executor.value,
+            executor=executor,
             workers=workers,
             partition=partition,
             time=time,
@@ -159,7 +149,7 @@ def add_command(name: str, corpus: Corpus) -> None:
         files: Files,
         output: Output,
         names: Names = None,
-        split: SplitName = Split.train,
+        split: SplitName = "train",
         strict: Strict = False,
         overwrite: Overwrite = False,
     ) -> None:
@@ -174,7 +164,7 @@ def add_command(name: str, corpus: Corpus) -> None:
     def convert_without_names(
         files: Files,
         output: Output,
-        split: SplitName = Split.train,
+        split: SplitName = "train",
         strict: Strict = False,
         overwrite: Overwrite = False,
     ) -> None:
@@ -196,7 +186,7 @@ def conllu(
         str | None,
         typer.Option(help="Parse FILES, with one text per line, with this spaCy pipeline.", show_default=False),
     ] = None,
-    split: SplitName = Split.train,
+    split: SplitName = "train",
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -209,10 +199,11 @@ def conllu(
     """
     check_not_there(output, split, overwrite)
     from kadapter_hf.corpora import parse_text, read_conllu
+    from kadapter_hf.corpora.files import read_text
 
     with running():
         if pipeline:
-            made = [parse_text(lines_of(file), pipeline, strict) for file in files]
+            made = [parse_text(read_text(file).splitlines(), pipeline, strict) for file in files]
         else:
             made = [read_conllu(file, strict) for file in files]
         write(files, made, output, split)
@@ -220,16 +211,9 @@ def conllu(
 
 def check_not_there(output: Path, split: Split, overwrite: bool) -> None:
     """Exits if the rows of this split would be replaced unasked."""
-    file = output / f"{split.value}.parquet"
+    file = output / f"{split}.parquet"
     if file.exists() and not overwrite:
         fail(f"'{file}' exists: replace it with --overwrite, or choose another --output.")
-
-
-def lines_of(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8") from None
 
 
 def write(files: list[Path], made: "list[tuple[Dataset, Report]]", output: Path, split: Split) -> None:
@@ -244,11 +228,11 @@ def write(files: list[Path], made: "list[tuple[Dataset, Report]]", output: Path,
     for file, (_, of_file) in zip(files, made, strict=True):
         report.add(of_file if len(files) == 1 else of_file.renamed(file.name))
     output.mkdir(parents=True, exist_ok=True)
-    draft = output / f".{split.value}.draft"
+    draft = output / f".{split}.draft"
     dataset.to_parquet(str(draft))
-    draft.replace(output / f"{split.value}.parquet")
-    reports = {split.value: vars(report)} | {
-        other: content for other, content in read_reports(output).items() if other != split.value
+    draft.replace(output / f"{split}.parquet")
+    reports = {split: vars(report)} | {
+        other: content for other, content in read_reports(output).items() if other != split
     }
     labels = {label for content in reports.values() for label in content["labels"]}
     relations = "relation" in dataset.column_names
@@ -265,7 +249,7 @@ def read_reports(output: Path) -> dict[str, dict[str, Any]]:
     if not (output / REPORT).exists():
         return {}
     content = json.loads((output / REPORT).read_text(encoding="utf-8"))
-    reports = {split.value: content.pop(split.value) for split in Split if split.value in content}
+    reports = {split: content.pop(split) for split in get_args(Split) if split in content}
     reports |= {"train": content} if content else {}
     return {split: report for split, report in reports.items() if (output / f"{split}.parquet").exists()}
 

@@ -6,6 +6,7 @@ import typer
 
 from ._arguments import AsJson
 from ._flags import check_flags
+from ._names import one_line
 from ._output import conclude, print_json, print_table, running, say
 
 
@@ -41,7 +42,7 @@ def show(results: dict[str, Any]) -> None:
     """Prints the metrics of each relation and of each part, and what was left out."""
     from rich.text import Text
 
-    from kadapter_hf.messages import one_line, shortened
+    from kadapter_hf.messages import shortened
 
     names = [name for name in NAMES if name in results["relations"][0]]
     for part, means in results["parts"].items():
@@ -71,8 +72,6 @@ def new_table(title: str, first: str, names: list[str]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from kadapter_hf.messages import one_line
-
     # Two lines, so that the table fits into 80 columns.
     words = {"backbone": "back-\nbone", "kadapter": "K-Ad-\napter"}
     table = Table(first, "facts", title=Text(one_line(title)), title_justify="left")
@@ -89,7 +88,7 @@ def numbers(row: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """What the tables don't say."""
+    """The sentences below the tables."""
     lines = ["All numbers but those of facts are percentages; means are over relations."]
     if results["vocabulary"] is None:
         lines.append("Each object was ranked among the objects of its relation.")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ._arguments import AsJson, Repo, Revision, Token, check_new
+from ._names import one_line
 from ._output import conclude, print_json, running, say
 
 
@@ -36,7 +37,6 @@ def pull(
     """
     if output is not None:
         check_new(output)
-    from kadapter_hf.messages import one_line
     from kadapter_hf.pulling import pull_adapter, pull_repository
 
     with running(repo):

@@ -1,4 +1,4 @@
-"""Reading JSON and CSV files record by record, and writing JSON."""
+"""Reading text, JSON and CSV files, and writing JSON."""
 
 import codecs
 import csv
@@ -79,12 +79,36 @@ def csv_records(path: str | Path, delimiter: str = ",") -> Iterator[tuple[str, d
         raise ValueError(f"{path} is not CSV: {error}") from None
 
 
-def read_json(path: str | Path, kind: type[T]) -> T:
-    """The content of a JSON file whose top level has the given type (dict or list)."""
+def read_text(path: str | Path) -> str:
+    """The content of a text file. Raises a `ValueError` if it is not UTF-8."""
     try:
-        content = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8") from None
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """
+    Yields the lines that are not blank, stripped, each with its place for error messages.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        place = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{place} is not UTF-8.") from None
+        if text:
+            yield place, text
+
+
+def read_json(path: str | Path, kind: type[T]) -> T:
+    """The content of a JSON file whose top level has the given type (dict or list)."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, kind):

@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from ..messages import shortened
+from ..modeling.parsing_kadapter import find_cycle
 from .files import csv_records, json_records, write_json
 
 
@@ -59,17 +60,20 @@ class Report:
     labels: Counter[str] = field(default_factory=Counter)
 
     def keep(self, labels: str | Iterable[str]) -> None:
+        """Counts a row and its labels."""
         self.kept += 1
         for label in (labels,) if isinstance(labels, str) else labels:
             self.labels[label] += 1
 
     def drop(self, reason: str, name: str, count: int = 1) -> None:
+        """Counts dropped records; `name` is that of one of them."""
         self.dropped[reason] += count
         names = self.first_dropped.setdefault(reason, [])
         if len(names) < NAMES_PER_REASON:
             names.append(shortened(name))
 
     def add(self, other: "Report") -> None:
+        """Adds the numbers and names of another report."""
         self.kept += other.kept
         self.dropped.update(other.dropped)
         self.labels.update(other.labels)
@@ -94,6 +98,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
+        """Reads a report that `save` has written."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(content["kept"], Counter(content["dropped"]), content["first_dropped"], Counter(content["labels"]))
 
@@ -183,10 +188,11 @@ def dependency_problem(row: Row) -> str | None:
     roots = heads.count(0)
     if roots != 1:
         return "no root" if roots == 0 else "several roots"
-    return "a cycle" if _has_cycle(heads) else None
+    return "a cycle" if find_cycle([0, *heads]) else None
 
 
 def text_problem(row: Row, column: str = "text") -> str | None:
+    """The problem with a column that must hold text, or None."""
     text = row.get(column)
     if not isinstance(text, str):
         return f"{column} is not a string"
@@ -217,19 +223,6 @@ def is_list(value: Any, of: Callable[[Any], bool]) -> bool:
     return isinstance(value, (list, tuple)) and all(map(of, value))
 
 
-def _has_cycle(heads: Sequence[int]) -> bool:
-    reaches_root = {0}
-    for word in range(1, len(heads) + 1):
-        path: set[int] = set()
-        while word not in reaches_root:
-            if word in path:
-                return True
-            path.add(word)
-            word = heads[word - 1]
-        reaches_root |= path
-    return False
-
-
 _TEXT, _SPAN = Value("string"), List(Value("int32"), length=2)
 RELATION = Schema(
     "relation",
@@ -247,6 +240,16 @@ DEPENDENCY = Schema(
     dependency_problem,
     "labels",
 )
+
+
+def as_labels(value: str | Sequence[str]) -> Sequence[str]:
+    """The labels in the column of a row that holds one or several."""
+    return [value] if isinstance(value, str) else value
+
+
+def label_set(rows: Dataset, schema: Schema) -> set[str]:
+    """The labels that occur in rows."""
+    return {label for value in rows[schema.labels][:] for label in as_labels(value)}
 
 
 def check_columns(columns: Iterable[str], schema: Schema) -> None:

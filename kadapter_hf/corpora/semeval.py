@@ -37,8 +37,8 @@ def records(path: str | Path) -> Iterator[Record]:
             continue
         # The test file without relations has a sentence a line, and no blank ones.
         several = len(lines) > 1 and re.match(r"\d+\t", lines[1])
-        for of_one in [[line] for line in lines] if several else [lines] if lines else []:
-            yield of_one[0].partition("\t")[0], _row(of_one)
+        for one_record in [[line] for line in lines] if several else [lines] if lines else []:
+            yield one_record[0].partition("\t")[0], _row(one_record)
 
 
 def _row(lines: list[str]) -> Row | str:

@@ -20,20 +20,28 @@ def read_tacred(path: str | Path, strict: bool = False) -> tuple[Dataset, Report
     Raises:
         ValueError: the file is not in TACRED's format; with `strict`, a record is unusable.
     """
-    return build(path, RELATION, _records(path), strict)
+    return build(path, RELATION, _rows(path), strict)
 
 
-def _records(path: str | Path) -> Iterator[Record]:
+def records(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yields the name and the content of each record of a file."""
     for number, example in enumerate(progress(read_json(path, list), path)):
         name = example.get("id") if isinstance(example, dict) else None
-        yield str(name or f"record {number}"), _row(example)
+        yield str(name or f"record {number}"), example
 
 
-def _row(example: Any) -> Row | str:
-    try:
-        # Ends are inclusive in TACRED.
-        subject = (example["subj_start"], example["subj_end"] + 1)
-        object_ = (example["obj_start"], example["obj_end"] + 1)
-        return relation_row(example["token"], subject, object_, example["relation"])
-    except MALFORMED:
-        return "the record is incomplete"
+def row_of(example: Any, relation: str) -> Row | str:
+    """The row of a record, or the problem with its spans. Raises one of `MALFORMED` if it lacks something."""
+    # Ends are inclusive in TACRED.
+    subject = (example["subj_start"], example["subj_end"] + 1)
+    object_ = (example["obj_start"], example["obj_end"] + 1)
+    return relation_row(example["token"], subject, object_, relation)
+
+
+def _rows(path: str | Path) -> Iterator[Record]:
+    for name, example in records(path):
+        try:
+            row = row_of(example, example["relation"])
+        except MALFORMED:
+            row = "the record is incomplete"
+        yield name, row

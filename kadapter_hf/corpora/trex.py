@@ -101,7 +101,7 @@ def prepare_trex(
             second.run()
     except ValueError:
         if is_new and not any(Report.load(path).kept for path in Path(reports).glob("*.json")):
-            # Nothing that another run could go on from.
+            # There is nothing that another run could resume.
             shutil.rmtree(output)
         raise
     return Report.load(output / "report.json")

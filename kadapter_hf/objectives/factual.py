@@ -12,7 +12,7 @@ from .objective import LARGE_DEFAULTS, Objective
 
 
 def metrics(labels: list[str]) -> Callable:
-    """Looks for scikit-learn now, before the training, which `relation_metrics` needs after it."""
+    """Checks for scikit-learn before the training, as `relation_metrics` needs it afterwards."""
     require_scikit_learn()
     return relation_metrics
 

@@ -1,17 +1,17 @@
 """The definition of a training objective for knowledge adapters."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..corpora import Schema
+from ..corpora.schema import Schema, label_set
 from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 
 
-# From docs/knowledge.md. warmup_steps is a share of all steps.
+# See docs/knowledge.md. warmup_steps is a share of all steps.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "per_device_train_batch_size": 32,
@@ -58,13 +58,3 @@ class Objective:
     def labels_of(self, rows: Dataset) -> list[str]:
         """The labels in these rows, sorted."""
         return sorted(label_set(rows, self.schema)) if self.schema else []
-
-
-def row_labels(rows: Dataset, schema: Schema) -> Iterator[list[str]]:
-    """Yields each row's labels as a list."""
-    for value in rows[schema.labels][:]:
-        yield [value] if isinstance(value, str) else value
-
-
-def label_set(rows: Dataset, schema: Schema) -> set[str]:
-    return {label for labels in row_labels(rows, schema) for label in labels}

@@ -5,7 +5,7 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,11 +14,13 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from kadapter_cli._source import flag
+
 from ..corpora.schema import Row, Schema, is_list, text_problem
 from ..features import most_tokens
 from ..messages import shortened
 from ..modeling.heads_kadapter import KAdapterForQuestionAnswering
-from .records import Named, RowProblem, find, needed, parsed, records
+from .records import Records, RowProblem, find, needed, parsed, records
 from .task import Options, Task, register_task
 
 
@@ -60,27 +62,18 @@ EXTRACTIVE_QA = Schema(
 
 @dataclass
 class ExtractiveQAOptions(Options):
-    stride: int = field(
-        default=64,
-        metadata={"help": "How many tokens two windows of a long text share; at most a quarter of max_length."},
+    stride: int = flag(64, "How many tokens two windows of a long text share; at most a quarter of max_length.")
+    max_answer_length: int = flag(30, "Maximum number of tokens of an answer.")
+    aggregation: Literal["best", "sum"] = flag(
+        "best",
+        "How a question is answered from several passages or windows: best (the span with the highest score) or "
+        "sum (the string whose occurrences have the highest sum of probabilities).",
     )
-    max_answer_length: int = field(default=30, metadata={"help": "Maximum number of tokens of an answer."})
-    aggregation: Literal["best", "sum"] = field(
-        default="best",
-        metadata={
-            "help": "How a question is answered from several passages or windows: best (the span with the highest score) or "
-            "sum (the string whose occurrences have the highest sum of probabilities)."
-        },
-    )
-    max_passages: int | None = field(
-        default=None, metadata={"help": "Use only the first passages of each question. Default: all."}
-    )
-    null_score_diff_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "For questions that may have no answer, as in SQuAD 2: the answer is empty if the score of the first token "
-            "exceeds that of the best span by more than this; 0 is a good start. Default: every question has an answer."
-        },
+    max_passages: int | None = flag(None, "Use only the first passages of each question. Default: all.")
+    null_score_diff_threshold: float | None = flag(
+        None,
+        "For questions that may have no answer, as in SQuAD 2: the answer is empty if the score of the first token "
+        "exceeds that of the best span by more than this; 0 is a good start. Default: every question has an answer.",
     )
 
     def __post_init__(self):
@@ -140,7 +133,7 @@ def extractive_qa_features(
 
 
 def _target(answers: Mapping[str, Sequence[Any]], offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The positions of the first and the last token of the first answer in this window, else of the window's first token."""
+    """The positions of the first and last token of the first answer in the window; of the window's first token if none is."""
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):
         if start == NOWHERE:
             continue
@@ -156,7 +149,7 @@ def _target(answers: Mapping[str, Sequence[Any]], offsets: Sequence[tuple[int, i
 
 
 def normalized(answer: str) -> str:
-    """Without case, punctuation, articles and repeated spaces, as in the official scorer of SQuAD v1.1."""
+    """An answer without case, punctuation, articles and repeated spaces, as in the official scorer of SQuAD v1.1."""
     kept = "".join(char for char in answer.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
@@ -206,7 +199,7 @@ class ExtractiveQATask(Task):
         "max_length": 384,
     }
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         if path.suffix.lower() == ".json":
             try:
                 content = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -235,7 +228,7 @@ class ExtractiveQATask(Task):
             rows = rows.select(kept)
         if training:
             pairs = list(zip(rows["id"][:], rows["answers"][:], strict=True))
-            found = {name for name, answers in pairs if _is_there(answers)}
+            found = {name for name, answers in pairs if any(start != NOWHERE for start in answers["answer_start"])}
             nothing = {name for name, answers in pairs if not answers["text"]}
             if options.null_score_diff_threshold is not None:
                 found |= nothing
@@ -265,9 +258,9 @@ class ExtractiveQATask(Task):
             found = self.predictions(prediction.predictions, rows, features, labels, options)
             texts = {names[number]: answer["prediction"] for number, answer in found.items()}
 
-            def means(of_some: Sequence[str]) -> tuple[float, float]:
+            def means(questions: Sequence[str]) -> tuple[float, float]:
                 scores = [
-                    (exact_match(texts[name], right[name]), token_f1(texts[name], right[name])) for name in of_some
+                    (exact_match(texts[name], right[name]), token_f1(texts[name], right[name])) for name in questions
                 ]
                 em, f1 = np.mean(scores, axis=0) if scores else (0.0, 0.0)
                 return float(em), float(f1)
@@ -352,7 +345,7 @@ def aggregated(candidates: Sequence[tuple[float, str, int | None]], aggregation:
     return candidates[best][1], sums[keys[best]] / total, candidates[best][2]
 
 
-def _squad(articles: Sequence[Any]) -> Named:
+def _squad(articles: Sequence[Any]) -> Records:
     for number, article in enumerate(articles, start=1):
         try:
             for paragraph in article["paragraphs"]:
@@ -386,7 +379,3 @@ def _answers(record: Mapping[str, Any], context: str) -> dict[str, list] | None:
         texts.append(text)
         starts.append(place)
     return {"text": texts, "answer_start": starts}
-
-
-def _is_there(answers: Mapping[str, Sequence[Any]]) -> bool:
-    return any(start != NOWHERE for start in answers["answer_start"])

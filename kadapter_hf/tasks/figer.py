@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from ..corpora.files import read_text
 from ..corpora.schema import MALFORMED
 from .open_entity import OpenEntity
-from .records import Named
+from .records import Records
 from .task import register_task
 
 
@@ -29,20 +30,14 @@ class Figer(OpenEntity):
     published = {"": 77.83, "multitask": 78.84, "untrained": 77.90, "F": 80.42, "L": 79.18, "F+L": 80.54}
     reproduced = {}
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         return _mentions(path) if path.suffix.lower() == ".label" else super().records(path)
 
 
-def _mentions(path: Path) -> Named:
+def _mentions(path: Path) -> Records:
     """A record for each mention of the sentences in an `exp.label` file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8") from None
-    number = 0
     sentence: list[tuple[str, str]] = []
-    for line in [*text.splitlines(), ""]:
-        number += 1
+    for number, line in enumerate([*read_text(path).splitlines(), ""], start=1):
         if line.strip():
             try:
                 token, tag = line.split("\t")

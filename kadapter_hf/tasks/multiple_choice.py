@@ -102,7 +102,7 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-# Names of columns with a choice each, before a number or a letter; the letter may be all of the name.
+# Prefixes of the columns with one choice each, before a number or a letter; a name may also be a letter alone.
 PREFIXES = ("choice", "answer", "ending", "option", "")
 
 
@@ -135,4 +135,4 @@ def _number(value: Any, choices: Any) -> Any:
             return ord(value.upper()) - ord("A")
         if isinstance(choices, list) and choices.count(value) == 1:
             return choices.index(value)
-    return None if value == -1 else value  # as data sets on the Hub have for labels that are not public
+    return None if value == -1 else value  # data sets on the Hub have -1 where labels are not public

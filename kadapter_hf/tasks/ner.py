@@ -9,10 +9,11 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase
 
+from ..corpora.files import read_text
 from ..corpora.schema import Row, Schema, is_list, is_name
 from ..features import index_of, most_tokens, special_tokens, tokenize
 from ..modeling.heads_kadapter import KAdapterForTokenClassification
-from .records import TABLES, Named, find, needed, parsed, records
+from .records import TABLES, Records, find, needed, parsed, records
 from .task import Options, Task, register_task
 
 
@@ -114,7 +115,7 @@ class NERTask(Task):
         "max_length": 256,
     }
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         return records(path) if path.suffix.lower() in TABLES else _conll(path)
 
     def row(self, record: dict[str, Any]) -> Row:
@@ -150,23 +151,19 @@ class NERTask(Task):
                     tags[row][word] = labels[int(scores.argmax())]
         return {
             number: {
-                "prediction": of_one,
+                "prediction": predicted,
                 "entities": [
                     {"text": " ".join(tokens[start:end]), "label": kind, "start": start, "end": end}
-                    for kind, start, end in sorted(spans(of_one), key=lambda span: span[1:])
+                    for kind, start, end in sorted(spans(predicted), key=lambda span: span[1:])
                 ],
             }
-            for number, (of_one, tokens) in enumerate(zip(tags, rows["tokens"][:], strict=True))
+            for number, (predicted, tokens) in enumerate(zip(tags, rows["tokens"][:], strict=True))
         }
 
 
-def _conll(path: Path) -> Named:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8") from None
+def _conll(path: Path) -> Records:
     words: list[list[str]] = []
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
+    for number, line in enumerate([*read_text(path).splitlines(), ""], start=1):
         if line.strip() and not line.startswith("-DOCSTART-"):
             words.append(line.split())
         elif words:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..corpora.files import read_json
 from ..corpora.schema import Row
-from .records import Named, needed
+from .records import Records, needed
 from .task import register_task
 from .typing import TypingTask
 
@@ -51,7 +51,7 @@ class OpenEntity(TypingTask):
         "F+L": "76.0 to 76.2",
     }
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         for number, record in enumerate(read_json(path, list)):
             yield f"record {number}", record if isinstance(record, dict) else "not a JSON object"
 

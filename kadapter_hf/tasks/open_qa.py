@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..corpora.schema import Row
 from .extractive_qa import NOWHERE, ExtractiveQATask
-from .records import Named, RowProblem, find, needed
+from .records import Records, RowProblem, find, needed
 from .task import register_task
 
 
@@ -33,7 +33,7 @@ class SearchQA(ExtractiveQATask):
     }
     published: ClassVar[Mapping[str, float]] = {"": 65.62, "multitask": 66.67, "F": 67.17, "L": 66.82, "F+L": 67.31}
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         beside = path.with_suffix(".json")
         if not beside.is_file():
             raise ValueError(f"'{path}' has no passages beside it: '{beside.name}' is missing.")
@@ -42,12 +42,12 @@ class SearchQA(ExtractiveQATask):
             raise ValueError(
                 f"'{path}' has {len(questions)} questions, but '{beside.name}' has {len(passages)} lines."
             )
-        for number, (question, of_one) in enumerate(zip(questions, passages, strict=True), start=1):
+        for number, (question, documents) in enumerate(zip(questions, passages, strict=True), start=1):
             name = f"question {number}"
-            if not isinstance(question, dict) or not isinstance(of_one, list):
+            if not isinstance(question, dict) or not isinstance(documents, list):
                 yield name, "not in the format of OpenQA: an object with question and answers, and a list of passages"
                 continue
-            for place, passage in enumerate(of_one, start=1):
+            for place, passage in enumerate(documents, start=1):
                 document = passage.get("document") if isinstance(passage, dict) else None
                 yield (
                     f"{name}, passage {place}",

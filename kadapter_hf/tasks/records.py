@@ -16,15 +16,16 @@ from ..messages import shortened
 
 # Endings of the files that `records` reads.
 TABLES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
-Named = Iterator[tuple[str, dict[str, Any] | str]]
+# The name of each record for messages, and its content or what is wrong with it.
+Records = Iterator[tuple[str, dict[str, Any] | str]]
 
 
 class RowProblem(ValueError):
     """What is wrong with a row, in words for the user."""
 
 
-def records(path: Path) -> Named:
-    """The rows of a table as dicts, with their names for error messages, or what is wrong with them."""
+def records(path: Path) -> Records:
+    """The rows of a table."""
     ending = path.suffix.lower()
     if ending == ".parquet":
         try:
@@ -36,7 +37,7 @@ def records(path: Path) -> Named:
     return json_records(path)
 
 
-def dataset_records(rows: Dataset) -> Named:
+def dataset_records(rows: Dataset) -> Records:
     """The rows of a data set; classes are replaced by their names."""
     classes = {}
     for name, feature in rows.features.items():
@@ -104,7 +105,7 @@ def parsed(value: Any) -> Any:
 
 
 def names_in(value: Any) -> list[str]:
-    """The labels in a cell: a list, JSON, or names separated by commas, semicolons or vertical bars; None has none."""
+    """The labels in a cell: a list, JSON, or names separated by commas, semicolons or vertical bars."""
     value = parsed(value)
     if value is None:
         return []

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from ..corpora.schema import Row
 from ..corpora.semeval import records as tagged_records
 from ..metrics import semeval_metrics
-from .records import Named
+from .records import Records
 from .relation import RelationOptions, RelationTask
 from .task import register_task
 
@@ -38,7 +38,7 @@ class SemEval(RelationTask):
     metric = "macro_f1"
     paper: ClassVar[Mapping[str, Any]] = {**RelationTask.paper, "max_length": 128}
 
-    def records(self, path: Path) -> Named:
+    def records(self, path: Path) -> Records:
         for name, row in tagged_records(path):
             yield name, row if isinstance(row, str) else dict(row)
 

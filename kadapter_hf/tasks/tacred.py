@@ -1,15 +1,17 @@
 """TACRED (paper, section 4.3; `examples/run_finetune_TACRED_adapter.py` in the original)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 
-from ..corpora.files import read_json
-from ..corpora.schema import MALFORMED, Row, relation_row
+from kadapter_cli._source import flag
+
+from ..corpora.schema import MALFORMED, Row
+from ..corpora.tacred import records as tacred_records, row_of
 from ..metrics import tacred_metrics
-from .records import Named, RowProblem
+from .records import Records, RowProblem
 from .relation import RelationOptions, RelationTask
 from .task import register_task
 
@@ -30,11 +32,9 @@ LABELS = (
 
 @dataclass
 class TacredOptions(RelationOptions):
-    negative_sample: int = field(
-        default=45000,
-        metadata={
-            "help": "Train on fewer than this many rows with no_relation: the first ones, as the original does. 0 keeps all."
-        },
+    negative_sample: int = flag(
+        45000,
+        "Train on fewer than this many rows with no_relation: the first ones, as the original does. 0 keeps all.",
     )
 
 
@@ -56,17 +56,13 @@ class Tacred(RelationTask):
     published = {"": 71.25, "multitask": 71.62, "F": 71.89, "L": 71.96, "F+L": 72.04}
     reproduced = {"F": "69.9", "L": "70.0", "F+L": "68.8 to 69.8"}
 
-    def records(self, path: Path) -> Named:
-        for number, example in enumerate(read_json(path, list)):
-            name = example.get("id") if isinstance(example, dict) else None
-            yield str(name or f"record {number}"), example if isinstance(example, dict) else "not a JSON object"
+    def records(self, path: Path) -> Records:
+        for name, example in tacred_records(path):
+            yield name, example if isinstance(example, dict) else "not a JSON object"
 
     def row(self, record: dict) -> Row:
         try:
-            # Ends are inclusive in TACRED.
-            subject = (record["subj_start"], record["subj_end"] + 1)
-            object_ = (record["obj_start"], record["obj_end"] + 1)
-            row = relation_row(record["token"], subject, object_, record.get("relation", ""))
+            row = row_of(record, record.get("relation", ""))
         except MALFORMED as error:
             raise RowProblem(f"not a record of TACRED: {type(error).__name__} {error}") from None
         if isinstance(row, str):

@@ -13,12 +13,12 @@ from transformers.utils import logging
 
 from kadapter_cli._names import did_you_mean
 
-from ..corpora.schema import Record, Report, Row, Schema, build
+from ..corpora.schema import Record, Report, Row, Schema, as_labels, build, label_set
 from ..features import encode
 from ..messages import shortened
 from ..modeling.modeling_kadapter import KAdapterPreTrainedModel
 from ..rows import find_splits
-from .records import TABLES, Named, RowProblem, dataset_records, records
+from .records import TABLES, Records, RowProblem, dataset_records, records
 
 
 logger = logging.get_logger(__name__)
@@ -108,8 +108,8 @@ class Task:
 
     # ---- Reading ----------------------------------------------------------------------------------------------------
 
-    def records(self, path: Path) -> Named:
-        """Yields the name and the content of each record of a file, or what is wrong with it."""
+    def records(self, path: Path) -> Records:
+        """Yields the name and the content of each record of a file, or what is wrong with it; by default rows of a table."""
         return records(path)
 
     def row(self, record: dict[str, Any]) -> Row:
@@ -136,18 +136,18 @@ class Task:
         """
         return self._built(source, self._records_of(source), labelled, skip_bad_rows)
 
-    def _records_of(self, source: str | Path | Dataset) -> Named:
+    def _records_of(self, source: str | Path | Dataset) -> Records:
         return dataset_records(source) if isinstance(source, Dataset) else self.records(Path(source))
 
     def _built(
-        self, source: str | Path | Dataset, found: Named, labelled: bool, skip_bad_rows: bool
+        self, source: str | Path | Dataset, found: Records, labelled: bool, skip_bad_rows: bool
     ) -> tuple[Dataset, Report]:
         schema = self.schema if labelled else self.schema.without_labels()
         checked = (self._checked(*record, labelled) for record in found)
         return build(source_name(source), schema, checked, not skip_bad_rows)
 
     def _is_labelled(self, record: dict[str, Any] | str) -> bool:
-        """Whether a record has labels; also if it can't be used, which is an error elsewhere."""
+        """Whether a record has labels. One that can't be used counts as labelled: `_checked` reports it."""
         try:
             return isinstance(record, str) or self.row(record).get(self.schema.labels) is not None
         except RowProblem:
@@ -165,7 +165,7 @@ class Task:
         elif row.get(self.schema.labels) is None:
             return name, f"no {self.schema.labels}; the columns are {shortened(', '.join(map(str, record)), 200)}"
         elif self.labels is not None:
-            unknown = next((label for label in self._labels_of(row) if label not in self.labels), None)
+            unknown = next((label for label in as_labels(row[self.schema.labels]) if label not in self.labels), None)
             if unknown is not None:
                 return name, f"the label '{shortened(unknown)}' is not one of the task's {len(self.labels)}"
         return name, row
@@ -201,22 +201,13 @@ class Task:
 
     # ---- Labels and features ----------------------------------------------------------------------------------------
 
-    def _labels_of(self, row: Row) -> Sequence[str]:
-        value = row[self.schema.labels]
-        return [value] if isinstance(value, str) else value
-
     def labels_in(self, splits: Mapping[str, Dataset]) -> list[str]:
         """The labels, in the order of the model's outputs: the task's, or those in the data, sorted."""
         if not self.has_labels:
             return []
         if self.labels is not None:
             return list(self.labels)
-        return sorted(set().union(*map(self.label_set, splits.values())))
-
-    def label_set(self, rows: Dataset) -> set[str]:
-        """The labels that occur in rows."""
-        column = self.schema.labels
-        return {label for value in rows[column][:] for label in self._labels_of({column: value})}
+        return sorted(set().union(*(label_set(rows, self.schema) for rows in splits.values())))
 
     def encode(
         self,
@@ -247,7 +238,7 @@ class Task:
     def metrics_on(
         self, rows: Dataset, features: Dataset, labels: Sequence[str], options: Options
     ) -> Callable[[EvalPrediction], dict[str, float]]:
-        """Trainer's `compute_metrics` for the evaluation on these rows and their features. Rows that have none are missed."""
+        """Trainer's `compute_metrics` for these rows. Rows without features have no prediction, and count as missed."""
         compute = self.metrics(labels)
         missed = sorted(set(range(len(rows))).difference(features["row"][:]))
         if not missed:
@@ -287,8 +278,8 @@ class Task:
         """
         logits = logits[0] if isinstance(logits, tuple) else logits
         return {
-            number: self.prediction(np.asarray(of_one), labels)
-            for number, of_one in zip(features["row"][:], logits, strict=True)
+            number: self.prediction(np.asarray(of_row), labels)
+            for number, of_row in zip(features["row"][:], logits, strict=True)
         }
 
     def prediction(self, logits: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
@@ -325,7 +316,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def source_name(source: str | Path | Dataset) -> str:
-    """What messages call a file or a data set."""
+    """The name of a file or a data set in messages."""
     if not isinstance(source, Dataset):
         return str(source)
     return f"split '{source.split}'" if source.split else "the data set"

@@ -1,10 +1,12 @@
 """The types of one marked entity, from tables of your own; OpenEntity and FIGER have the same features and head."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+
+from kadapter_cli._source import flag
 
 from ..corpora.schema import TYPING, Row
 from ..features import typing_features
@@ -17,10 +19,7 @@ from .task import Options, Task, register_task
 
 @dataclass
 class TypingOptions(Options):
-    marker: str = field(
-        default=" @",
-        metadata={"help": "The token around the entity, with a leading space if the tokenizer should see one."},
-    )
+    marker: str = flag(" @", "The token around the entity, with a leading space if the tokenizer should see one.")
 
 
 @register_task("typing")

@@ -96,6 +96,20 @@ def test_fusion_states_of_another_number_of_adapters_are_refused(shape, build):
         model(**inputs_for(KAdapterModel), fusion_states=torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("computed_for", "read_by"),
+    [
+        (KAdapterForRelationClassification, KAdapterForEntityTyping),
+        (KAdapterForEntityTyping, KAdapterForRelationClassification),
+        (KAdapterModel, KAdapterForSequenceClassification),
+    ],
+)
+def test_fusion_states_at_another_number_of_positions_are_refused(computed_for, read_by, build):
+    states = recorded(build(computed_for, adapters=ADAPTERS), inputs_for(computed_for))
+    with pytest.raises(ValueError, match="and the head reads [12] of each row: they were computed for another head"):
+        build(read_by, adapters=ADAPTERS)(**inputs_for(read_by), fusion_states=states)
+
+
 def test_backbone_states_with_the_last_beside_fusion_states_are_refused(build):
     model = build(KAdapterModel, adapters=ADAPTERS)
     states = len(model.backbone_states_read())
