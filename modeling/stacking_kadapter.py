@@ -15,7 +15,7 @@ from .compat_kadapter import attn_implementation_of
 # Where this is faster (docs/performance.md): on a GPU, a small adapter takes longer to start its kernels than to run them.
 DEVICES = ("cuda",)
 FEWEST_ADAPTERS = 4
-MOST_VALUES = 2**20  # of a state inside an adapter, `(batch, length, hidden_size)`
+MOST_VALUES = 2**20  # in a hidden state or the attention weights of an adapter
 
 
 def run_adapters(
@@ -49,11 +49,12 @@ def _shape(adapter: KnowledgeAdapter, states: Any) -> tuple[Any, ...] | None:
         return None
     weight = next(adapter.parameters(), None)  # None in the copies that DataParallel makes
     config = adapter.config
-    read = states[config.backbone_layers[0]]
+    batch, length, _ = states[config.backbone_layers[0]].shape
+    heads = config.num_attention_heads if config.num_hidden_layers else 0
     if (
         weight is None
         or weight.device.type not in DEVICES
-        or read.shape[0] * read.shape[1] * config.hidden_size > MOST_VALUES
+        or batch * length * max(config.hidden_size, heads * length) > MOST_VALUES
         or attn_implementation_of(adapter.attention) not in ("eager", "sdpa")
         or not all(map(_is_plain, adapter.modules()))
     ):

@@ -174,18 +174,31 @@ def test_an_adapter_that_something_else_changes_runs_alone(change, make, stacked
     assert not torch.allclose(together, plain(**batch).logits, atol=1e-4)
 
 
-def test_few_or_large_adapters_and_checkpointed_ones_run_alone(make, stacked, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "most", "expected"),
+    [
+        (SMALL, 4 * 10 * 2 * 10, [4]),  # rows, tokens, heads, tokens
+        (SMALL, 4 * 10 * 2 * 10 - 1, []),
+        (BOTTLENECK, 4 * 10 * 16, [4]),  # rows, tokens, width
+        (BOTTLENECK, 4 * 10 * 16 - 1, []),
+    ],
+)
+def test_large_adapters_run_alone(config, most, expected, make, stacked, monkeypatch):
+    monkeypatch.setattr(stacking_kadapter, "DEVICES", ("cpu",))
+    monkeypatch.setattr(stacking_kadapter, "MOST_VALUES", most)
+    make(config)(**inputs("cpu"))
+    assert stacked == expected
+
+
+def test_few_adapters_and_checkpointed_ones_run_alone(make, stacked, monkeypatch):
     monkeypatch.setattr(stacking_kadapter, "DEVICES", ("cpu",))
     batch = inputs("cpu")
     make(number=3)(**batch)
     model = make().train()
     model.gradient_checkpointing_enable()
     model(**batch).loss.backward()
-    with monkeypatch.context() as patched:
-        patched.setattr(stacking_kadapter, "MOST_VALUES", 4 * 10 * 16 - 1)
-        make()(**batch)
     assert stacked == []
-    make()(**batch)
+    model.eval()(**batch)
     assert stacked == [4]
 
 
