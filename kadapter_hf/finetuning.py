@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from kadapter_cli._flags import EVERY_EPOCH, LIMITS, check_least, json_object
+from kadapter_cli._flags import EVERY_EPOCH, check_least, check_rows, json_object
 from kadapter_cli._source import flag
 
 from .activations import CachedStatesCollator
@@ -120,11 +120,8 @@ class FinetuningArguments:
             raise ValueError(
                 "--cache_activations belongs to --freeze_backbone: a backbone that trains changes its states"
             )
-        if self.cache_activations is not None and Path(self.cache_activations).is_file():
-            raise ValueError(f"--cache_activations must be a folder; '{self.cache_activations}' is a file")
-        if not 0 < self.eval_size < 1:
-            raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
-        check_least(self, {"untrained_adapters": 0, **LIMITS})
+        check_rows(self)
+        check_least(self, {"untrained_adapters": 0})
         json_object(self.fusion_config)  # which `kadapter` checks before it imports this package, unlike the next line
         fusion_config(self.fusion, self.fusion_config)
 

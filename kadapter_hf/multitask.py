@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer, TrainingArguments, set_seed
 
 from kadapter_cli import _names
-from kadapter_cli._flags import LIMITS, check_least
+from kadapter_cli._flags import check_rows
 from kadapter_cli._source import flag
 
 from .corpora.files import write_json
@@ -65,9 +65,7 @@ class MultitaskArguments:
                 )
             if not source:
                 raise ValueError(f"--data takes OBJECTIVE=SOURCE, but there is no source for '{name}'")
-        check_least(self, LIMITS)
-        if not 0 < self.eval_size < 1:
-            raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
+        check_rows(self)
 
     def sources(self) -> dict[str, str]:
         """The data of each objective."""

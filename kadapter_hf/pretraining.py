@@ -19,7 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from kadapter_cli._flags import LIMITS, check_adapter_name, check_least
+from kadapter_cli._flags import check_adapter_name, check_least, check_rows
 from kadapter_cli._names import did_you_mean
 from kadapter_cli._source import flag
 
@@ -105,12 +105,9 @@ class PretrainingArguments:
 
     def __post_init__(self):
         self.data = [self.data] if isinstance(self.data, str) else self.data
-        if not 0 < self.eval_size < 1:
-            raise ValueError(f"--eval_size must be between 0 and 1, not {self.eval_size}")
+        check_rows(self)
         sizes = {"adapter_hidden_size": 1, "adapter_num_hidden_layers": 0, "adapter_num_attention_heads": 1}
-        check_least(self, LIMITS | sizes)
-        if self.cache_activations is not None and Path(self.cache_activations).is_file():
-            raise ValueError(f"--cache_activations must be a folder; '{self.cache_activations}' is a file")
+        check_least(self, sizes)
         if self.name is not None:
             check_adapter_name(self.name)
         if self.adapter_num_hidden_layers and self.adapter_hidden_size % self.adapter_num_attention_heads:

@@ -46,6 +46,16 @@ def check_least(arguments: Any, least: Mapping[str, float]) -> None:
             raise ValueError(f"--{name} must be at least {smallest}, not {value}")
 
 
+def check_rows(arguments: Any) -> None:
+    """Raises a ValueError for an impossible part or number of rows, or place of what is computed for them."""
+    check_least(arguments, LIMITS)
+    if not 0 < arguments.eval_size < 1:
+        raise ValueError(f"--eval_size must be between 0 and 1, not {arguments.eval_size}")
+    folder = getattr(arguments, "cache_activations", None)
+    if folder is not None and Path(folder).is_file():
+        raise ValueError(f"--cache_activations must be a folder; '{folder}' is a file")
+
+
 def check_adapter_name(name: str) -> None:
     """Raises a ValueError for a name that no adapter can have; a few others are refused when the model is made."""
     if not re.fullmatch(ADAPTER_NAME, name):
