@@ -203,13 +203,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def nothing_to_collect():
-    """Keeps the garbage collector off the million objects of all that is imported."""
+    """Keeps the garbage collector off the million objects of all that was imported, also by the tests of other modules."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
