@@ -28,17 +28,16 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.syml
 
 class Watch:
     """
-    Kills this process just before its Nth change below a folder; to be switched on in a forked child only.
+    An audit hook that kills this process just before its Nth change below a folder; for forked children only.
 
     With `from_move` the count begins when config.json is moved to where it belongs: the folder becomes the new model.
     """
 
-    folder: str | None = None
-    left = 0
-    from_move = False
+    def __init__(self, folder, left: int, from_move: bool):
+        self.folder, self.left, self.from_move = str(folder), left, from_move
 
     def __call__(self, event, args):
-        if self.folder is None or event not in CHANGES and not (event == "open" and is_for_writing(args[2])):
+        if event not in CHANGES and not (event == "open" and is_for_writing(args[2])):
             return
         path = os.fsdecode(args[0]) if isinstance(args[0], (str, bytes, os.PathLike)) else ""
         if os.path.isabs(path) and not path.startswith(self.folder):
@@ -53,10 +52,6 @@ class Watch:
 
 def is_for_writing(flags) -> bool:
     return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-
-
-WATCH = Watch()
-sys.addaudithook(WATCH)
 
 
 def in_child(action, seconds=60) -> int:
@@ -84,7 +79,7 @@ def killed_at(change, folder, action, from_move=False) -> bool:
     """Runs `action` in a child that is killed before the given change below the folder; returns whether it was killed."""
 
     def run():
-        WATCH.folder, WATCH.left, WATCH.from_move = str(folder), change, from_move
+        sys.addaudithook(Watch(folder, change, from_move))
         action()
 
     status = in_child(run)

@@ -2,17 +2,19 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights, free_port, load_script
+from conftest import assert_same_weights, free_port, load_script, small_adapter
+from transformers import set_seed
 
 from kadapter_hf import (
     KAdapterForMaskedLM,
@@ -65,6 +67,17 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def run_forks(target: Callable[[int], None]) -> None:
+    """Runs `target(number)` in two forks of this process, which have imported everything already, at the same time."""
+    forks = [multiprocessing.get_context("fork").Process(target=target, args=(number,)) for number in (0, 1)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(timeout=300)
+        fork.kill()
+    assert [fork.exitcode for fork in forks] == [0, 0]
+
+
 def train(settings: dict, command: Sequence[str] = ()) -> dict:
     """Runs the script to its end. Trainer's warnings about missing or unexpected weights are errors."""
     printed = finish(start(command, settings))
@@ -88,7 +101,7 @@ def assert_close(model, other) -> None:
 # ---- Killed and resumed ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(backbone, tmp_path):
+def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(backbone, tmp_path, capfd):
     """All parts train, with dropout; steps after the last checkpoint are repeated."""
     settings = {
         "backbone": backbone,
@@ -102,9 +115,12 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights_bit_for_bi
     finally:
         kill(killed)
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-3"]
-    train(settings | {"output": str(tmp_path / "killed"), "resume": True})
     script = load_script(Path(SCRIPT))
-    script.main(script.SETTINGS | settings | {"output": str(tmp_path / "whole")})  # in this process
+    settings = script.SETTINGS | settings
+    script.main(settings | {"output": str(tmp_path / "killed"), "resume": True})
+    script.main(settings | {"output": str(tmp_path / "whole")})
+    printed = capfd.readouterr().err
+    assert "missing keys" not in printed and "unexpected keys" not in printed
     assert_same_weights(trained(tmp_path / "killed", settings), trained(tmp_path / "whole", settings))
 
 
@@ -159,9 +175,14 @@ def train_side_by_side(settings: dict, tmp_path: Path, *flags: str, processes: i
         "output": str(tmp_path / "several"),
         "arguments": arguments | {"per_device_train_batch_size": 4 // processes},
     }
-    found = train(settings, (*launch(), *flags, "--num_processes", str(processes)))
+    train(settings, (*launch(), *flags, "--num_processes", str(processes)))
     finish(alone)
-    expected = json.loads((tmp_path / "one" / "result.json").read_text())
+    return assert_trained_alike(settings, tmp_path, processes)
+
+
+def assert_trained_alike(settings: dict, tmp_path: Path, processes: int = 2) -> list[str]:
+    """The runs in `one` and `several` had the same steps, and saved the same weights."""
+    expected, found = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "several"))
     assert (expected["processes"], found["processes"]) == (1, processes)
     assert len(found["steps"]) == 4 and found["steps"] == [pytest.approx(step, rel=1e-4) for step in expected["steps"]]
     assert_close(trained(tmp_path / "several", settings), trained(tmp_path / "one", settings))
@@ -170,27 +191,53 @@ def train_side_by_side(settings: dict, tmp_path: Path, *flags: str, processes: i
     return found["wrapped"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a fork can't train where autograd has threads for GPUs")
+def test_two_processes_train_as_one_does(backbone, tmp_path):
+    """With the variables by which a launcher makes the processes known to each other."""
+    script = load_script(Path(SCRIPT))
+    arguments = {"max_steps": 4, "optim": "sgd", "ddp_find_unused_parameters": False}
+    settings = script.SETTINGS | {
+        "backbone": backbone,
+        "active": ["factual"],
+        "freeze_backbone": False,
+        "dropout": False,
+        "output": str(tmp_path / "several"),
+        "arguments": arguments | {"per_device_train_batch_size": 2},
+    }
+    several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def train_as(rank: int) -> None:
+        os.environ.update(several, RANK=str(rank), LOCAL_RANK=str(rank))
+        trainer = script.main(settings)  # noqa: F841
+        os._exit(0)  # as the script itself
+
+    run_forks(train_as)
+    arguments |= {"per_device_train_batch_size": 4}
+    script.main(settings | {"output": str(tmp_path / "one"), "arguments": arguments})
+    assert "DistributedDataParallel" in assert_trained_alike(settings, tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "active", "freeze_backbone", "arguments", "fusion"),
     [
         ("KAdapterForTokenClassification", ["factual"], False, {}, "concat"),
-        pytest.param(
-            "KAdapterForTokenClassification", ["factual", "linguistic"], True, {}, "attention", marks=pytest.mark.slow
-        ),
-        pytest.param("KAdapterForSequenceClassification", ["factual"], True, {}, "gate", marks=pytest.mark.slow),
-        pytest.param(
+        ("KAdapterForTokenClassification", ["factual", "linguistic"], True, {}, "attention"),
+        ("KAdapterForSequenceClassification", ["factual"], True, {}, "gate"),
+        (
             "KAdapterForMaskedLM",
             ["factual", "linguistic"],
             True,
             {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
             "concat",
-            marks=pytest.mark.slow,
         ),
-        pytest.param("KAdapterForMaskedLM", ["linguistic"], False, {}, "concat", marks=pytest.mark.slow),
-        pytest.param("KAdapterForSequenceClassification", [], False, {}, "concat", marks=pytest.mark.slow),
+        ("KAdapterForMaskedLM", ["linguistic"], False, {}, "concat"),
+        ("KAdapterForSequenceClassification", [], False, {}, "concat"),
     ],
 )
-def test_two_processes_train_as_one_does(head, active, freeze_backbone, arguments, fusion, backbone, tmp_path):
+def test_two_processes_of_a_launcher_train_as_one_does(
+    head, active, freeze_backbone, arguments, fusion, backbone, tmp_path
+):
     settings = {
         "backbone": backbone,
         "head": head,
@@ -267,21 +314,12 @@ def test_gpus_that_share_the_weights_out_train_as_one_does(version, backbone, tm
 
 def test_two_processes_save_into_one_folder_in_turn(backbone, tmp_path):
     """Whichever save comes last is complete: neither crashes, and the folder is never a mix."""
-    code = f"""
-import sys
-from transformers import set_seed
-from kadapter_hf import KAdapterModel, KnowledgeAdapterConfig
-set_seed(int(sys.argv[1]))
-config = KnowledgeAdapterConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=1)
-model = KAdapterModel.from_backbone({str(backbone)!r}, {{"factual": config}})
-for _ in range(15):
-    model.save_pretrained(sys.argv[2])
-"""
-    command = [sys.executable, "-c", code]
-    saving = [
-        subprocess.Popen([*command, str(seed), str(tmp_path / "model")], stderr=subprocess.PIPE) for seed in (0, 1)
-    ]
-    for process in saving:
-        _, error = process.communicate()
-        assert process.returncode == 0, error.decode()[-2000:]
+
+    def save_again_and_again(seed: int) -> None:
+        set_seed(seed)
+        model = KAdapterModel.from_backbone(backbone, {"factual": small_adapter()})
+        for _ in range(15):
+            model.save_pretrained(tmp_path / "model")
+
+    run_forks(save_again_and_again)
     assert KAdapterModel.from_pretrained(tmp_path / "model").active_knowledge_adapters == ["factual"]
