@@ -1,6 +1,5 @@
-"""The commands info, push and pull over HTTP: one process pushes, and another with an empty cache does the rest."""
+"""The commands push, info and pull over HTTP, in a process with an empty cache."""
 
-import copy
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,6 @@ from hub_server import HubServer
 from kadapter_hf import KAdapterForRelationClassification, KAdapterModel
 
 
-KADAPTER = "from kadapter_cli import app; app(prog_name='kadapter')"
 # Runs the commands in order and prints the result of each.
 COMMANDS = """
 import json, sys
@@ -68,15 +66,14 @@ def done(backbone, tmp_path_factory) -> Run:
     model = KAdapterForRelationClassification.from_backbone(backbone, adapters={"factual": wide}, num_labels=3)
     model.save_pretrained(folder)
     with HubServer() as hub:
-        push = ["push", str(folder), "user/facts", "--message", "Facts", "--json"]
-        pushed = hub.run(["-c", KADAPTER, *push], tmp_path / "user", "token")
-        hub.repositories["user/damaged"] = copy.deepcopy(hub.repositories["user/facts"])
+        hub.put("user/damaged", {name: (folder / name).read_bytes() for name in contents(folder)})
         hub.corrupt(r"/user/damaged/.*factual\.safetensors", at=900_000)
         hub.put("user/readme", {"README.md": b"facts"})
         for number, change in enumerate(ODD_HEADERS.values()):
             odd = odd_file(folder / "adapters" / "factual.safetensors", change)
             hub.put(f"user/odd-{number}", {"adapters/factual.safetensors": odd})
         commands = [
+            ("push", str(folder), "user/facts", "--message", "Facts", "--json"),
             ("info", "user/facts", "--json"),
             ("pull", "user/facts", "--output", str(output), "--json"),
             ("pull", "user/damaged", "--adapter", "factual", "--output", str(tmp_path / "damaged")),
@@ -84,11 +81,11 @@ def done(backbone, tmp_path_factory) -> Run:
             *REFUSALS,
         ]
         arguments = [[argument.format(folder=folder) for argument in command] for command in commands]
-        found = hub.run(["-c", COMMANDS, json.dumps(arguments)], tmp_path / "other", "token")
+        found = hub.run(["-c", COMMANDS, json.dumps(arguments)], tmp_path / "home", "token")
         assert not hub.errors
         results = [Done(*result) for result in json.loads(found.stdout.splitlines()[-1])]
         assert not any("Traceback" in result.stdout + result.stderr for result in results)
-        yield Run(hub, json.loads(pushed.stdout), folder, output, dict(zip(commands, results, strict=True)))
+        yield Run(hub, json.loads(results[0].stdout), folder, output, dict(zip(commands, results, strict=True)))
 
 
 def command(done: Run, *begin: str) -> Done:

@@ -1,16 +1,17 @@
 """What a push to the Hub uploads, keeps and refuses; scripts/pushes.py does all pushes in one process."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "pushes.py"
+TYPED = load_script(SCRIPT).TYPED
 FACTUAL = "adapters/factual.safetensors"
 REFUSED_RACES = 3
 
@@ -136,41 +137,29 @@ def test_what_was_edited_in_the_card_on_the_hub_survives_the_next_push(hub):
     assert "| rows | 34 |" in card.text
 
 
-def test_the_snippet_of_the_card_runs_as_printed(hub, tmp_path):
-    text = hub.files("user/factual")["README.md"].decode()
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    assert '"user/factual"' in code
-    assert hub.run(code, tmp_path).stdout.startswith("torch.Size([1, ")
+def test_the_snippet_of_the_card_runs_as_printed(hub):
+    assert '"user/factual"' in hub.files("user/factual")["README.md"].decode()
+    assert hub.found["snippet"].startswith("torch.Size([1, ")
 
 
 # ---- Pipelines ------------------------------------------------------------------------------------------------------------
 
-PREDICT = """
-row = {"text": "dante was born in rome .", "entities": [[0, 5], [18, 22]]}
-print([[label["label"], round(label["score"], 4)] for labels in pipe(row, threshold=0.0) for label in labels])
-"""
-PUSH_TYPING = """
-from transformers import AutoTokenizer, pipeline
-from kadapter_hf import KAdapterForEntityTyping
 
-task = {"name": "open-entity", "marker": " @", "max_length": 32}
-KAdapterForEntityTyping.from_backbone("user/encoder", num_labels=3, task=task).push_to_hub("user/typing")
-AutoTokenizer.from_pretrained("user/encoder").push_to_hub("user/typing")
-pipe = pipeline("entity-typing", model="user/typing")
-"""
-WITHOUT_THE_PACKAGE = """
-import sys
+def test_a_pipeline_comes_from_the_hub_with_and_without_the_package(hub, tmp_path):
+    code = f"""
+import json, sys
 sys.modules["kadapter_hf"] = None  # can't be imported
 from transformers import pipeline
 
 pipe = pipeline("entity-typing", model="user/typing", trust_remote_code=True)
+print(json.dumps(pipe({TYPED!r}, threshold=0.0)))
 """
-
-
-def test_a_pipeline_comes_from_the_hub_with_and_without_the_package(hub, tmp_path):
-    with_package = hub.run(PUSH_TYPING + PREDICT, tmp_path / "with", token="token").stdout.splitlines()[-1]
-    assert hub.run(WITHOUT_THE_PACKAGE + PREDICT, tmp_path / "without").stdout.splitlines()[-1] == with_package
-    assert with_package.count("LABEL_") == 6
+    without_package = json.loads(hub.run(code, tmp_path).stdout.splitlines()[-1])
+    found, wanted = (
+        [(label["label"], round(label["score"], 4)) for labels in entities for label in labels]
+        for entities in (without_package, hub.found["typing"])
+    )
+    assert found == wanted and len(found) == 6
 
 
 # ---- Training -----------------------------------------------------------------------------------------------------------

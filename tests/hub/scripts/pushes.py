@@ -1,18 +1,27 @@
 """Pushes to the Hub at HF_ENDPOINT, with one repository per case; prints the results and exceptions."""
 
+import contextlib
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, pipeline, set_seed
 
-from kadapter_hf import KAdapterForSequenceClassification, KAdapterModel, KnowledgeAdapterConfig
+from kadapter_hf import (
+    KAdapterForEntityTyping,
+    KAdapterForSequenceClassification,
+    KAdapterModel,
+    KnowledgeAdapterConfig,
+)
 from kadapter_hf.pretraining import main as pretrain
 
 
 BACKBONE = "user/encoder"
+TYPED = {"text": "dante was born in rome .", "entities": [[0, 5], [18, 22]]}
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 found: dict[str, object] = {}
 api = HfApi()
@@ -98,6 +107,17 @@ def cards() -> None:
     api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="user/edited")
     model.config.knowledge_adapters["factual"].provenance = {"rows": 34, "license": "mit"}
     model.push_to_hub("user/edited")
+    card = Path(hf_hub_download("user/factual", "README.md")).read_text()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
+    found["snippet"] = printed.getvalue()
+
+
+def pipelines() -> None:
+    task = {"name": "open-entity", "marker": " @", "max_length": 32}
+    KAdapterForEntityTyping.from_backbone(BACKBONE, num_labels=3, task=task).push_to_hub("user/typing")
+    AutoTokenizer.from_pretrained(BACKBONE).push_to_hub("user/typing")
+    found["typing"] = pipeline("entity-typing", model="user/typing")(TYPED, threshold=0.0)
 
 
 def trainers(folder: Path) -> None:
@@ -152,7 +172,7 @@ def pretrained(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for step in (whole_models, single_adapters, cards):
+    for step in (whole_models, single_adapters, cards, pipelines):
         step()
     for step in (trainers, pretrained):
         step(Path(sys.argv[1]))
