@@ -188,58 +188,6 @@ def test_knowledge_under_a_head_of_an_unknown_class_is_still_to_be_had(of_an_unk
         assert torch.equal(found(**batch()).last_hidden_state, expected)
 
 
-REMOTE = """
-import importlib.abc, sys
-
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname.split(".")[0] in ("kadapter_hf", "span_head", "gated_fusion"):
-            raise ModuleNotFoundError(fullname, name=fullname)
-
-if sys.argv[2] == "blocked":
-    sys.meta_path.insert(0, Blocked())
-import torch
-from transformers import AutoModelForSequenceClassification
-
-model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
-model.save_pretrained(sys.argv[3])
-again = AutoModelForSequenceClassification.from_pretrained(sys.argv[3], trust_remote_code=True)
-ids = torch.arange(30).view(3, 10)
-with torch.no_grad():
-    for found in (model, again):
-        print(found(ids, torch.ones_like(ids), span=torch.tensor([[1, 2]] * 3)).logits.tolist())
-print(type(again).__name__)
-"""
-
-
-def said_elsewhere(program: str, where: str, folder: Path) -> list[str]:
-    """The last lines of `REMOTE`, or of a variant, for the model in `folder / "own"`, which it saves in `folder / "again"`."""
-    command = [sys.executable, "-I", "-c", program, str(folder / "own"), where, str(folder / "again")]
-    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-3:]
-
-
-@pytest.mark.parametrize("where", ["blocked", "installed"])
-def test_own_head_travels_and_is_saved_again_elsewhere(where, head, head_class, tmp_path, monkeypatch):
-    """In a process that can't import its file, and in one of the two not the package either."""
-    monkeypatch.setattr(head_class, "_auto_class", None)  # what the next line sets
-    head_class.register_for_auto_class("AutoModelForSequenceClassification")
-    head.save_pretrained(tmp_path / "own")
-    assert json.loads((tmp_path / "own" / "config.json").read_text())["auto_map"][
-        "AutoModelForSequenceClassification"
-    ] == ("span_head.KAdapterForSpanClassification")
-    *found, name = said_elsewhere(REMOTE, where, tmp_path)
-    ids = torch.arange(30).view(3, 10)
-    with torch.no_grad():
-        expected = head(ids, torch.ones_like(ids), span=torch.tensor([[1, 2]] * 3)).logits
-    assert name == "KAdapterForSpanClassification"
-    for values in found:
-        assert torch.allclose(torch.tensor(json.loads(values)), expected, atol=1e-6)
-    assert {"span_head.py", "heads_kadapter.py"} <= {path.name for path in (tmp_path / "again").glob("*.py")}
-
-
 # ---- Fusions --------------------------------------------------------------------------------------------------------
 
 
@@ -284,25 +232,6 @@ def test_adapters_come_and_go_in_an_own_fusion(gated):
     assert set(gated.fusion.gates) == {"linguistic", "places"} and gated.fusion.gates["places"] == 1.0
 
 
-@pytest.mark.parametrize("where", ["blocked", "installed"])
-def test_own_fusion_travels_and_is_saved_again_elsewhere(where, gated, tmp_path, monkeypatch):
-    """In a process that can't import its file, and in one of the two not the package either."""
-    monkeypatch.setattr(type(gated.fusion), "travels", False)  # what the next line sets
-    type(gated.fusion).register_for_auto_class()
-    disturb(gated.fusion)
-    gated.save_pretrained(tmp_path / "own")
-    program = REMOTE.replace(", span=torch.tensor([[1, 2]] * 3)", "")
-    *found, _ = said_elsewhere(program, where, tmp_path)
-    ids = torch.arange(30).view(3, 10)
-    with torch.no_grad():
-        expected = gated.eval()(ids, torch.ones_like(ids)).logits
-    for values in found:
-        assert torch.allclose(torch.tensor(json.loads(values)), expected, atol=1e-6)
-    assert {"gated_fusion.py", "heads_kadapter.py"} <= {path.name for path in (tmp_path / "again").glob("*.py")}
-    entry = (tmp_path / "again" / "heads_kadapter.py").read_text(encoding="utf-8")
-    assert entry.count("from .gated_fusion import") == 1
-
-
 def test_the_file_of_an_own_fusion_stays_at_home_unless_it_is_registered(gated, tmp_path):
     gated.save_pretrained(tmp_path)
     assert not (tmp_path / "gated_fusion.py").exists()
@@ -316,6 +245,70 @@ def test_unknown_fusion_and_unknown_value_are_refused_by_name(backbone, modules)
         KAdapterModel.from_backbone(backbone, fusion="mean")
     with pytest.raises(KAdapterConfigError, match=r"the fusion 'gated' has no \['temperature'\]"):
         KAdapterModel.from_backbone(backbone, fusion="gated", fusion_config={"temperature": 2.0})
+
+
+# ---- Heads and fusions elsewhere ------------------------------------------------------------------------------------
+
+ELSEWHERE = """
+import importlib.abc, json, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.split(".")[0] in ("kadapter_hf", "span_head", "gated_fusion"):
+            raise ModuleNotFoundError(fullname, name=fullname)
+
+folder, where = sys.argv[1:]
+if where == "blocked":
+    sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForSequenceClassification
+
+found = {}
+ids = torch.arange(30).view(3, 10)
+for name, inputs in {"head": {"span": torch.tensor([[1, 2]] * 3)}, "fusion": {}}.items():
+    model = AutoModelForSequenceClassification.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+    model.save_pretrained(f"{folder}/{name}-again")
+    again = AutoModelForSequenceClassification.from_pretrained(f"{folder}/{name}-again", trust_remote_code=True)
+    with torch.no_grad():
+        logits = [one(ids, torch.ones_like(ids), **inputs).logits.tolist() for one in (model, again)]
+    found[name] = {"class": type(again).__name__, "logits": logits}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("where", ["blocked", "installed"])
+def test_own_head_and_own_fusion_travel_and_are_saved_again_elsewhere(where, head, gated, tmp_path, monkeypatch):
+    """In a process that can't import their files, and in one of the two not the package either."""
+    monkeypatch.setattr(type(head), "_auto_class", None)  # what the next lines set
+    monkeypatch.setattr(type(gated.fusion), "travels", False)
+    type(head).register_for_auto_class("AutoModelForSequenceClassification")
+    type(gated.fusion).register_for_auto_class()
+    disturb(gated.fusion)
+    head.save_pretrained(tmp_path / "head")
+    gated.save_pretrained(tmp_path / "fusion")
+    auto_map = json.loads((tmp_path / "head" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForSequenceClassification"] == "span_head.KAdapterForSpanClassification"
+
+    command = [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path), where]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    ids = torch.arange(30).view(3, 10)
+    span = torch.tensor([[1, 2]] * 3)
+    with torch.no_grad():
+        expected = {
+            "head": head.eval()(ids, torch.ones_like(ids), span=span).logits,
+            "fusion": gated.eval()(ids, torch.ones_like(ids)).logits,
+        }
+    assert found["head"]["class"] == "KAdapterForSpanClassification"
+    for name, file in (("head", "span_head.py"), ("fusion", "gated_fusion.py")):
+        for values in found[name]["logits"]:
+            assert torch.allclose(torch.tensor(values), expected[name], atol=1e-6)
+        assert {file, "heads_kadapter.py"} <= {path.name for path in (tmp_path / f"{name}-again").glob("*.py")}
+    entry = (tmp_path / "fusion-again" / "heads_kadapter.py").read_text(encoding="utf-8")
+    assert entry.count("from .gated_fusion import") == 1
 
 
 # ---- Objectives and corpora -----------------------------------------------------------------------------------------

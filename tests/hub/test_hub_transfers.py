@@ -22,8 +22,8 @@ INDEX = "model.safetensors.index.json"
 CHUNK = 10 * 2**20  # the client keeps what it has received in steps of this size
 BROKEN_AFTER = CHUNK + 2**20
 WIDE_ADAPTER = SMALL_ADAPTER | {"hidden_size": 320, "intermediate_size": 1280}  # its file is larger than that
-AGAIN = {"Retry-After": "1"}
-SECONDS = 4  # that the Hub's other header asks to wait
+AGAIN = {"Retry-After": "0"}
+SECONDS = 3  # that the Hub's other header asks to wait
 RATE_LIMIT = {"RateLimit": f'"api";r=0;t={SECONDS}'}
 
 WITHOUT = {"adapter": FACTUAL, "head": "head.safetensors", "index": INDEX, "config": "config.json"}
