@@ -145,21 +145,23 @@ def test_the_snippet_of_the_card_runs_as_printed(hub):
 # ---- Pipelines ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_comes_from_the_hub_with_and_without_the_package(hub, tmp_path):
+def test_a_pipeline_comes_from_the_hub_or_a_folder_with_and_without_the_package(hub, tmp_path):
     code = f"""
 import json, sys
 sys.modules["kadapter_hf"] = None  # can't be imported
+from huggingface_hub import snapshot_download
 from transformers import pipeline
 
-pipe = pipeline("entity-typing", model="user/typing", trust_remote_code=True)
-print(json.dumps(pipe({TYPED!r}, threshold=0.0)))
+for source in ("user/typing", snapshot_download("user/typing", local_dir="typing")):
+    pipe = pipeline("entity-typing", model=source, trust_remote_code=True)
+    print(json.dumps(pipe({TYPED!r}, threshold=0.0)))
 """
-    without_package = json.loads(hub.run(code, tmp_path).stdout.splitlines()[-1])
-    found, wanted = (
+    printed = hub.run(code, tmp_path).stdout.splitlines()[-2:]
+    from_hub, from_folder, with_package = (
         [(label["label"], round(label["score"], 4)) for labels in entities for label in labels]
-        for entities in (without_package, hub.found["typing"])
+        for entities in (*map(json.loads, printed), hub.found["typing"])
     )
-    assert found == wanted and len(found) == 6
+    assert from_hub == from_folder == with_package and len(with_package) == 6
 
 
 # ---- Training -----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,5 @@
 """`pipeline("entity-typing")` and `pipeline("relation-classification")`, against the model itself."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import set_seed
@@ -173,18 +169,3 @@ def test_a_model_without_markers_is_refused(saved):
 def test_text_classification_on_a_relation_model_names_the_pipeline_to_use(saved):
     with pytest.raises(ValueError, match="subject_start is missing.*relation-classification"):
         pipeline("text-classification", saved(KAdapterForRelationClassification))(TEXT)
-
-
-def test_without_the_package_the_pipeline_comes_from_the_repository(saved, tmp_path):
-    folder = saved(KAdapterForEntityTyping)
-    row = {"text": TEXT, "entity": SPANS["rome"]}
-    here = pipeline("entity-typing", folder)(row, threshold=0.0)
-    program = (
-        "import sys; sys.modules['kadapter_hf'] = None  # can't be imported\n"
-        "from transformers import pipeline\n"
-        f"pipe = pipeline('entity-typing', {folder!r}, trust_remote_code=True)\n"
-        f"print([(label['label'], round(label['score'], 4)) for label in pipe({row!r}, threshold=0.0)])"
-    )
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": str(Path(sys.executable).parent)}
-    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert there.stdout.strip() == str([(label["label"], round(label["score"], 4)) for label in here]), there.stderr

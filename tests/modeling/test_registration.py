@@ -112,15 +112,18 @@ def test_auto_class_that_does_not_fit_says_so(build, tmp_path):
 
 @pytest.fixture(scope="module")
 def fresh(backbone, tmp_path_factory) -> dict:
-    """The state of a fresh process after importing the package: the imported modules, and a model's class."""
+    """
+    A fresh process: the modules after importing the package, those after using one of it, and the class of a loaded model.
+    """
     folder = tmp_path_factory.mktemp("typing") / "model"
     KAdapterForEntityTyping.from_backbone(backbone, {"factual": small_adapter()}).save_pretrained(folder)
     code = (
         "import sys, json; from transformers import PreTrainedModel; before = set(sys.modules); import kadapter_hf;"
         "added = sorted(set(sys.modules) - before);"
+        "kadapter_hf.features.relation_features; used = sorted(set(sys.modules) - before);"
         "from transformers import AutoModelForSequenceClassification as Auto;"
         f"module = type(Auto.from_pretrained({str(folder)!r})).__module__;"
-        "print(json.dumps({'added': added, 'module': module}))"
+        "print(json.dumps({'added': added, 'used': used, 'module': module}))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -133,6 +136,11 @@ def test_one_import_is_enough(fresh):
 def test_import_leaves_optional_packages_alone(fresh):
     """They are slow to import, and some are optional; imports by transformers itself don't count."""
     assert not {"peft", "datasets", "matplotlib"} & set(fresh["added"])
+
+
+def test_submodules_are_imported_when_they_are_used(fresh):
+    assert not {"kadapter_hf.features", "kadapter_hf.pretraining"} & set(fresh["added"])
+    assert "kadapter_hf.features" in fresh["used"] and "kadapter_hf.pretraining" not in fresh["used"]
 
 
 def test_import_twice_is_harmless():
