@@ -209,7 +209,7 @@ def test_two_processes_train_as_one_does(backbone, tmp_path):
     def train_as(rank: int) -> None:
         os.environ.update(several, RANK=str(rank), LOCAL_RANK=str(rank))
         trainer = script.main(settings)  # noqa: F841
-        os._exit(0)  # as the script itself
+        os._exit(0)  # as the script does, where the reason is
 
     run_forks(train_as)
     arguments |= {"per_device_train_batch_size": 4}
