@@ -47,8 +47,6 @@ def run(source: Path, target: Path, mode: str, modules: Path) -> dict:
     command = [sys.executable, "-I", str(SCRIPT), str(source), str(target), mode]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-4000:]
-    for path in (source / "auto_classes.json", *source.glob("*.safetensors")):
-        shutil.copy(path, target)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -74,38 +72,19 @@ def saved(tmp_path_factory, backbone) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(saved, tmp_path_factory):
+def elsewhere(saved, tmp_path_factory):
     """The results of a process without the package, and the folder where it saved the models again."""
     target = tmp_path_factory.mktemp("again")
     return run(saved, target, "blocked", tmp_path_factory.mktemp("modules")), target
 
 
-def some_of(source: Path, target: Path) -> Path:
-    """A copy of some of the folders, as `SOURCE` of the script."""
-    for name in SOME:
-        shutil.copytree(source / name, target / name)
-        shutil.copy(source / f"{name}.safetensors", target)
-    shutil.copy(source / "auto_classes.json", target)
-    return target
+def test_package_could_not_be_imported(elsewhere):
+    assert not elsewhere[0]["package imported"]
 
 
-@pytest.fixture(scope="module")
-def second(first, tmp_path_factory):
-    """The same for another process, which loads some of the models saved by the first one."""
-    target = tmp_path_factory.mktemp("thrice")
-    source = some_of(first[1], tmp_path_factory.mktemp("source"))
-    return run(source, target, "blocked", tmp_path_factory.mktemp("modules")), target
-
-
-def test_package_could_not_be_imported(first, second):
-    assert not first[0]["package imported"] and not second[0]["package imported"]
-
-
-@pytest.mark.parametrize(
-    ("when", "name"), [*(("first", name) for name in NAMES), *(("second", name) for name in SOME)]
-)
-def test_loads_without_the_package_and_again_from_what_that_saves(name, when, request):
-    found = request.getfixturevalue(when)[0][name]
+@every_class
+def test_loads_without_the_package(name, elsewhere):
+    found = elsewhere[0][name]
     assert found["config"] == ["KAdapterConfig", "transformers_modules"]
     assert found["model"] == [name, "transformers_modules"]
     assert found["base"] == "KAdapterModel"
@@ -114,15 +93,15 @@ def test_loads_without_the_package_and_again_from_what_that_saves(name, when, re
 
 
 @every_class
-def test_model_card_stays_with_the_model(name, saved, first):
+def test_model_card_stays_with_the_model(name, saved, elsewhere):
     """The code in the folder can't generate one."""
-    assert (first[1] / name / "README.md").read_bytes() == (saved / name / "README.md").read_bytes()
+    assert (elsewhere[1] / name / "README.md").read_bytes() == (saved / name / "README.md").read_bytes()
 
 
 @every_class
-def test_all_classes_and_all_code_are_in_every_saved_folder(name, saved, first):
+def test_all_classes_and_all_code_are_in_every_saved_folder(name, saved, elsewhere):
     """Saved with the package and without it."""
-    for place in (saved, first[1]):
+    for place in (saved, elsewhere[1]):
         folder = place / name
         assert sorted(path.name for path in folder.glob("*.py")) == CODE
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
@@ -135,23 +114,19 @@ def test_all_classes_and_all_code_are_in_every_saved_folder(name, saved, first):
 
 
 @every_class
-def test_saved_files_are_the_same_with_and_without_the_package(name, saved, first):
-    assert contents(first[1] / name) == contents(saved / name)
-
-
-@pytest.mark.parametrize("name", SOME)
-def test_saved_files_are_the_same_again_and_again(name, saved, second):
-    assert contents(second[1] / name) == contents(saved / name)
+def test_saved_files_are_the_same_with_and_without_the_package(name, saved, elsewhere):
+    """So what was saved without it loads without it, and is the same again and again."""
+    assert contents(elsewhere[1] / name) == contents(saved / name)
 
 
 @every_class
-def test_what_was_saved_without_the_package_loads_with_it(name, first):
+def test_what_was_saved_without_the_package_loads_with_it(name, elsewhere):
     model_class = getattr(kadapter_hf, name)
-    assert type(model_class.from_pretrained(first[1] / name)) is model_class
+    assert type(model_class.from_pretrained(elsewhere[1] / name)) is model_class
 
 
-def test_adapters_change_train_and_come_back_without_the_package(first):
-    changed = first[0]["changed"]
+def test_adapters_change_train_and_come_back_without_the_package(elsewhere):
+    changed = elsewhere[0]["changed"]
     assert changed["same"] and changed["from_backbone"] == ["factual"]
     assert changed["files"] == sorted(
         [
@@ -164,12 +139,16 @@ def test_adapters_change_train_and_come_back_without_the_package(first):
     )
 
 
-def test_code_does_not_run_without_trust(first):
-    assert "trust_remote_code=True" in first[0]["without trust"]
+def test_code_does_not_run_without_trust(elsewhere):
+    assert "trust_remote_code=True" in elsewhere[0]["without trust"]
 
 
 def test_travelled_code_works_beside_the_installed_package(saved, tmp_path_factory):
-    source, target = some_of(saved, tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("beside")
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("beside")
+    shutil.copy(saved / "auto_classes.json", source)
+    for name in SOME:
+        shutil.copytree(saved / name, source / name)
+        shutil.copy(saved / f"{name}.safetensors", source)
     found = run(source, target, "installed", tmp_path_factory.mktemp("modules"))
     for name in SOME:
         assert found[name]["same"] and found[name]["model"][0] == name
