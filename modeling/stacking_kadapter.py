@@ -66,9 +66,13 @@ def _shape(adapter: KnowledgeAdapter, states: Any) -> tuple[Any, ...] | None:
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether nothing but its class decides what a module computes: no hooks, PEFT, FSDP or gradient checkpointing."""
-    known = type(module).__module__.startswith(("torch.nn.", "transformers.activations", str(__package__)))
-    changed = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+    """
+    Whether nothing but its class decides what a module computes: no hooks, parametrizations, PEFT, FSDP or gradient
+    checkpointing.
+    """
+    known = type(module).__module__.startswith(("torch.nn.modules.", "transformers.activations", str(__package__)))
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    changed = any(hooks) or "forward" in vars(module)
     return known and not changed and not (module.training and getattr(module, "gradient_checkpointing", False))
 
 

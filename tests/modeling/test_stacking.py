@@ -158,12 +158,18 @@ def with_forward_of_its_own(model):
     return model
 
 
+def with_weight_norm(model):
+    project = nn.utils.parametrizations.weight_norm(model.adapters["part1"].layers[0].down_project)
+    project.parametrizations.weight.original0.data *= 2
+    return model
+
+
 def with_lora(model):
     lora = LoraConfig(target_modules=r".*adapters\.part1\..*down_project", init_lora_weights=False)
     return get_peft_model(model, lora)
 
 
-@pytest.mark.parametrize("change", [with_hook, with_forward_of_its_own, with_lora])
+@pytest.mark.parametrize("change", [with_hook, with_forward_of_its_own, with_weight_norm, with_lora])
 def test_an_adapter_that_something_else_changes_runs_alone(change, make, stacked, monkeypatch):
     monkeypatch.setattr(stacking_kadapter, "DEVICES", ("cpu",))
     plain, batch = make(number=5), inputs("cpu")
@@ -188,6 +194,15 @@ def test_large_adapters_run_alone(config, most, expected, make, stacked, monkeyp
     monkeypatch.setattr(stacking_kadapter, "MOST_VALUES", most)
     make(config)(**inputs("cpu"))
     assert stacked == expected
+
+
+def test_a_hook_on_gradients_is_called(make, stacked, monkeypatch):
+    monkeypatch.setattr(stacking_kadapter, "DEVICES", ("cpu",))
+    model, called = make(number=5), []
+    project = model.adapters["part1"].layers[0].down_project
+    project.register_full_backward_pre_hook(lambda module, gradients: called.append(module))
+    model(**inputs("cpu")).loss.backward()
+    assert (stacked, called) == ([4], [project])
 
 
 def test_few_adapters_and_checkpointed_ones_run_alone(make, stacked, monkeypatch):
