@@ -28,9 +28,11 @@ def run_adapters(
     The outputs of adapters by name; the arguments are those of `KnowledgeAdapter.forward`. Where it is faster, adapters of one
     shape run together, with the same result up to rounding.
     """
+    # A mask of another shape is passed on as it is, in the form that the adapters' own attention takes.
+    together = len(adapters) >= FEWEST_ADAPTERS and (attention_mask is None or attention_mask.dim() == 2)
     groups: dict[Any, list[str]] = {}
     for name, adapter in adapters.items():
-        shape = _shape(adapter, states) if len(adapters) >= FEWEST_ADAPTERS else None
+        shape = _shape(adapter, states) if together else None
         groups.setdefault(shape or name, []).append(name)
     outputs: dict[str, torch.Tensor] = {}
     for names in groups.values():

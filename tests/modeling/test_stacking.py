@@ -205,6 +205,15 @@ def test_a_hook_on_gradients_is_called(make, stacked, monkeypatch):
     assert (stacked, called) == ([4], [project])
 
 
+def test_a_mask_of_pairs_of_tokens_hides_the_same_as_one_of_tokens(make, stacked, monkeypatch):
+    monkeypatch.setattr(stacking_kadapter, "DEVICES", ("cpu",))
+    model, batch = make(attn_implementation="sdpa"), inputs("cpu")
+    wanted = model(**batch).logits
+    batch["attention_mask"] = batch["attention_mask"].bool()[:, None, None, :].expand(-1, 1, 10, -1)
+    torch.testing.assert_close(model(**batch).logits, wanted, rtol=1e-5, atol=1e-5)
+    assert stacked == [4]  # with the mask of tokens alone
+
+
 def test_few_adapters_and_checkpointed_ones_run_alone(make, stacked, monkeypatch):
     monkeypatch.setattr(stacking_kadapter, "DEVICES", ("cpu",))
     batch = inputs("cpu")
