@@ -71,6 +71,7 @@ WRONG = [
     ["prepare", "fewrle"],
     ["prepare", "fewrel", "nowhere", "--output", "x"],
     ["prepare", "fewrel", "rows.json", "--output", "x", "--split", "tset"],
+    ["prepare", "fewrel", "rows.json", "--output", "rows.json"],
     ["prepare", "trex", ".", "--output", "x", "--seed", "-1"],
     ["pretrain", "factual"],
     ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--lerning_rate", "1"],

@@ -28,7 +28,9 @@ Files = Annotated[
         exists=True, dir_okay=False, show_default=False, help="The files of the corpus, joined in this order."
     ),
 ]
-Output = Annotated[Path, typer.Option(show_default=False, help="The output folder, created if needed.")]
+Output = Annotated[
+    Path, typer.Option(file_okay=False, show_default=False, help="The output folder, created if needed.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unusable record.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the rows of an earlier run.")]
 Names = Annotated[
