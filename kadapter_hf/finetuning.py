@@ -313,7 +313,8 @@ def trained_parts(arguments: FinetuningArguments) -> str:
         "the fusion": has_adapters,
         "the head": True,
     }
-    return ", ".join(name for name, trains in parts.items() if trains)
+    *others, last = (name for name, trains in parts.items() if trains)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def main(arguments: Sequence[str]) -> dict[str, dict[str, float]]:
