@@ -38,7 +38,10 @@ def load_finetuned(source: str, task: Task | None = None) -> tuple[KAdapterPreTr
             f"'{source}' is neither a folder with a model nor a repository that can be loaded: {error}"
         ) from error
     if content.get("model_type") != KAdapterConfig.model_type:
-        raise ValueError(f"'{source}' is no K-Adapter, but a model of the type {content.get('model_type')}.")
+        kind = (
+            f"a model of the type {content['model_type']}" if content.get("model_type") else "a folder without a model"
+        )
+        raise ValueError(f"'{source}' is no K-Adapter, but {kind}.")
     saved = next(iter(content.get("architectures") or []), None)
     if task is not None and saved != task.model_class.__name__:
         raise ValueError(f"'{task.name}' needs a {task.model_class.__name__}, but '{source}' is a {saved}.")

@@ -25,7 +25,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # safetensors makes files that only their owner can read
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+        part.chmod(mode)
         _flush(part)
         os.replace(part, path)
     except SafetensorError as error:

@@ -61,10 +61,11 @@ def _shape(adapter: KnowledgeAdapter, states: Any) -> tuple[Any, ...] | None:
         or not all(map(_is_plain, adapter.modules()))
     ):
         return None
-    dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
-    trains = any(parameter.requires_grad for parameter in adapter.parameters())
     fields = (str(getattr(config, field)) for field in SHAPE)
-    return (*fields, *dropout, weight.dtype, weight.device, adapter.training, trains)
+    names = (name for name, _ in adapter.named_parameters())  # weights that are tied are missing
+    modes = ((module.training, getattr(module, "p", None)) for module in adapter.modules())  # of dropout
+    trains = any(parameter.requires_grad for parameter in adapter.parameters())
+    return (*fields, *names, *modes, weight.dtype, weight.device, trains)
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
@@ -72,7 +73,10 @@ def _is_plain(module: torch.nn.Module) -> bool:
     Whether nothing but its class decides what a module computes: no hooks, parametrizations, PEFT, FSDP or gradient
     checkpointing.
     """
-    known = type(module).__module__.startswith(("torch.nn.modules.", "transformers.activations", str(__package__)))
+    known = all(type(parameter) is torch.nn.Parameter for parameter in module.parameters(recurse=False))
+    known = known and type(module).__module__.startswith(
+        ("torch.nn.modules.", "transformers.activations", str(__package__))
+    )
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     changed = any(hooks) or "forward" in vars(module)
     return known and not changed and not (module.training and getattr(module, "gradient_checkpointing", False))
@@ -93,4 +97,5 @@ def _run_stacked(
     def run(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.func.functional_call(empty, weights, (states, attention_mask, positions))
 
-    return torch.vmap(run, randomness="different")(stacked).unbind()
+    outputs = torch.vmap(run, randomness="different")(stacked)
+    return [outputs[number] for number in range(len(adapters))]  # views of `unbind` can't be changed in place

@@ -32,6 +32,13 @@ HELP = [
 NOT_POSSIBLE_HERE = [
     ["info", "./no/where"],
     ["info", "nowhere.safetensors"],
+    ["evaluate", "tacred", "--model", "./nowhere", "--data", "x"],
+    ["evaluate", "tacred", "--model", "x", "--data", "nowhere.json"],
+    ["predict", "tacred", "--model", "./nowhere", "--input", "rows.json"],
+    ["export", "./nowhere", "--output", "y"],
+    ["app", "x", "./nowhere"],
+    ["combine", "x", "name=./nowhere", "--output", "y"],
+    ["combine", "x", "--backbone", "./nowhere", "--output", "y"],
     ["combine", "x", "--output", "full"],
     ["pull", "owner/x", "--output", "full"],
     ["prepare", "fewrel", "rows.json", "--output", "full"],
@@ -58,9 +65,9 @@ WRONG = [
     ["evaluate", "tacred", "--model", "x", "--data", "y", "--split", "tset"],
     ["predict", "tacred", "--model", "x", "--input", "nowhere"],
     ["predict", "tacred", "--model", "x", "--input", "rows.json", "--batch-size", "0"],
-    ["convert", "x", "--output", "y", "--task", "tacrd"],
-    ["convert", "x", "--output", "y", "--layers", "0,a"],
-    ["convert", "x", "--output", "y", "--heads", "many"],
+    ["convert", "rows.json", "--output", "y", "--task", "tacrd"],
+    ["convert", "rows.json", "--output", "y", "--layers", "0,a"],
+    ["convert", "rows.json", "--output", "y", "--heads", "many"],
     ["combine", "x"],
     ["combine", "x", "--output", "y", "--fusion", "ad"],
     ["combine", "x", "--output", "y", "--fusion-config", "top_k"],
@@ -95,6 +102,16 @@ WRONG = [
     ["probe", "--model", "x", "--data", ""],
     ["pretrain", "multitask", "--data", "factual=x", "--output_dir", "y", "--max_length", "0"],
     ["pretrain", "factual", "--data", "x", "--output_dir", "rows.json"],
+    ["pretrain", "factual", "--data", "nowhere.jsonl", "--output_dir", "y"],
+    ["pretrain", "multitask", "--data", "factual=./nowhere", "--output_dir", "y"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--backbone", "./nowhere"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--log_level", "loud"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--quiet"],
+    ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--adapters", "x", "name=nowhere.safetensors"],
+    ["finetune", "tacred", "--train_file", "nowhere.json", "--output_dir", "y"],
+    ["probe", "--model", "./nowhere", "--data", "x"],
+    ["convert", "nowhere.bin", "--output", "y"],
+    ["--log_file", "no/where/log", "doctor"],
     ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--dropout", "1.5"],
     ["reproduce", "--data", "tacred=x", "--adapters", "y", "--output_dir", "z", "--learning_rate", "-1"],
     ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--load_best_model_at_end"],
@@ -238,6 +255,7 @@ REQUIRED = ["--data", "x", "--output_dir", "y"]
                 "--load_best_model_at_end --eval_strategy steps --eval_steps 2 --save_steps 3",
                 "--load_best_model_at_end --eval_strategy steps --save_steps 0.05 --logging_steps 0.03",
                 *("--lr_scheduler_type reduce_lr_on_plateau", "--hub_model_id a/b/c", "--lr_scheduler_kwargs [1]"),
+                *("--data nowhere.csv", "--backbone ./nowhere", "--backbone a/b/c", "--verbose"),
             )
         ),
     ],
@@ -261,10 +279,12 @@ def test_a_complaint_about_flags_is_that_of_the_command(flags, folder, monkeypat
         *(["--report_to", "none"], ["--lr_scheduler_kwargs", '{"x": -1}'], ["--warmup_steps", "1e-1"]),
         "--load_best_model_at_end --eval_strategy steps --save_steps 0.04".split(),  # eval_steps is logging_steps
         *(["--load_best_model_at_end", "--save_strategy", "best"], ["--lr_scheduler_type", "cosine"]),
+        *(["--max_grad_norm", "-1"], ["--data", "rows.json", "owner/rows"], ["--log_level", "passive"]),
     ],
     ids=" ".join,
 )
-def test_flags_that_the_command_accepts_are_accepted(flags):
+def test_flags_that_the_command_accepts_are_accepted(flags, folder, monkeypatch):
+    monkeypatch.chdir(folder)
     flags = [*REQUIRED, "--use_cpu", *flags]
     pretraining.parser("factual").parse(flags)
     _flags.check_flags("pretrain", "factual", flags)

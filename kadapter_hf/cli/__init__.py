@@ -91,4 +91,6 @@ def main(
     """K-Adapter: knowledge adapters for a frozen Hugging Face encoder."""
     if quiet and verbose:
         raise typer.BadParameter("give either --quiet or --verbose")
+    if log_file is not None and not log_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder '{log_file.parent}'", param_hint="--log_file")
     _output.settings = _output.Settings(quiet, verbose, log_file)

@@ -4,13 +4,22 @@ import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
 from ._flags import quick_parser
-from ._names import TASKS, did_you_mean, is_repo_id, one_line, output_problem
+from ._names import (
+    TASKS,
+    data_problem,
+    did_you_mean,
+    is_repo_id,
+    one_line,
+    output_problem,
+    source_problem,
+    without_name,
+)
 from ._output import fail
 
 
@@ -33,10 +42,26 @@ def check_name(name: str, known: Collection[str], argument: str | None = None) -
         raise typer.BadParameter(message, param_hint=argument)
 
 
-def not_empty(source: str) -> str:
-    """Refuses an empty value, as of a shell variable that is not set, which would be taken for the current folder."""
-    if not source:
-        raise typer.BadParameter("it is empty.")
+Source = TypeVar("Source", str, list[str], None)
+
+
+def existing(source: Source) -> Source:
+    """Refuses what can't be the place of a model or an adapter; of several, each may be NAME=SOURCE."""
+    return _checked(source, source_problem)
+
+
+def existing_data(source: str) -> str:
+    """Refuses what can't be the place of data."""
+    return _checked(source, data_problem)
+
+
+def _checked(source: Source, problem_of: Callable[[str], str | None]) -> Source:
+    sources: list[str] = [source] if isinstance(source, str) else source or []
+    for one in sources:
+        if not one:  # as a shell variable that is not set; it would be taken for the current folder
+            raise typer.BadParameter("it is empty.")
+        if problem := problem_of(without_name(one)):
+            fail(problem)
     return source
 
 

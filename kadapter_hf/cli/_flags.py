@@ -13,7 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ._names import ADAPTER_NAME, TASKS, did_you_mean, is_repo_id, one_line, parsed_object
+from ._names import (
+    ADAPTER_NAME,
+    TASKS,
+    data_problem,
+    did_you_mean,
+    is_repo_id,
+    one_line,
+    parsed_object,
+    source_problem,
+    without_name,
+)
 from ._source import file_of, keys_of, read_dataclass, run_as_far_as_known
 
 
@@ -21,7 +31,7 @@ TRAINING_ARGUMENTS = "transformers.training_args.TrainingArguments"
 # The defaults of `kadapter finetune` that decide which of Trainer's flags go together.
 EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 # The smallest values that make sense. Trainer refuses others after minutes of preparation, or not at all.
-LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_epochs": 0, "seed": 0} | {
+LEAST = {"learning_rate": 0, "weight_decay": 0, "num_train_epochs": 0, "seed": 0} | {
     "max_steps": -1,
     "warmup_steps": 0,
     "per_device_train_batch_size": 1,
@@ -31,11 +41,10 @@ LEAST = {"learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "num_train_e
 }
 # The smallest values of what limits the rows; None is no limit.
 LIMITS = {"max_train_samples": 1, "max_eval_samples": 1, "max_length": 1}
-# What names a folder, file or repository. An empty value, as of a shell variable that is not set, would be the current folder.
-SOURCES = (
-    *("adapters", "backbone", "cache_activations", "corpus", "data", "exclude", "model", "multitask", "output_dir"),
-    *("test_file", "train_file", "train_text", "untrained_like", "validation_file", "vocab"),
-)
+# What names a folder, file or repository.
+MODELS = ("adapters", "backbone", "model", "multitask", "untrained_like")
+DATA = ("corpus", "data", "exclude", "test_file", "train_file", "train_text", "validation_file", "vocab")
+FOLDERS = ("cache_activations", "output_dir")
 
 
 def check_least(arguments: Any, least: Mapping[str, float]) -> None:
@@ -89,6 +98,10 @@ def check_values(training: Any) -> None:
         value = getattr(training, name, None)
         if isinstance(value, str) and parsed_object(value) is None:
             raise ValueError(f"--{name} must be a JSON object, not {value}")
+    for name in ("accelerator_config", "fsdp_config"):
+        value = getattr(training, name, None)
+        if isinstance(value, str) and parsed_object(value) is None and not Path(value).is_file():
+            raise ValueError(f"--{name} must be a JSON object or a file, and there is no file '{value}'")
     if training.hub_model_id is not None and not is_repo_id(training.hub_model_id):
         raise ValueError(f"--hub_model_id: '{training.hub_model_id}' is not a valid name of a repository on the Hub")
 
@@ -112,16 +125,25 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         found, rest = super().parse_known_args(*args, **kwargs)
-        for name in SOURCES:
+        for name in (*MODELS, *DATA, *FOLDERS):
             value = getattr(found, name, None)
-            if value == "" or (isinstance(value, list) and "" in value):
-                self.error(f"--{name} is empty")
+            for place in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
+                self._check_place(name, place)
         return found, rest
+
+    def _check_place(self, name: str, place: str) -> None:
+        if not place:  # as a shell variable that is not set; it would be taken for the current folder
+            self.error(f"--{name} is empty")
+        problem_of = {**dict.fromkeys(MODELS, source_problem), **dict.fromkeys(DATA, data_problem)}.get(name)
+        if problem_of and (problem := problem_of(without_name(place))):
+            self.error(f"--{name}: {problem}")
 
     def refuse(self, rest: Sequence[str]) -> None:
         """Exits if there are arguments that were not used."""
         for word in rest:
             flag = word.partition("=")[0]
+            if flag in ("--quiet", "--verbose", "--log_file", "--log-file"):
+                self.error(f"{flag} comes before the command: kadapter {flag} {self.prog.partition(' ')[2]} …")
             if flag.startswith("--"):
                 self.error(f"there is no flag {flag}.{did_you_mean(flag, self._option_string_actions)}")
         if rest:
@@ -153,6 +175,14 @@ def quick_parser(command: str, name: str = "") -> FlagParser | None:
         return parser
     except Exception:
         return None
+
+
+def check_log_level(training: Any) -> None:
+    """Raises a ValueError if transformers has no such level; nothing if that is not known."""
+    known = [*keys_of("transformers.utils.logging", "log_levels"), "passive"]
+    for name in ("log_level", "log_level_replica"):
+        if len(known) > 1 and getattr(training, name) not in known:
+            raise ValueError(f"--{name} must be one of {', '.join(known)}, not {getattr(training, name)}")
 
 
 def check_report_to(names: Any) -> None:
@@ -191,6 +221,7 @@ def check_flags(command: str, name: str, flags: Sequence[str]) -> None:
         if command in ("pretrain", "finetune"):
             check_values(parsed[-1])
             check_report_to(parsed[-1].report_to)
+            check_log_level(parsed[-1])
             check_as_trainer(parsed[-1])
     except ValueError as error:
         parser.error(str(error))

@@ -29,6 +29,7 @@ TASKS = {
 }
 OBJECTIVES = ("factual", "linguistic", "typing")
 FUSIONS = ("add", "attention", "concat", "gate")
+DATA_SUFFIXES = (".conllu", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 ADAPTER_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 
@@ -52,6 +53,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The suggestion of a similar name, to append to a message; empty if there is none."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def source_problem(source: str) -> str | None:
+    """Why this can't be the place of a model or an adapter; None if it can."""
+    if os.path.exists(source) or (is_repo_id(source) and not source.endswith(".safetensors")):
+        return None
+    return f"'{source}' is neither a local file or folder nor a valid name of a repository on the Hub (owner/name)."
+
+
+def data_problem(source: str) -> str | None:
+    """Why this can't be the place of data: it is a path, and there is nothing; None if it can."""
+    is_path = source.startswith((".", "/", "~")) or source.endswith(DATA_SUFFIXES)
+    return f"'{source}' does not exist." if is_path and not os.path.exists(source) else None
+
+
+def without_name(source: str) -> str:
+    """The place in NAME=PLACE, or in what is a place alone."""
+    name, equals, place = source.partition("=")
+    return place if equals and "/" not in name and not os.path.exists(source) else source
 
 
 def output_problem(output: Path) -> str | None:

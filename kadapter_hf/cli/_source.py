@@ -33,15 +33,23 @@ def read_dataclass(place: str, checked: bool = False) -> type:
 
 
 def run_as_far_as_known(place: str, method: str, instance: Any) -> None:
-    """Runs each statement of a method of the class at `place` on its own, but those that depend on what other files define."""
+    """
+    Runs the statements of a method of the class at `place`, without those that depend on what other files define; up to the
+    first of these that sets an attribute.
+    """
     module, _, name = place.rpartition(".")
     path, node = _find(file_of(module), name)  # type: ignore[misc]
     names = _Names(path)
     names["self"] = instance
     for line in node.body:
         for statement in line.body if isinstance(line, ast.FunctionDef) and line.name == method else ():
-            with suppress(_NotKnown):
+            try:
                 exec(ast.unparse(statement), names, names)
+            except _NotKnown:
+                if any(
+                    isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) for node in ast.walk(statement)
+                ):
+                    return  # what follows would be about values that it changes
 
 
 def file_of(module: str) -> Path:

@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from ._arguments import check_new
+from ._arguments import check_new, existing
 from ._output import conclude, fail, running
 
 
 def app(
     models: Annotated[
         list[str],
-        typer.Argument(show_default=False, help="Fine-tuned K-Adapters: folders or repositories on the Hub."),
+        typer.Argument(
+            callback=existing, show_default=False, help="Fine-tuned K-Adapters: folders or repositories on the Hub."
+        ),
     ],
     port: Annotated[
         int | None,

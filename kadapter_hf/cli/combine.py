@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._arguments import AsJson, check_name, check_new, starting
+from ._arguments import AsJson, check_name, check_new, existing, starting
 from ._names import FUSIONS, parsed_object
 from ._output import conclude, print_json, running, say
 
@@ -27,8 +27,9 @@ def combine(
     sources: Annotated[
         list[str],
         typer.Argument(
+            callback=existing,
             help="Adapter repositories, folders or .safetensors files. NAME=SOURCE renames the adapter, or chooses one of "
-            "several."
+            "several.",
         ),
     ],
     output: Annotated[
@@ -36,7 +37,9 @@ def combine(
     ],
     backbone: Annotated[
         str | None,
-        typer.Option(help="The backbone: a repository or folder. Default: as recorded in the first adapter."),
+        typer.Option(
+            callback=existing, help="The backbone: a repository or folder. Default: as recorded in the first adapter."
+        ),
     ] = None,
     fusion: Annotated[
         str,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ._arguments import AsJson, Split, checked_task, not_empty, starting
+from ._arguments import AsJson, Split, checked_task, existing, existing_data, starting
 from ._names import TASKS
 from ._output import conclude, print_json, running, say
 
@@ -20,7 +20,7 @@ TaskName = Annotated[
     ),
 ]
 Model = Annotated[
-    str, typer.Option(callback=not_empty, help="The fine-tuned model: a folder, or a repository on the Hub.")
+    str, typer.Option(callback=existing, help="The fine-tuned model: a folder, or a repository on the Hub.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
 SkipBadRows = Annotated[
@@ -34,7 +34,7 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            callback=not_empty, help="A file; or a folder or a data set on the Hub, of which --split is evaluated."
+            callback=existing_data, help="A file; or a folder or a data set on the Hub, of which --split is evaluated."
         ),
     ],
     split: Annotated[Split, typer.Option(help="Files by themselves are used as a whole.")] = "test",

@@ -5,13 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ._arguments import AsJson, check_new
+from ._arguments import AsJson, check_new, existing
 from ._output import conclude, print_json, print_table, running
 
 
 def export(
     model: Annotated[
-        str, typer.Argument(show_default=False, help="A K-Adapter: a folder, or a repository on the Hub.")
+        str,
+        typer.Argument(
+            callback=existing, show_default=False, help="A K-Adapter: a folder, or a repository on the Hub."
+        ),
     ],
     output: Annotated[
         Path,
@@ -83,4 +86,7 @@ def show(found: dict[str, Any]) -> None:
         )
     print_table(table)
     names = f"inputs {', '.join(found['inputs'])}; outputs {', '.join(found['outputs'])}"
-    conclude(f"Written to {found['output']}: {names}; opset {found['opset']}.")
+    conclude(
+        f"Written to {found['output']}: {names}; opset {found['opset']}. Run it with "
+        f'onnxruntime.InferenceSession("{found["output"]}/model.onnx").'
+    )

@@ -1,13 +1,11 @@
 """`kadapter info`: shows the contents of an adapter file, a K-Adapter folder or a repository on the Hub."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ._arguments import AsJson, Revision, Token, not_empty
-from ._names import is_repo_id
-from ._output import fail, print_json, print_rows, running
+from ._arguments import AsJson, Revision, Token, existing
+from ._output import print_json, print_rows, running
 
 
 LABELS_SHOWN = 20
@@ -17,7 +15,7 @@ def info(
     source: Annotated[
         str,
         typer.Argument(
-            callback=not_empty, show_default=False, help="An adapter's .safetensors file, a folder, or a repository."
+            callback=existing, show_default=False, help="An adapter's .safetensors file, a folder, or a repository."
         ),
     ],
     revision: Revision = None,
@@ -41,8 +39,6 @@ def info(
 
     Example: `kadapter info factual-adapter --backbone FacebookAI/roberta-large --json`
     """
-    if not Path(source).exists() and (source.endswith(".safetensors") or not is_repo_id(source)):
-        fail(f"'{source}' is neither a local file or folder nor a valid name of a repository on the Hub (owner/name).")
     from kadapter_hf.contents import describe, fit
 
     with running(source):

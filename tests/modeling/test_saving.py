@@ -56,6 +56,12 @@ def folder(once, tmp_path):
     return shutil.copytree(once[0], tmp_path / "model")
 
 
+def test_tensors_can_be_read_by_whoever_can_read_the_other_files(once):
+    """safetensors makes files that only their owner can read."""
+    modes = {path.stat().st_mode for path in once[0].rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def output_of(model):
     with torch.no_grad():
         return model.eval()(**inputs_for(type(model)), return_dict=True)

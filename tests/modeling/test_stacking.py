@@ -118,6 +118,34 @@ def test_frozen_adapters_get_no_gradients(device, make, stacked):
         assert all((parameter.grad is not None) == trains for parameter in adapter.parameters())
 
 
+def test_outputs_can_be_changed_in_place(device, make, stacked):
+    model = make().to(device)
+    first, *_ = model.encode(
+        **{name: inputs(device)[name] for name in ("input_ids", "attention_mask")}
+    ).knowledge.values()
+    first += 1
+    first.sum().backward()
+    assert stacked == [4]
+
+
+def test_adapters_with_different_dropout_run_apart(make, stacked, monkeypatch):
+    monkeypatch.setattr(stacking_kadapter, "DEVICES", ("cpu",))
+    model, batch = make(number=6), inputs("cpu")
+    model.adapters["part0"].layers[0].encoder.layer[0].output.dropout.p = 0.5
+    model.adapters["part1"].layers[0].encoder.layer[0].output.dropout.train()
+    model(**batch)
+    assert stacked == [4]
+
+
+def test_adapters_with_tied_layers_run_apart(make, stacked, monkeypatch):
+    monkeypatch.setattr(stacking_kadapter, "DEVICES", ("cpu",))
+    model, batch = make(number=5), inputs("cpu")
+    model.adapters["part1"].layers[1] = model.adapters["part1"].layers[0]
+    together = model(**batch).logits
+    assert stacked == [4]
+    torch.testing.assert_close(together, one_by_one(model, batch, monkeypatch).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_is_another_for_each_adapter(device, make, stacked):
     model = make(small_adapter()).to(device).train()
     for adapter in model.adapters.values():
