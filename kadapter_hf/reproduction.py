@@ -136,7 +136,7 @@ class LamaRun(Run):
     """A run of LAMA; `flags` are those of `kadapter probe`. The table has a row for each of LAMA's parts."""
 
     def read_data(self) -> None:
-        probing.load_data(self._probed(self.model))
+        probing.load_data(self._probed("model"))  # which is not read
 
     def start(self) -> None:
         (model,) = Parser(FinetuningArguments, prog="kadapter finetune").parse(

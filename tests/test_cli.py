@@ -575,7 +575,7 @@ def test_what_does_not_exist_gets_the_nearest_one_suggested(arguments, near):
         ([*PRETRAIN, "--adam_beta1", "2"], "--adam_beta1 must be in [0, 1), not 2.0"),
         ([*PRETRAIN, "--report_to", "unknownthing"], "--report_to: unknownthing is not supported"),
         ([*PRETRAIN, "--lr_scheduler_kwargs", "x"], "--lr_scheduler_kwargs must be a JSON object, not x"),
-        ([*PRETRAIN, "--accelerator_config", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        ([*PRETRAIN, "--accelerator_config", "nowhere.json"], "there is no file 'nowhere.json'"),
         ([*PRETRAIN, "--hub_model_id", "a/b/c"], "'a/b/c' is not a valid name of a repository on the Hub"),
         ([*PRETRAIN, "--max_steps", "many"], "--max_steps/--max-steps: invalid int value: 'many'"),
         ([*PRETRAIN, "--load_best_model_at_end", "true"], "requires the save and eval strategy to match"),

@@ -70,8 +70,8 @@ def data_problem(source: str) -> str | None:
 
 def without_name(source: str) -> str:
     """The place in NAME=PLACE, or in what is a place alone."""
-    name, equals, place = source.partition("=")
-    return place if equals and "/" not in name and not os.path.exists(source) else source
+    _, equals, place = source.partition("=")
+    return place if equals and not os.path.exists(source) else source
 
 
 def output_problem(output: Path) -> str | None:

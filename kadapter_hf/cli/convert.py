@@ -9,7 +9,7 @@ import typer
 
 from ._arguments import AsJson, check_new, checked_task, starting
 from ._names import TASKS
-from ._output import conclude, print_json, print_table, running, say
+from ._output import conclude, fail, print_json, print_table, running, say
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ def convert(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            exists=True,
             show_default=False,
             help="The pytorch_model.bin of a pre-trained adapter or a fine-tuned model.",
         ),
@@ -53,7 +52,6 @@ def convert(
     backbone_weights: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
             show_default=False,
             help="The backbone of a fine-tuned model: its pytorch_pretrained_model.bin.",
         ),
@@ -82,6 +80,8 @@ def convert(
     --output tacred-model`
     """
     numbers = layer_numbers(layers)
+    if not checkpoint.exists():
+        fail(f"'{checkpoint}' is missing.")
     check_new(output)
     from kadapter_hf.conversion import convert as run, verify as compare
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ._arguments import AsJson, check_new, existing
-from ._output import conclude, print_json, print_table, running
+from ._output import conclude, print_json, print_table, running, say
 
 
 def export(
@@ -85,8 +85,6 @@ def show(found: dict[str, Any]) -> None:
             "" if same is None else f"{same:.2%}",
         )
     print_table(table)
-    names = f"inputs {', '.join(found['inputs'])}; outputs {', '.join(found['outputs'])}"
-    conclude(
-        f"Written to {found['output']}: {names}; opset {found['opset']}. Run it with "
-        f'onnxruntime.InferenceSession("{found["output"]}/model.onnx").'
-    )
+    say(f"Inputs {', '.join(found['inputs'])}; outputs {', '.join(found['outputs'])}; opset {found['opset']}.")
+    output = found["output"]
+    conclude(f'Written to {output}. Run it with onnxruntime.InferenceSession("{output}/model.onnx").')
