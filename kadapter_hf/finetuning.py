@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from kadapter_cli._flags import EVERY_EPOCH, check_least, check_rows, json_object
+from kadapter_cli._flags import EVERY_EPOCH, check_least, check_rows, fusion_values
 from kadapter_cli._source import flag
 
 from .activations import CachedStatesCollator
@@ -122,7 +122,7 @@ class FinetuningArguments:
             )
         check_rows(self)
         check_least(self, {"untrained_adapters": 0})
-        json_object(self.fusion_config)  # which `kadapter` checks before it imports this package, unlike the next line
+        fusion_values(self.fusion, self.fusion_config)  # also before the package is imported, unlike the next line
         fusion_config(self.fusion, self.fusion_config)
 
 

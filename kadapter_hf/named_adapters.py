@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kadapter_cli._flags import json_object
+from kadapter_cli._flags import fusion_values
 
 from .modeling.configuration_kadapter import KnowledgeAdapterConfig
 from .modeling.format_kadapter import KAdapterConfigError, check_adapter_name
@@ -67,6 +67,6 @@ def fusion_config(kind: str, text: str | None) -> dict[str, Any]:
     Raises:
         KAdapterConfigError: there is no fusion of this kind, or it doesn't take these values.
     """
-    values = json_object(text)
+    values = fusion_values(kind, text)
     check_fusion(kind, values)
     return values

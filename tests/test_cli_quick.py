@@ -1,5 +1,6 @@
 """Help, completion and complaints about arguments import nothing large; `import kadapter_hf` adds little to transformers."""
 
+import inspect
 import json
 import os
 import statistics
@@ -72,6 +73,7 @@ WRONG = [
     ["combine", "x"],
     ["combine", "x", "--output", "y", "--fusion", "ad"],
     ["combine", "x", "--output", "y", "--fusion-config", "top_k"],
+    ["combine", "x", "--output", "y", "--fusion", "add", "--fusion-config", '{"scal": 1}'],
     ["push", "nowhere", "owner/x"],
     ["push", ".", "a/b/c"],
     ["pull", "a/b/c"],
@@ -98,6 +100,8 @@ WRONG = [
     ["finetune", "search-qa", "--data", "x", "--output_dir", "y", "--stride", "-1"],
     ["finetune", "tacred", "--output_dir", "y"],
     ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--fusion_config", "{"],
+    ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--fusion_config", '{"top_k": 1}'],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--deepspeed", "nowhere.json"],
     ["finetune", "tacred", "--data", "", "--output_dir", "y"],
     ["finetune", "tacred", "--train_file", "", "--output_dir", "y"],
     ["probe", "--model", "x", "--data", ""],
@@ -189,7 +193,10 @@ def test_the_shells_questions_are_answered_without_importing_anything_large(word
 def test_the_names_that_commands_check_are_those_of_the_registries():
     assert set(names.TASKS) == set(TASKS)
     assert set(names.OBJECTIVES) == set(OBJECTIVES)
-    assert set(names.FUSIONS) == set(FUSIONS)
+    assert names.FUSIONS == {
+        name: tuple(sorted(inspect.signature(fusion).parameters.keys() - {"width"}))
+        for name, fusion in FUSIONS.items()
+    }
     assert names.ADAPTER_NAME == _ADAPTER_NAME.pattern
 
 

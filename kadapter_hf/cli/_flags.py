@@ -18,6 +18,7 @@ from ._names import (
     TASKS,
     data_problem,
     did_you_mean,
+    fusion_problem,
     is_repo_id,
     one_line,
     parsed_object,
@@ -74,11 +75,13 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def json_object(text: str | None) -> dict[str, Any]:
-    """The configuration of a fusion. Raises a ValueError if it is not JSON."""
+def fusion_values(fusion: str, text: str | None) -> dict[str, Any]:
+    """The configuration of a fusion. Raises a ValueError if it is not JSON, or has what the fusion doesn't."""
     values = parsed_object(text or "{}")
     if values is None:
         raise ValueError(f'the configuration of a fusion must be a JSON object like {{"scale": 0.1}}, not {text}')
+    if problem := fusion_problem(fusion, values):
+        raise ValueError(f"fusion_config: {problem}")
     return values
 
 
@@ -98,9 +101,10 @@ def check_values(training: Any) -> None:
         value = getattr(training, name, None)
         if isinstance(value, str) and parsed_object(value) is None:
             raise ValueError(f"--{name} must be a JSON object, not {value}")
-    for name in ("accelerator_config", "fsdp_config"):
+    for name in ("accelerator_config", "deepspeed", "fsdp_config"):
         value = getattr(training, name, None)
-        if isinstance(value, str) and parsed_object(value) is None and not Path(value).is_file():
+        is_file = not isinstance(value, str) or Path(value).is_file() or (name == "deepspeed" and "." not in value)
+        if not is_file and parsed_object(value) is None:
             raise ValueError(f"--{name} must be a JSON object or a file, and there is no file '{value}'")
     if training.hub_model_id is not None and not is_repo_id(training.hub_model_id):
         raise ValueError(f"--hub_model_id: '{training.hub_model_id}' is not a valid name of a repository on the Hub")

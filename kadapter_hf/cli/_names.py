@@ -28,7 +28,13 @@ TASKS = {
     "ner": "task.Options",
 }
 OBJECTIVES = ("factual", "linguistic", "typing")
-FUSIONS = ("add", "attention", "concat", "gate")
+# With what their configurations may have.
+FUSIONS = {
+    "add": ("scale",),
+    "attention": ("key_size", "start"),
+    "concat": ("start",),
+    "gate": ("activation", "start", "top_k"),
+}
 DATA_SUFFIXES = (".conllu", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 ADAPTER_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
@@ -53,6 +59,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The suggestion of a similar name, to append to a message; empty if there is none."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def fusion_problem(fusion: str, values: Iterable[str]) -> str | None:
+    """Why a fusion can't have these values in its configuration; None if it can, or is none of `FUSIONS`."""
+    known = FUSIONS.get(fusion)
+    unknown = sorted(set(values) - set(known or values))
+    if not unknown:
+        return None
+    return f"the fusion '{fusion}' has no {unknown}; it has {', '.join(known or ())}.{did_you_mean(unknown[0], known or ())}"
 
 
 def source_problem(source: str) -> str | None:

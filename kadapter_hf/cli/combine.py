@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ._arguments import AsJson, check_name, check_new, existing, starting
-from ._names import FUSIONS, parsed_object
+from ._names import FUSIONS, fusion_problem, parsed_object
 from ._output import conclude, print_json, running, say
 
 
@@ -70,6 +70,8 @@ def combine(
 
     Example: `kadapter combine wiki=wiki/factual-adapter news=news/factual-adapter --output both`
     """
+    if problem := fusion_problem(fusion, fusion_config or {}):
+        raise typer.BadParameter(problem, param_hint="--fusion-config")
     check_new(output)
     from kadapter_hf.combining import combine as run
     from kadapter_hf.summary import knowledge_summary
