@@ -102,6 +102,9 @@ WRONG = [
     ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--fusion_config", "{"],
     ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--fusion_config", '{"top_k": 1}'],
     ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--deepspeed", "nowhere.json"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--fsdp", "full_shard wrong"],
+    ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--accelerator_config", '{"x": 1}'],
+    ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--metric_for_best_model", "eval_macro_f1"],
     ["finetune", "tacred", "--data", "", "--output_dir", "y"],
     ["finetune", "tacred", "--train_file", "", "--output_dir", "y"],
     ["probe", "--model", "x", "--data", ""],
@@ -286,6 +289,7 @@ def test_a_complaint_about_flags_is_that_of_the_command(flags, folder, monkeypat
         *(["--report_to", "none"], ["--lr_scheduler_kwargs", '{"x": -1}'], ["--warmup_steps", "1e-1"]),
         "--load_best_model_at_end --eval_strategy steps --save_steps 0.04".split(),  # eval_steps is logging_steps
         *(["--load_best_model_at_end", "--save_strategy", "best"], ["--lr_scheduler_type", "cosine"]),
+        *(["--accelerator_config", '{"split_batches": true}'], ["--gradient_checkpointing_kwargs", "{}"]),
         *(["--max_grad_norm", "-1"], ["--data", "rows.json", "owner/rows"], ["--log_level", "passive"]),
     ],
     ids=" ".join,

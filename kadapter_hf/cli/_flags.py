@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from ._names import (
     ADAPTER_NAME,
+    METRICS,
     TASKS,
     data_problem,
     did_you_mean,
@@ -25,7 +26,7 @@ from ._names import (
     source_problem,
     without_name,
 )
-from ._source import file_of, keys_of, read_dataclass, run_as_far_as_known
+from ._source import fields_of, file_of, keys_of, read_dataclass, run_as_far_as_known, values_of
 
 
 TRAINING_ARGUMENTS = "transformers.training_args.TrainingArguments"
@@ -103,8 +104,9 @@ def check_values(training: Any) -> None:
             raise ValueError(f"--{name} must be a JSON object, not {value}")
     for name in ("accelerator_config", "deepspeed", "fsdp_config"):
         value = getattr(training, name, None)
-        is_file = not isinstance(value, str) or Path(value).is_file() or (name == "deepspeed" and "." not in value)
-        if not is_file and parsed_object(value) is None:
+        if not isinstance(value, str) or Path(value).is_file() or (name == "deepspeed" and "." not in value):
+            continue
+        if parsed_object(value) is None:
             raise ValueError(f"--{name} must be a JSON object or a file, and there is no file '{value}'")
     if training.hub_model_id is not None and not is_repo_id(training.hub_model_id):
         raise ValueError(f"--hub_model_id: '{training.hub_model_id}' is not a valid name of a repository on the Hub")
@@ -181,6 +183,16 @@ def quick_parser(command: str, name: str = "") -> FlagParser | None:
         return None
 
 
+def check_metric(task: str, metric: str | None) -> None:
+    """Raises a ValueError if an evaluation of the task has no such metric, which Trainer would notice after an epoch."""
+    known = ("loss", *METRICS[task])
+    name = (metric or "loss").removeprefix("eval_")
+    if name not in known and not name.endswith(("runtime", "per_second")):
+        raise ValueError(
+            f"--metric_for_best_model: {task} has no metric {metric}, only {', '.join(known)}.{did_you_mean(name, known)}"
+        )
+
+
 def check_log_level(training: Any) -> None:
     """Raises a ValueError if transformers has no such level; nothing if that is not known."""
     known = [*keys_of("transformers.utils.logging", "log_levels"), "passive"]
@@ -206,6 +218,14 @@ def check_as_trainer(training: Any) -> None:
         training.eval_steps = training.logging_steps
     try:
         run_as_far_as_known(TRAINING_ARGUMENTS, "_validate_args", training)
+        known = values_of("transformers.trainer_utils.FSDPOption")
+        for option in training.fsdp.split() if isinstance(training.fsdp, str) else []:
+            if option not in known and option.lower() not in ("true", "false"):
+                raise ValueError(f"--fsdp: there is no option {option}, only {', '.join(known)}.")
+        known = fields_of("transformers.trainer_pt_utils.AcceleratorConfig")
+        for key in parsed_object(training.accelerator_config or "{}") or {}:
+            if key not in known:
+                raise ValueError(f"--accelerator_config: there is no {key}, only {', '.join(known)}.")
     except ValueError:
         raise
     except Exception:  # written in another way than expected
@@ -226,6 +246,8 @@ def check_flags(command: str, name: str, flags: Sequence[str]) -> None:
             check_values(parsed[-1])
             check_report_to(parsed[-1].report_to)
             check_log_level(parsed[-1])
+            if command == "finetune":
+                check_metric(name, parsed[-1].metric_for_best_model)
             check_as_trainer(parsed[-1])
     except ValueError as error:
         parser.error(str(error))

@@ -27,6 +27,25 @@ TASKS = {
     "extractive-qa": "extractive_qa.ExtractiveQAOptions",
     "ner": "task.Options",
 }
+OF_CLASSES = ("accuracy", "macro_f1", "micro_f1")
+OF_TYPES = (*OF_CLASSES, "macro_precision", "macro_recall", "micro_precision", "micro_recall")
+OF_ANSWERS = ("exact_match", "f1")
+# What an evaluation of a task computes besides the loss.
+METRICS = {
+    "open-entity": OF_TYPES,
+    "figer": OF_TYPES,
+    "tacred": ("micro_f1", "micro_precision", "micro_recall"),
+    "cosmos-qa": ("accuracy",),
+    "search-qa": OF_ANSWERS,
+    "quasar-t": OF_ANSWERS,
+    "semeval-2010-task-8": ("macro_f1", "macro_f1_original"),
+    "relation": OF_CLASSES,
+    "typing": OF_TYPES,
+    "classification": OF_CLASSES,
+    "multiple-choice": ("accuracy",),
+    "extractive-qa": OF_ANSWERS,
+    "ner": ("f1", "precision", "recall"),
+}
 OBJECTIVES = ("factual", "linguistic", "typing")
 # With what their configurations may have.
 FUSIONS = {

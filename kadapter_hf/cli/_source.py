@@ -67,6 +67,18 @@ def keys_of(module: str, name: str) -> list[str]:
     return []
 
 
+def fields_of(place: str) -> list[str]:
+    """The fields of the dataclass at `place`, which is its module and name."""
+    module, _, name = place.rpartition(".")
+    return list(_fields(file_of(module), name))
+
+
+def values_of(place: str) -> list[str]:
+    """The values of the enumeration at `place`."""
+    module, _, name = place.rpartition(".")
+    return [member.value for member in _Names(file_of(module))[name]]
+
+
 @cache
 def _statements(path: Path) -> list[ast.stmt]:
     return ast.parse(path.read_bytes()).body

@@ -14,7 +14,7 @@ from samples import FACTS, SAMPLES, files_of, write_sample
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from typer.testing import CliRunner
 
-from kadapter_cli import app
+from kadapter_cli import _names, app
 from kadapter_hf import KAdapterModel
 from kadapter_hf.finetuning import main, parser
 from kadapter_hf.named_adapters import named_adapters
@@ -72,6 +72,7 @@ def test_there_is_a_sample_of_every_task():
 def test_a_run_leaves_a_model_its_metrics_and_its_predictions(task, trained):
     data, folder, metrics = trained(task)
     assert metrics.keys() == {"validation", "test"} and TASKS[task].metric in metrics["test"]
+    assert set(metrics["validation"]) == {"loss", *_names.METRICS[task]}
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == len(FACTS)
@@ -346,8 +347,13 @@ def test_a_source_with_several_adapters_stands_for_all_of_them(tmp_path, backbon
 def test_an_unknown_metric_for_the_best_model_is_an_error_that_names_the_known_ones(trained, adapter, tmp_path):
     data, _, _ = trained("relation")
     flags = ("--data", data, "--adapters", adapter, "--output_dir", tmp_path, *STEPS[:-2])
-    result = run("finetune", "relation", *flags, "--metric_for_best_model", "f1")
-    assert result.exit_code == 1 and "eval_micro_f1" in result.output
+    flags = [*map(str, flags), "--metric_for_best_model", "f1"]
+    result = run("finetune", "relation", *flags)
+    assert (
+        result.exit_code == 2 and "relation has no metric f1, only loss, accuracy, macro_f1, micro_f1" in result.output
+    )
+    with pytest.raises(ValueError, match="eval_micro_f1"):
+        main(["relation", *flags])
 
 
 def test_the_rows_of_a_step_include_those_that_are_accumulated(tmp_path):
