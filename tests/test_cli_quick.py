@@ -101,6 +101,7 @@ WRONG = [
     ["finetune", "tacred", "--output_dir", "y"],
     ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--fusion_config", "{"],
     ["finetune", "tacred", "--data", "x", "--output_dir", "y", "--fusion_config", '{"top_k": 1}'],
+    ["pretrain", "linguistic", "--data", "x", "--output_dir", "y", "--metric_for_best_model", "micro_f1"],
     ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--deepspeed", "nowhere.json"],
     ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--fsdp", "full_shard wrong"],
     ["pretrain", "factual", "--data", "x", "--output_dir", "y", "--accelerator_config", '{"x": 1}'],

@@ -184,7 +184,7 @@ def quick_parser(command: str, name: str = "") -> FlagParser | None:
 
 
 def check_metric(task: str, metric: str | None) -> None:
-    """Raises a ValueError if an evaluation of the task has no such metric, which Trainer would notice after an epoch."""
+    """Raises a ValueError if an evaluation for this has no such metric, which Trainer would notice after an epoch."""
     known = ("loss", *METRICS[task])
     name = (metric or "loss").removeprefix("eval_")
     if name not in known and not name.endswith(("runtime", "per_second")):
@@ -246,7 +246,7 @@ def check_flags(command: str, name: str, flags: Sequence[str]) -> None:
             check_values(parsed[-1])
             check_report_to(parsed[-1].report_to)
             check_log_level(parsed[-1])
-            if command == "finetune":
+            if name in METRICS:  # but multitask
                 check_metric(name, parsed[-1].metric_for_best_model)
             check_as_trainer(parsed[-1])
     except ValueError as error:

@@ -30,8 +30,10 @@ TASKS = {
 OF_CLASSES = ("accuracy", "macro_f1", "micro_f1")
 OF_TYPES = (*OF_CLASSES, "macro_precision", "macro_recall", "micro_precision", "micro_recall")
 OF_ANSWERS = ("exact_match", "f1")
-# What an evaluation of a task computes besides the loss.
+# What an evaluation for a task or an objective computes besides the loss.
 METRICS = {
+    "factual": OF_CLASSES,
+    "linguistic": ("uas", "las", "uas_without_punctuation", "las_without_punctuation"),
     "open-entity": OF_TYPES,
     "figer": OF_TYPES,
     "tacred": ("micro_f1", "micro_precision", "micro_recall"),
