@@ -18,7 +18,6 @@ from ._names import (
     one_line,
     output_problem,
     source_problem,
-    without_name,
 )
 from ._output import fail
 
@@ -60,7 +59,7 @@ def _checked(source: Source, problem_of: Callable[[str], str | None]) -> Source:
     for one in sources:
         if not one:  # as a shell variable that is not set; it would be taken for the current folder
             raise typer.BadParameter("it is empty.")
-        if problem := problem_of(without_name(one)):
+        if problem := problem_of(one):
             fail(problem)
     return source
 

@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +24,6 @@ from ._names import (
     one_line,
     parsed_object,
     source_problem,
-    without_name,
 )
 from ._source import fields_of, file_of, keys_of, read_dataclass, run_as_far_as_known, values_of
 
@@ -43,10 +42,13 @@ LEAST = {"learning_rate": 0, "weight_decay": 0, "num_train_epochs": 0, "seed": 0
 }
 # The smallest values of what limits the rows; None is no limit.
 LIMITS = {"max_train_samples": 1, "max_eval_samples": 1, "max_length": 1}
-# What names a folder, file or repository.
-MODELS = ("adapters", "backbone", "model", "multitask", "untrained_like")
-DATA = ("corpus", "data", "exclude", "test_file", "train_file", "train_text", "validation_file", "vocab")
-FOLDERS = ("cache_activations", "output_dir")
+# What names a folder, file or repository, with what tells why it can't.
+PLACES: dict[str, Callable[[str], str | None] | None] = {
+    **dict.fromkeys(("adapters", "backbone", "model", "multitask", "untrained_like"), source_problem),
+    **dict.fromkeys(("corpus", "data", "exclude", "train_text", "vocab"), data_problem),
+    **dict.fromkeys(("test_file", "train_file", "validation_file"), data_problem),
+    **dict.fromkeys(("cache_activations", "output_dir")),
+}
 
 
 def check_least(arguments: Any, least: Mapping[str, float]) -> None:
@@ -131,18 +133,14 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         found, rest = super().parse_known_args(*args, **kwargs)
-        for name in (*MODELS, *DATA, *FOLDERS):
+        for name, problem_of in PLACES.items():
             value = getattr(found, name, None)
             for place in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
-                self._check_place(name, place)
+                if not place:  # as a shell variable that is not set; it would be taken for the current folder
+                    self.error(f"--{name} is empty")
+                if problem_of and (problem := problem_of(place)):
+                    self.error(f"--{name}: {problem}")
         return found, rest
-
-    def _check_place(self, name: str, place: str) -> None:
-        if not place:  # as a shell variable that is not set; it would be taken for the current folder
-            self.error(f"--{name} is empty")
-        problem_of = {**dict.fromkeys(MODELS, source_problem), **dict.fromkeys(DATA, data_problem)}.get(name)
-        if problem_of and (problem := problem_of(without_name(place))):
-            self.error(f"--{name}: {problem}")
 
     def refuse(self, rest: Sequence[str]) -> None:
         """Exits if there are arguments that were not used."""
@@ -195,7 +193,7 @@ def check_metric(task: str, metric: str | None) -> None:
 
 def check_log_level(training: Any) -> None:
     """Raises a ValueError if transformers has no such level; nothing if that is not known."""
-    known = [*keys_of("transformers.utils.logging", "log_levels"), "passive"]
+    known = [*keys_of("transformers.utils.logging.log_levels"), "passive"]
     for name in ("log_level", "log_level_replica"):
         if len(known) > 1 and getattr(training, name) not in known:
             raise ValueError(f"--{name} must be one of {', '.join(known)}, not {getattr(training, name)}")
@@ -204,9 +202,7 @@ def check_log_level(training: Any) -> None:
 def check_report_to(names: Any) -> None:
     """Raises a ValueError if transformers can't report to one of these; nothing if that is not known."""
     names = names if isinstance(names, list) else [names]
-    known = (
-        keys_of("transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK") if names != ["none"] else []
-    )
+    known = keys_of("transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK") if names != ["none"] else []
     for name in names:
         if known and isinstance(name, str) and name not in ("all", "none", *known):
             raise ValueError(f"--report_to: {name} is not supported, only {', '.join(known)} are supported.")

@@ -92,20 +92,21 @@ def fusion_problem(fusion: str, values: Iterable[str]) -> str | None:
 
 
 def source_problem(source: str) -> str | None:
-    """Why this can't be the place of a model or an adapter; None if it can."""
+    """Why this can't be the place of a model or an adapter, or NAME=PLACE; None if it can."""
+    source = _without_name(source)
     if os.path.exists(source) or (is_repo_id(source) and not source.endswith(".safetensors")):
         return None
     return f"'{source}' is neither a local file or folder nor a valid name of a repository on the Hub (owner/name)."
 
 
 def data_problem(source: str) -> str | None:
-    """Why this can't be the place of data: it is a path, and there is nothing; None if it can."""
+    """Why this can't be the place of data, or NAME=PLACE: it is a path, and there is nothing; None if it can."""
+    source = _without_name(source)
     is_path = source.startswith((".", "/", "~")) or source.endswith(DATA_SUFFIXES)
     return f"'{source}' does not exist." if is_path and not os.path.exists(source) else None
 
 
-def without_name(source: str) -> str:
-    """The place in NAME=PLACE, or in what is a place alone."""
+def _without_name(source: str) -> str:
     _, equals, place = source.partition("=")
     return place if equals and not os.path.exists(source) else source
 

@@ -27,9 +27,9 @@ def read_dataclass(place: str, checked: bool = False) -> type:
     Raises:
         Exception: the source is not as expected.
     """
-    module, _, name = place.rpartition(".")
-    methods = _methods(file_of(module), name) if checked else {}
-    return make_dataclass(name, _fields(file_of(module), name).values(), namespace=methods)
+    path, name = _split(place)
+    methods = _methods(path, name) if checked else {}
+    return make_dataclass(name, _fields(path, name).values(), namespace=methods)
 
 
 def run_as_far_as_known(place: str, method: str, instance: Any) -> None:
@@ -37,19 +37,17 @@ def run_as_far_as_known(place: str, method: str, instance: Any) -> None:
     Runs the statements of a method of the class at `place`, without those that depend on what other files define; up to the
     first of these that sets an attribute.
     """
-    module, _, name = place.rpartition(".")
-    path, node = _find(file_of(module), name)  # type: ignore[misc]
+    path, node = _find(*_split(place))  # type: ignore[misc]
     names = _Names(path)
     names["self"] = instance
-    for line in node.body:
-        for statement in line.body if isinstance(line, ast.FunctionDef) and line.name == method else ():
-            try:
-                exec(ast.unparse(statement), names, names)
-            except _NotKnown:
-                if any(
-                    isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) for node in ast.walk(statement)
-                ):
-                    return  # what follows would be about values that it changes
+    methods = (line for line in node.body if isinstance(line, ast.FunctionDef) and line.name == method)
+    for statement in (statement for found in methods for statement in found.body):
+        try:
+            exec(ast.unparse(statement), names, names)
+        except _NotKnown:
+            attributes = (part for part in ast.walk(statement) if isinstance(part, ast.Attribute))
+            if any(isinstance(attribute.ctx, ast.Store) for attribute in attributes):
+                return  # what follows would be about values that it changes
 
 
 def file_of(module: str) -> Path:
@@ -59,24 +57,30 @@ def file_of(module: str) -> Path:
     return Path(folders[0], *parts).with_suffix(".py")  # type: ignore[index]
 
 
-def keys_of(module: str, name: str) -> list[str]:
-    """The keys of a dict that a module defines; empty if it can't be found."""
-    for line in _statements(file_of(module)):
+def keys_of(place: str) -> list[str]:
+    """The keys of the dict at `place`, which is its module and name; empty if it can't be found."""
+    path, name = _split(place)
+    for line in _statements(path):
         if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name and isinstance(line.value, ast.Dict):
             return [str(key.value) for key in line.value.keys if isinstance(key, ast.Constant)]
     return []
 
 
 def fields_of(place: str) -> list[str]:
-    """The fields of the dataclass at `place`, which is its module and name."""
-    module, _, name = place.rpartition(".")
-    return list(_fields(file_of(module), name))
+    """The fields of the dataclass at `place`."""
+    return list(_fields(*_split(place)))
 
 
 def values_of(place: str) -> list[str]:
     """The values of the enumeration at `place`."""
+    path, name = _split(place)
+    return [member.value for member in _Names(path)[name]]
+
+
+def _split(place: str) -> tuple[Path, str]:
+    """The file and the name of what is at `place`."""
     module, _, name = place.rpartition(".")
-    return [member.value for member in _Names(file_of(module))[name]]
+    return file_of(module), name
 
 
 @cache

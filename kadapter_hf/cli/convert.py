@@ -24,8 +24,7 @@ def convert(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            show_default=False,
-            help="The pytorch_model.bin of a pre-trained adapter or a fine-tuned model.",
+            show_default=False, help="The pytorch_model.bin of a pre-trained adapter or a fine-tuned model."
         ),
     ],
     output: Annotated[Path, typer.Option(show_default=False, help="The output folder, which must be new or empty.")],
@@ -51,10 +50,7 @@ def convert(
     ] = False,
     backbone_weights: Annotated[
         Path | None,
-        typer.Option(
-            show_default=False,
-            help="The backbone of a fine-tuned model: its pytorch_pretrained_model.bin.",
-        ),
+        typer.Option(show_default=False, help="The backbone of a fine-tuned model: its pytorch_pretrained_model.bin."),
     ] = None,
     task: Annotated[
         str | None,
