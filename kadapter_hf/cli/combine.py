@@ -2,25 +2,19 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ._arguments import AsJson, check_name, check_new, existing, starting
-from ._names import FUSIONS, fusion_problem, parsed_object
+from ._flags import fusion_values
+from ._names import FUSIONS
 from ._output import conclude, print_json, running, say
 
 
 def checked_fusion(fusion: str) -> str:
     check_name(fusion, FUSIONS)
     return fusion
-
-
-def json_object(text: str) -> dict[str, Any]:
-    values = parsed_object(text)
-    if values is None:
-        raise typer.BadParameter(f'it must be a JSON object like {{"top_k": 2}}, not {text}')
-    return values
 
 
 def combine(
@@ -51,11 +45,10 @@ def combine(
         ),
     ] = "concat",
     fusion_config: Annotated[
-        dict | None,
+        str | None,
         typer.Option(
             "--fusion_config",
             "--fusion-config",
-            parser=json_object,
             metavar="JSON",
             show_default=False,
             help="""The configuration of the fusion as JSON, e.g. '{"top_k": 2}' for gate.""",
@@ -70,14 +63,16 @@ def combine(
 
     Example: `kadapter combine wiki=wiki/factual-adapter news=news/factual-adapter --output both`
     """
-    if problem := fusion_problem(fusion, fusion_config or {}):
-        raise typer.BadParameter(problem, param_hint="--fusion-config")
+    try:
+        values = fusion_values(fusion, fusion_config)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--fusion-config") from None
     check_new(output)
     from kadapter_hf.combining import combine as run
     from kadapter_hf.summary import knowledge_summary
 
     with running():
-        model, has_tokenizer = run(sources, output, backbone, fusion, fusion_config or {})
+        model, has_tokenizer = run(sources, output, backbone, fusion, values)
         if as_json:
             names = model.active_knowledge_adapters
             print_json({"output": str(output), "backbone": model.config.backbone_name_or_path, "adapters": names})
